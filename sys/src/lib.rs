@@ -1,0 +1,9 @@
+//! Safe wrappers over the kernel's interfaces: the only crate of Pericarp with `unsafe` code.
+//!
+//! Each module wraps what `nix` and the rust-vmm crates do not, is small enough to audit in one sitting, and states at every
+//! block which invariant makes it sound and who keeps it.
+#![allow(
+    unsafe_code,
+    clippy::allow_attributes,
+    reason = "this crate exists to hold it"
+)]
