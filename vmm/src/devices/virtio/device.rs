@@ -1,0 +1,129 @@
+//! What every virtio device is to the rest of the VMM: one trait, so that the transport, the event loop and the control
+//! socket treat all devices alike.
+//!
+//! Life of a device: made by the machine builder from the machine description (it takes its descriptors there and opens
+//! nothing) -> [`VirtioDevice::activate`] when the driver sets DRIVER_OK -> [`VirtioDevice::queue_kicked`] and
+//! [`VirtioDevice::descriptor_ready`] on the event loop -> [`VirtioDevice::reset`] when the driver or the machine resets it,
+//! after which it can be activated again.
+//!
+//! Threads: a device is owned behind one mutex. The event loop calls everything except the configuration accesses, which
+//! come from the vCPU thread that trapped. No method may block on a peer.
+
+use std::{fmt::Debug, os::fd::RawFd, sync::Arc};
+
+use virtio_queue::Queue;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+/// The guest's memory. Its layout is fixed for the life of the machine: memory that virtio-mem plugs later is mapped from
+/// the start and merely not given out.
+pub(crate) type GuestMemory = Arc<GuestMemoryMmap>;
+
+/// Readiness that a device waits for on a descriptor of its own, as epoll bits (`libc::EPOLLIN`, ...).
+pub(crate) type Readiness = u32;
+
+/// Adds and removes a device's own descriptors on the event loop. `token` is the device's own number for the descriptor and
+/// comes back in [`VirtioDevice::descriptor_ready`].
+pub(crate) trait Poller: Debug + Send + Sync {
+    /// Starts waiting; level-triggered.
+    fn add(&self, descriptor: RawFd, token: u32, readiness: Readiness) -> std::io::Result<()>;
+    /// Changes what is waited for; 0 waits for hang-up only.
+    fn modify(&self, descriptor: RawFd, token: u32, readiness: Readiness) -> std::io::Result<()>;
+    /// Stops waiting. Call it before the descriptor is closed.
+    fn remove(&self, descriptor: RawFd) -> std::io::Result<()>;
+}
+
+/// Raises interrupts of a device (MSI-X by irqfd).
+pub(crate) trait Interrupt: Debug + Send + Sync {
+    /// "Used buffer notification" of one queue (virtio 1.2 §2.3). The caller has asked
+    /// [`virtio_queue::QueueT::needs_notification`] first.
+    fn signal_queue(&self, queue: u16);
+    /// "Configuration change notification".
+    fn signal_config(&self);
+    /// The eventfd behind a queue's vector, for vhost and vhost-user back ends; `None` while the driver has set no vector.
+    fn queue_eventfd(&self, queue: u16) -> Option<EventFd>;
+}
+
+/// One queue that the driver enabled.
+#[derive(Debug)]
+pub(crate) struct ActiveQueue {
+    /// Its number in the device.
+    pub(crate) index: u16,
+    /// The queue itself, validated.
+    pub(crate) queue: Queue,
+    /// Signalled by KVM (ioeventfd) when the driver notifies; the event loop reads it before it calls
+    /// [`VirtioDevice::queue_kicked`]. vhost back ends take a clone and answer [`VirtioDevice::owns_kicks`] with true.
+    pub(crate) kick: EventFd,
+}
+
+/// What the transport hands over when the driver sets DRIVER_OK.
+#[derive(Debug)]
+pub(crate) struct Activation {
+    /// The guest's memory.
+    pub(crate) memory: GuestMemory,
+    /// Features that both sides agreed on.
+    pub(crate) features: u64,
+    /// The enabled queues, in order of their index; a driver may leave some out.
+    pub(crate) queues: Vec<ActiveQueue>,
+    /// Raises this device's interrupts.
+    pub(crate) interrupt: Arc<dyn Interrupt>,
+    /// The event loop, for descriptors of the device's own.
+    pub(crate) poller: Arc<dyn Poller>,
+}
+
+/// The driver did something that the specification forbids, or a peer is gone: the device sets DEVICE_NEEDS_RESET, stops
+/// serving its queues until it is reset, and the machine sends one event about it. Never a panic, never a log line per act.
+#[derive(Debug, thiserror::Error)]
+#[error("{device}: {reason}")]
+pub(crate) struct Broken {
+    /// Which device, such as "virtio-blk disk0".
+    pub(crate) device: String,
+    /// What was wrong, in words.
+    pub(crate) reason: String,
+}
+
+/// A virtio device.
+pub(crate) trait VirtioDevice: Debug + Send {
+    /// Device ID (virtio 1.2 §5).
+    fn device_type(&self) -> u16;
+    /// For messages: kind and name, such as "virtio-blk disk0".
+    fn name(&self) -> String;
+    /// The largest size of each queue; its length is the number of queues. Powers of two.
+    fn queue_sizes(&self) -> &[u16];
+    /// Device features offered. The transport adds VERSION_1 and what else is its own.
+    fn features(&self) -> u64;
+    /// Reads device configuration. Bytes past the end read as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// Writes device configuration; what is read-only or past the end is ignored.
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        let _ = (offset, data);
+    }
+    /// A shared memory region (virtio 1.2 §2.10) or other guest-physical range beyond BARs of the transport, as
+    /// (size in bytes), for devices that need one; the machine maps it and tells the address by [`Self::set_region`].
+    fn region_size(&self) -> Option<u64> {
+        None
+    }
+    /// Where the machine put the region of [`Self::region_size`].
+    fn set_region(&mut self, guest_address: u64) {
+        let _ = guest_address;
+    }
+    /// DRIVER_OK: begin to serve.
+    fn activate(&mut self, activation: Activation) -> Result<(), Broken>;
+    /// True when a back end outside the event loop (vhost) reads the kicks itself.
+    fn owns_kicks(&self) -> bool {
+        false
+    }
+    /// The driver notified a queue.
+    fn queue_kicked(&mut self, queue: u16) -> Result<(), Broken>;
+    /// A descriptor that was added to the poller is ready.
+    fn descriptor_ready(&mut self, token: u32, readiness: Readiness) -> Result<(), Broken> {
+        let _ = (token, readiness);
+        Ok(())
+    }
+    /// Back to the state before activation. What is under way is finished or dropped; nothing touches guest memory afterwards.
+    fn reset(&mut self);
+    /// Counters for the statistics message, by name.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+}
