@@ -7,3 +7,5 @@
     clippy::allow_attributes,
     reason = "this crate exists to hold it"
 )]
+
+pub mod process;
