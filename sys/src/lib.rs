@@ -9,3 +9,12 @@
 )]
 
 pub mod process;
+
+pub mod guest_io;
+pub mod tap;
+pub mod vhost_net;
+pub mod fscontext;
+pub mod guest;
+
+pub mod random;
+pub mod socket_io;
