@@ -1,1 +1,34 @@
-//! To be written.
+//! The operator's file, its drop-ins and a pod's annotations become one validated value.
+//!
+//! ```text
+//! keys.rs (the table) ─┬─> Settings, the typed value       config.toml ──┐
+//!                      ├─> docs/reference.md, the example   config.d/*   ─┤ raw.rs ──> layers ──> Config
+//!                      └─> names a pod may override         annotations ──┘ annotations.rs ────> PodConfig
+//! ```
+//!
+//! Every setting is declared once, in [`keys`]. Parsing is pure: [`raw`] and [`annotations`] take text and give values
+//! and positions; only [`load`] reads files. Layers are laid one over the other in this order, and the later one wins:
+//! defaults, the file, drop-ins by name, the flavour that the runtime handler chose, the pod's annotations.
+
+pub mod annotations;
+pub mod choice;
+pub mod config;
+pub mod keys;
+pub mod kind;
+pub mod load;
+pub mod nearest;
+pub mod options;
+pub mod problem;
+pub mod raw;
+pub mod reference;
+pub mod sizing;
+mod table;
+
+pub use annotations::{ANNOTATION_PREFIX, AnnotationError};
+pub use choice::{CpuModel, HugePages, LogLevel, VirtiofsCache};
+pub use config::{Config, FlavourError, PodConfig};
+pub use keys::{KEYS, Settings};
+pub use kind::{CpuFeature, PciSelector};
+pub use load::LoadError;
+pub use options::RuntimeOptions;
+pub use sizing::{Demand, HostCapacity, Sizing, SizingError};
