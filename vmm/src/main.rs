@@ -1,3 +1,5 @@
-//! To be written.
+//! `pericarp-vmm`: the virtual machine monitor of one pod.
+
+mod devices;
 
 fn main() {}

@@ -9,11 +9,17 @@
 //! Threads: a device is owned behind one mutex. The event loop calls everything except the configuration accesses, which
 //! come from the vCPU thread that trapped. No method may block on a peer.
 
-use std::{fmt::Debug, os::fd::RawFd, sync::Arc};
+use std::{
+    fmt::Debug,
+    os::fd::{BorrowedFd, RawFd},
+    sync::Arc,
+};
 
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
+
+use super::rate_limiter::Rates;
 
 /// The guest's memory. Its layout is fixed for the life of the machine: memory that virtio-mem plugs later is mapped from
 /// the start and merely not given out.
@@ -82,6 +88,37 @@ pub(crate) struct Broken {
     pub(crate) reason: String,
 }
 
+/// A request of the control socket to one device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Command {
+    /// New limits for the only direction of a device (disk, random numbers).
+    Limit(Rates),
+    /// New limits towards the guest.
+    ReceiveLimit(Rates),
+    /// New limits from the guest.
+    TransmitLimit(Rates),
+    /// A new goal in bytes: what a balloon holds, what pluggable memory has plugged.
+    Resize(u64),
+    /// The file behind a disk has a new size: read it again and tell the driver.
+    FileResized,
+}
+
+/// Why a device did not obey a [`Command`].
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CommandError {
+    /// It knows no such command.
+    #[error("{0} cannot do that")]
+    Unsupported(String),
+    /// It knows the command but not with this value.
+    #[error("{device}: {reason}")]
+    Invalid {
+        /// Which device, such as "virtio-mem mem0".
+        device: String,
+        /// What was wrong.
+        reason: String,
+    },
+}
+
 /// A virtio device.
 pub(crate) trait VirtioDevice: Debug + Send {
     /// Device ID (virtio 1.2 §5).
@@ -103,6 +140,10 @@ pub(crate) trait VirtioDevice: Debug + Send {
     fn region_size(&self) -> Option<u64> {
         None
     }
+    /// The file that the machine maps as the region, shared and read-only for the guest.
+    fn region_file(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
     /// Where the machine put the region of [`Self::region_size`].
     fn set_region(&mut self, guest_address: u64) {
         let _ = guest_address;
@@ -122,6 +163,11 @@ pub(crate) trait VirtioDevice: Debug + Send {
     }
     /// Back to the state before activation. What is under way is finished or dropped; nothing touches guest memory afterwards.
     fn reset(&mut self);
+    /// Does what the control socket asks.
+    fn command(&mut self, command: Command) -> Result<(), CommandError> {
+        let _ = command;
+        Err(CommandError::Unsupported(self.name()))
+    }
     /// Counters for the statistics message, by name.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         Vec::new()
