@@ -18,3 +18,14 @@ pub mod guest;
 
 pub mod random;
 pub mod socket_io;
+pub mod children;
+pub mod attributes;
+pub mod bpf;
+pub mod capabilities;
+pub mod clone;
+pub mod descriptors;
+pub mod loopback;
+pub mod mount_tree;
+pub mod pidfd;
+pub mod seccomp;
+pub mod terminal;
