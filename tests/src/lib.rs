@@ -1,1 +1,3 @@
-//! To be written.
+//! What the tests stand on: the test node, and the checks of the repository itself.
+
+pub mod node;

@@ -1,0 +1,206 @@
+//! A node in QEMU, emulated, with SVM emulated too, so that real KVM runs inside on any computer.
+//!
+//! The control channel is QEMU's own standard input and output: no socket file is left behind,
+//! and both ends notice at once when the other is gone.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::{Kept, Machine, Started};
+use crate::node::boot::BootFiles;
+use crate::node::builder::{Builder, Device};
+use crate::node::inside::init::PORT_NAME;
+use crate::node::{paths, tools};
+
+/// Names of the logs in the results folder.
+const SERIAL_LOG: &str = "serial.log";
+const QEMU_LOG: &str = "qemu.log";
+const COMMAND_FILE: &str = "qemu.command";
+
+/// How long a closed channel waits for QEMU's exit status, to name it.
+const EXIT_STATUS_TIMEOUT: Duration = Duration::from_secs(5);
+
+struct Qemu {
+    kept: Arc<Kept>,
+    results: PathBuf,
+}
+
+impl Machine for Qemu {
+    fn is_own(&self) -> bool {
+        true
+    }
+
+    fn logs(&self) -> Vec<PathBuf> {
+        let names = [SERIAL_LOG, QEMU_LOG, COMMAND_FILE];
+        names.iter().map(|name| self.results.join(name)).collect()
+    }
+
+    fn end(&self, timeout: Duration) {
+        if self.kept.wait(timeout).is_none() {
+            self.kept.kill();
+        }
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        self.kept.kill();
+    }
+}
+
+/// Starts QEMU for a node.
+pub fn start(builder: &Builder, boot: &BootFiles, results: &Path) -> Result<Started> {
+    let mut command = tools::child("qemu-system-x86_64", "KILL");
+    command.args(arguments(builder, boot, results)?);
+    let text = format!("{command:?}\n");
+    std::fs::write(results.join(COMMAND_FILE), text).context("cannot write QEMU's command line")?;
+    let log = File::create(results.join(QEMU_LOG)).context("cannot make QEMU's log")?;
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(log);
+    let (kept, pipes) = Kept::start(command)?;
+    let kept = Arc::new(kept);
+    let (watched, folder) = (Arc::clone(&kept), results.to_path_buf());
+    let ended = Box::new(move || explain(&watched, &folder));
+    Ok(Started {
+        machine: Arc::new(Qemu {
+            kept,
+            results: results.to_path_buf(),
+        }),
+        reader: Box::new(pipes.stdout),
+        writer: Box::new(pipes.stdin),
+        ended,
+    })
+}
+
+/// Why QEMU is gone, in one line.
+fn explain(kept: &Kept, results: &Path) -> String {
+    let status = kept.wait(EXIT_STATUS_TIMEOUT);
+    let status = status.map_or_else(|| "its channel closed".to_owned(), |s| s.to_string());
+    let last_line = |name: &str| {
+        let bytes = std::fs::read(results.join(name)).unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        let line = text.lines().rev().find(|line| !line.trim().is_empty());
+        line.map(|line| line.trim().to_owned())
+    };
+    let said = last_line(QEMU_LOG)
+        .or_else(|| last_line(SERIAL_LOG))
+        .unwrap_or_default();
+    format!(
+        "the node ended ({status}): {said}: see {}",
+        results.join(SERIAL_LOG).display()
+    )
+}
+
+fn arguments(builder: &Builder, boot: &BootFiles, results: &Path) -> Result<Vec<String>> {
+    let mut all: Vec<String> = Vec::new();
+    let mut add = |words: &[&str]| all.extend(words.iter().map(|word| (*word).to_owned()));
+    let mut kernel_line = format!(
+        "console=ttyS0 panic=-1 quiet net.ifnames=0 node={}",
+        paths::node_program()?.display()
+    );
+    if builder.icount {
+        // One virtual nanosecond is one executed instruction: figures repeat.
+        add(&["-accel", "tcg", "-icount", "shift=0,sleep=off"]);
+    } else {
+        add(&["-accel", "tcg,thread=multi"]);
+    }
+    if builder.devices.is_empty() {
+        add(&["-machine", "pc"]);
+    } else {
+        add(&[
+            "-machine",
+            "q35",
+            "-device",
+            "intel-iommu,intremap=on,caching-mode=off",
+        ]);
+        kernel_line.push_str(" intel_iommu=on iommu=pt");
+    }
+    let cpus = if builder.icount { 1 } else { builder.cpus };
+    add(&["-cpu", "EPYC,+svm,+npt", "-smp", &cpus.to_string()]);
+    add(&["-m", &format!("{}M", builder.memory_mib)]);
+    add(&[
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+    ]);
+    add(&[
+        "-serial",
+        &format!("file:{}", results.join(SERIAL_LOG).display()),
+    ]);
+    add(&[
+        "-chardev",
+        "stdio,id=control,signal=off",
+        "-device",
+        "virtio-serial-pci",
+    ]);
+    add(&[
+        "-device",
+        &format!("virtserialport,chardev=control,name={PORT_NAME}"),
+    ]);
+    let shared = "security_model=none,multidevs=remap";
+    add(&[
+        "-virtfs",
+        &format!("local,path=/,mount_tag=root,readonly=on,{shared}"),
+    ]);
+    let folder = results.display();
+    add(&[
+        "-virtfs",
+        &format!("local,path={folder},mount_tag=results,{shared}"),
+    ]);
+    add(&["-kernel", &boot.kernel.to_string_lossy()]);
+    add(&[
+        "-initrd",
+        &boot.initramfs.to_string_lossy(),
+        "-append",
+        &kernel_line,
+    ]);
+    for (index, device) in builder.devices.iter().enumerate() {
+        all.extend(device_arguments(index, *device, results)?);
+    }
+    Ok(all)
+}
+
+/// Size of the disks that are added for passthrough.
+const DISK_BYTES: u64 = 64 * 1024 * 1024;
+
+/// A device behind a root port of its own, which gives it an IOMMU group of its own.
+fn device_arguments(index: usize, device: Device, results: &Path) -> Result<Vec<String>> {
+    let port = format!("port{index}");
+    let slot = index + 1;
+    let mut words = vec![
+        "-device".to_owned(),
+        format!(
+            "pcie-root-port,id={port},chassis={slot},bus=pcie.0,addr={:#x}",
+            0x10 + index
+        ),
+    ];
+    let disk = results.join(format!("disk{index}.img"));
+    if device != Device::VirtioGpu {
+        let file = File::create(&disk).context("cannot make a disk for the node")?;
+        file.set_len(DISK_BYTES)
+            .context("cannot size a disk for the node")?;
+        let drive = format!("file={},if=none,id=disk{index},format=raw", disk.display());
+        words.extend(["-drive".to_owned(), drive]);
+    }
+    let model = match device {
+        Device::Nvme => format!("nvme,drive=disk{index},serial=pericarp{index}"),
+        Device::VirtioBlk => {
+            format!("virtio-blk-pci,drive=disk{index},iommu_platform=on,disable-legacy=on")
+        }
+        Device::VirtioGpu => "virtio-gpu-pci,iommu_platform=on".to_owned(),
+    };
+    words.extend([
+        "-device".to_owned(),
+        format!("{model},bus={port},id=device{index}"),
+    ]);
+    Ok(words)
+}

@@ -1,0 +1,93 @@
+//! Pericarp as it is installed in the node: what is built, and where it goes.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use super::paths;
+
+/// Folder with Pericarp's binaries; without, `target/release`, else the running build's own.
+pub const BUILD_VARIABLE: &str = "PERICARP_BUILD";
+
+/// The guest kernel (an ELF with a PVH entry).
+pub const KERNEL_VARIABLE: &str = "PERICARP_KERNEL";
+
+/// The guest image (EROFS).
+pub const IMAGE_VARIABLE: &str = "PERICARP_GUEST_IMAGE";
+
+/// Where the node has its binaries.
+pub const BINARY_FOLDER: &str = "/usr/local/bin";
+
+/// Where the node has kernel and image.
+pub const SHARE_FOLDER: &str = "/usr/share/pericarp";
+
+/// Programs of the build that go to the node when they are there.
+const PROGRAMS: [&str; 3] = ["containerd-shim-pericarp-v2", "pericarp-vmm", "pericarp"];
+
+/// Guest kernel and guest image, where they are built.
+#[derive(Debug, Clone, Default)]
+pub struct GuestFiles {
+    /// The kernel.
+    pub kernel: Option<PathBuf>,
+    /// The image.
+    pub image: Option<PathBuf>,
+}
+
+/// The folder that Pericarp's binaries come from.
+pub fn build_folder() -> Result<PathBuf> {
+    if let Some(folder) = std::env::var_os(BUILD_VARIABLE) {
+        return Ok(PathBuf::from(folder));
+    }
+    let profile = paths::profile()?;
+    let release = profile.with_file_name("release");
+    let has_shim = release.join(PROGRAMS[0]).exists();
+    Ok(if has_shim { release } else { profile })
+}
+
+/// Guest kernel and image: named by their variables, else where `make` puts links to them.
+#[must_use]
+pub fn guest_files() -> GuestFiles {
+    let named = |variable: &str| std::env::var_os(variable).map(PathBuf::from);
+    let linked = |name: &str| {
+        let path = paths::checkout().join("out").join(name);
+        path.exists().then_some(path)
+    };
+    GuestFiles {
+        kernel: named(KERNEL_VARIABLE).or_else(|| linked("vmlinux")),
+        image: named(IMAGE_VARIABLE).or_else(|| linked("guest.erofs")),
+    }
+}
+
+/// Everything that is built: source, destination, mode.
+pub(super) fn find() -> Result<Vec<(PathBuf, PathBuf, u32)>> {
+    let mut files = Vec::new();
+    let build = build_folder()?;
+    for program in PROGRAMS {
+        files.push((
+            build.join(program),
+            Path::new(BINARY_FOLDER).join(program),
+            0o755,
+        ));
+    }
+    let guest = guest_files();
+    let share = Path::new(SHARE_FOLDER);
+    files.extend(
+        guest
+            .kernel
+            .map(|kernel| (kernel, share.join("vmlinux"), 0o644)),
+    );
+    files.extend(
+        guest
+            .image
+            .map(|image| (image, share.join("guest.erofs"), 0o644)),
+    );
+    let virtiofsd = super::deps::component("virtiofsd")?
+        .folder()?
+        .join("virtiofsd");
+    files.push((virtiofsd, Path::new(BINARY_FOLDER).join("virtiofsd"), 0o755));
+    files.retain(|(source, _, _)| source.exists());
+    for (source, _, _) in &mut files {
+        *source = source.canonicalize()?;
+    }
+    Ok(files)
+}

@@ -1,0 +1,68 @@
+//! A test's use of the node that its test binary shares.
+//!
+//! A boot takes seconds to minutes, so the tests of one binary share a node; cargo runs one test
+//! binary at a time. A test that fails leaves `out/node/failed-<test>/` with everything that
+//! explains it: serial log, containerd's log, logs of shim and VMM, the commands that were run and
+//! QEMU's command line.
+
+use std::ops::Deref;
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{Context, Result};
+
+use super::{Builder, Node, paths};
+
+/// The node of this process, once it is booted; never dropped, but its machine ends with the
+/// process.
+static SHARED: Mutex<Option<&'static Node>> = Mutex::new(None);
+
+/// A test's time with the node.
+#[derive(Debug)]
+pub struct Session {
+    node: &'static Node,
+    test: String,
+}
+
+/// Gives a test the shared node, and boots it for the first; `builder` is used by the first alone.
+pub fn session(test: &str, builder: impl FnOnce() -> Builder) -> Result<Session> {
+    let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    let node = match *shared {
+        Some(node) => node,
+        None => {
+            let booted: &'static Node = Box::leak(Box::new(builder().boot()?));
+            *shared = Some(booted);
+            booted
+        }
+    };
+    let stale = paths::results().join(format!("failed-{test}"));
+    if stale.exists() {
+        std::fs::remove_dir_all(&stale)
+            .with_context(|| format!("cannot remove {}", stale.display()))?;
+    }
+    Ok(Session {
+        node,
+        test: test.to_owned(),
+    })
+}
+
+impl Deref for Session {
+    type Target = Node;
+
+    fn deref(&self) -> &Node {
+        self.node
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        let folder = paths::results().join(format!("failed-{}", self.test));
+        let collected = self.node.collect(&folder);
+        eprintln!("{} failed: its logs are in {}", self.test, folder.display());
+        if let Err(error) = collected {
+            eprintln!("not all logs could be collected: {error:#}");
+        }
+    }
+}
