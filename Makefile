@@ -1,0 +1,80 @@
+# Verbs only; what they do stands in rootfs/, tests/ and the crates. `make help` lists them.
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+PREFIX ?= /usr
+CMD ?= crictl version
+FLAVOUR ?= default
+TARGET = $(or $(CARGO_TARGET_DIR),target)
+CACHE = $(or $(PERICARP_CACHE),$(HOME)/.cache/pericarp)
+NODE = cargo run --quiet --package pericarp-tests --bin node --
+
+.PHONY: help
+help: ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+.PHONY: packages
+packages: ## install the Debian packages that building and testing need
+	tests/setup
+
+.PHONY: build
+build: ## build shim, VMM and command for this machine
+	cargo build --release --package containerd-shim-pericarp-v2 --package pericarp-vmm --package pericarp
+
+.PHONY: kernel
+kernel: ## build the guest kernel (FLAVOUR=passthrough adds drivers of passed-through devices)
+	FLAVOUR=$(FLAVOUR) rootfs/kernel/build
+
+.PHONY: guest-image
+guest-image: ## compile the agent and make the guest image
+	rootfs/image/build
+
+.PHONY: test
+test: packages ## install what is missing, build all, run every test
+	tests/run all
+
+.PHONY: check
+check: ## format, clippy, tidy and unit tests: no root, no guest, minutes
+	tests/run check
+
+.PHONY: node-deps
+node-deps: ## build or install the components of the test node at their pinned versions
+	$(NODE) deps
+
+.PHONY: node-run
+node-run: ## run CMD='...' in a fresh test node with containerd up
+	$(NODE) run '$(CMD)'
+
+.PHONY: node-shell
+node-shell: ## an interactive shell in a fresh test node
+	$(NODE) shell
+
+.PHONY: kube-run
+kube-run: ## run CMD='...' in a fresh test node with a Kubernetes API server and kubelet up
+	$(NODE) kube-run '$(CMD)'
+
+.PHONY: critest
+critest: ## run the CRI conformance tests in a test node
+	$(NODE) critest
+
+.PHONY: bench
+bench: ## measure what SPEC.md promises, beside runc
+	$(NODE) bench
+
+.PHONY: demo
+demo: ## a pod in its own VM, step by step, in a test node
+	$(NODE) demo
+
+.PHONY: install
+install: ## copy what was built to DESTDIR/PREFIX (PREFIX=/usr)
+	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(TARGET)/release/containerd-shim-pericarp-v2 $(TARGET)/release/pericarp
+	install -D -m 755 -t $(DESTDIR)$(PREFIX)/libexec/pericarp $(TARGET)/release/pericarp-vmm
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/pericarp $(CACHE)/guest/vmlinux $(CACHE)/guest/guest.erofs
+
+.PHONY: clean
+clean: ## remove build outputs of the checkout
+	cargo clean
+	rm -rf out
+
+.PHONY: clean-cache
+clean-cache: ## remove built kernels, node components and logs outside the checkout
+	rm -rf $(CACHE)
