@@ -26,6 +26,8 @@ pub(crate) mod blk;
 pub(crate) mod chain;
 pub(crate) mod console;
 pub(crate) mod device;
+#[cfg(test)]
+pub(crate) mod driver;
 pub(crate) mod fs;
 pub(crate) mod mem;
 pub(crate) mod net;

@@ -1,0 +1,104 @@
+//! Chains as drivers build them, sane and hostile.
+
+use super::super::driver::{BUFFERS, Driver, F_INDIRECT, HOSTILE_CHAINS, Part};
+use super::*;
+
+const QUEUE_SIZE: u16 = 8;
+
+fn driver() -> (Driver, Queue) {
+    let driver = Driver::new(&[QUEUE_SIZE]);
+    let queue = driver.activation(0).queues.remove(0).queue;
+    (driver, queue)
+}
+
+#[test]
+fn a_chain_comes_whole_and_in_order() {
+    let (mut driver, mut queue) = driver();
+    assert!(pop(&mut queue, &driver.memory).unwrap().is_none());
+    driver.put(BUFFERS, b"hello world");
+    let head = driver.queues[0]
+        .offer(&[
+            Part::Read(BUFFERS, 6),
+            Part::Read(BUFFERS + 6, 5),
+            Part::Write(BUFFERS + 0x1000, 4),
+            Part::Write(BUFFERS + 0x2000, 4),
+        ])
+        .unwrap();
+    let mut chain = pop(&mut queue, &driver.memory).unwrap().unwrap();
+    assert_eq!(chain.head, head);
+    assert_eq!((chain.readable.len(), chain.writable.len()), (11, 8));
+    assert_eq!(chain.readable.read_array(), Some(*b"hello wo"));
+    assert_eq!(chain.readable.read_array::<4>(), None);
+    assert_eq!(chain.readable.read_array(), Some(*b"rld"));
+    assert_eq!(chain.writable.write(b"abcdefghij"), 8);
+    assert_eq!(driver.get(BUFFERS + 0x1000, 4), b"abcd");
+    assert_eq!(driver.get(BUFFERS + 0x2000, 4), b"efgh");
+}
+
+#[test]
+fn an_unpopped_chain_comes_again() {
+    let (mut driver, mut queue) = driver();
+    driver.queues[0].offer(&[Part::Write(BUFFERS, 4)]).unwrap();
+    for _ in 0..3 {
+        assert!(pop(&mut queue, &driver.memory).unwrap().is_some());
+        unpop(&mut queue);
+    }
+}
+
+#[test]
+fn an_indirect_chain_as_long_as_the_queue_is_fine() {
+    let (mut driver, mut queue) = driver();
+    let table = BUFFERS + 0x1000;
+    let target = &mut driver.queues[0];
+    target.write_descriptor(0, table, u32::from(QUEUE_SIZE) * 16, F_INDIRECT, 0);
+    for index in 0..QUEUE_SIZE {
+        let flags = u16::from(index + 1 < QUEUE_SIZE);
+        target.write_descriptor_at(table, index, BUFFERS, 2, flags, index + 1);
+    }
+    target.publish(0);
+    let chain = pop(&mut queue, &driver.memory).unwrap().unwrap();
+    assert_eq!(chain.readable.len(), 2 * usize::from(QUEUE_SIZE));
+}
+
+#[test]
+fn hostile_chains_are_errors() {
+    for (what, break_queue) in HOSTILE_CHAINS {
+        let (mut driver, mut queue) = driver();
+        break_queue(&mut driver.queues[0]);
+        assert!(pop(&mut queue, &driver.memory).is_err(), "{what}");
+    }
+}
+
+#[test]
+fn split_and_advance_keep_count() {
+    let sum = |buffers: &Buffers<'_>| buffers.ranges().iter().map(VolatileSlice::len).sum();
+    for cut in 0..=12 {
+        let (mut driver, mut queue) = driver();
+        driver.queues[0]
+            .offer(&[Part::Write(BUFFERS, 5), Part::Write(BUFFERS + 64, 5)])
+            .unwrap();
+        let mut back = pop(&mut queue, &driver.memory).unwrap().unwrap().writable;
+        let mut front = back.split_front(cut);
+        let expected = cut.min(10);
+        assert_eq!((front.len(), sum(&front)), (expected, expected));
+        assert_eq!((back.len(), sum(&back)), (10 - expected, 10 - expected));
+        front.advance(3);
+        let expected = expected.saturating_sub(3);
+        assert_eq!((front.len(), sum(&front)), (expected, expected));
+    }
+}
+
+#[test]
+fn configuration_reads_are_bounded_by_its_bytes() {
+    let config = [1, 2, 3, 4];
+    for (offset, expected) in [
+        (0, [1, 2, 3]),
+        (2, [3, 4, 0]),
+        (4, [0, 0, 0]),
+        (u64::MAX, [0, 0, 0]),
+    ] {
+        let mut data = [9; 3];
+        read_config(&config, offset, &mut data);
+        assert_eq!(data, expected, "offset {offset}");
+    }
+}
