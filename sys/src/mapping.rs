@@ -1,0 +1,286 @@
+//! Memory that a virtual machine sees: its own, pages that the VMM shows it, and files as persistent memory.
+//!
+//! All mappings start at a multiple of 2 MiB or more, so that KVM can map huge pages.
+
+use std::{
+    fs::File,
+    io,
+    ops::Deref,
+    os::fd::{AsRawFd, BorrowedFd, RawFd},
+    ptr::{self, NonNull},
+    sync::{Arc, atomic::AtomicU32},
+};
+
+use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, mmap::MmapRegionBuilder};
+
+/// Least alignment of every mapping: a huge page of x86-64.
+const ALIGNMENT_BYTES: usize = 2 << 20;
+
+const PAGE_BYTES: usize = 4096;
+
+/// What to do with the pages of guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GuestPages {
+    /// Alignment that the pages of the file need: 2 MiB, or 1 GiB for hugetlb pages of that size.
+    pub alignment_bytes: usize,
+    /// Advise the kernel to use transparent huge pages.
+    pub transparent: bool,
+}
+
+/// Maps `length` bytes of `file` from `offset` as guest memory at `guest_address`, shared with all who map the file. The
+/// mapping stays for the life of the process, because devices and KVM hold pointers into it.
+///
+/// # Errors
+/// The kernel's, or the range wraps around.
+pub fn map_guest_memory(
+    file: Arc<File>,
+    offset: u64,
+    length: usize,
+    guest_address: u64,
+    pages: GuestPages,
+) -> io::Result<GuestRegionMmap> {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+    let alignment = pages.alignment_bytes.max(ALIGNMENT_BYTES);
+    let place = Reservation::new(length, alignment)?;
+    place.map(
+        0,
+        length,
+        protection,
+        flags,
+        Some((file.as_raw_fd(), offset)),
+    )?;
+    if pages.transparent {
+        // SAFETY: advice on the mapping just made; the kernel may refuse it, which costs speed only.
+        unsafe { libc::madvise(place.start.as_ptr().cast(), length, libc::MADV_HUGEPAGE) };
+    }
+    let start = place.keep();
+    let builder = MmapRegionBuilder::new(length)
+        .with_mmap_prot(protection)
+        .with_mmap_flags(flags)
+        .with_file_offset(FileOffset::from_arc(file, offset));
+    // SAFETY: `start` is a mapping of `length` bytes with this protection that is never taken away.
+    let builder = unsafe { builder.with_raw_mmap_pointer(start.as_ptr()) };
+    let region = builder.build().map_err(io::Error::other)?;
+    GuestRegionMmap::new(region, GuestAddress(guest_address))
+        .ok_or_else(|| io::Error::other("guest memory wraps around the address space"))
+}
+
+/// Memory of whole pages that the VMM writes and a guest reads, as words. Both see every store; only whole words are atomic.
+#[derive(Debug)]
+pub struct SharedWords(Reservation);
+
+impl SharedWords {
+    /// Zeroed words; `length` is in bytes and a multiple of the page.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn new(length: usize) -> io::Result<Self> {
+        assert_eq!(length % PAGE_BYTES, 0, "KVM maps whole pages");
+        let place = Reservation::new(length, PAGE_BYTES)?;
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+        place.map(0, length, libc::PROT_READ | libc::PROT_WRITE, flags, None)?;
+        Ok(Self(place))
+    }
+}
+
+impl Deref for SharedWords {
+    type Target = [AtomicU32];
+
+    fn deref(&self) -> &[AtomicU32] {
+        let start = self.0.start.as_ptr().cast_const().cast();
+        // SAFETY: the mapping is readable and writable, aligned to a page, lives as long as `self`, and whoever else maps it
+        // (a guest) does so as plain memory, for which atomics are the right type.
+        unsafe { std::slice::from_raw_parts(start, self.0.length / size_of::<AtomicU32>()) }
+    }
+}
+
+/// A file mapped shared and read-only, followed by zeros up to a length.
+#[derive(Debug)]
+pub struct FileMapping(Reservation);
+
+impl FileMapping {
+    /// Maps `file_bytes` of `file` and zeros up to `length`, a multiple of 2 MiB.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn new(file: BorrowedFd<'_>, file_bytes: usize, length: usize) -> io::Result<Self> {
+        let place = Reservation::new(length, ALIGNMENT_BYTES)?;
+        let zeros = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        place.map(0, length, libc::PROT_READ, zeros, None)?;
+        let mapped = file_bytes.next_multiple_of(PAGE_BYTES).min(length);
+        if mapped > 0 {
+            let source = Some((file.as_raw_fd(), 0));
+            place.map(0, mapped, libc::PROT_READ, libc::MAP_SHARED, source)?;
+        }
+        Ok(Self(place))
+    }
+}
+
+/// What a slot of KVM's memory map shows to the guest.
+#[derive(Debug, Clone)]
+pub enum Backing {
+    /// Guest memory.
+    Guest(Arc<GuestRegionMmap>),
+    /// Words of the VMM, read-only for the guest.
+    Words(Arc<SharedWords>),
+    /// A file, read-only for the guest.
+    File(Arc<FileMapping>),
+}
+
+impl Backing {
+    /// Start in this process, and length.
+    pub(crate) fn range(&self) -> (NonNull<u8>, usize) {
+        match self {
+            Self::Guest(region) => {
+                let start = NonNull::new(region.as_ptr()).expect("a mapping is not at zero");
+                (start, region.size())
+            }
+            Self::Words(words) => (words.0.start, words.0.length),
+            Self::File(file) => (file.0.start, file.0.length),
+        }
+    }
+
+    /// Whether a guest may only read it.
+    pub(crate) fn read_only(&self) -> bool {
+        !matches!(self, Self::Guest(_))
+    }
+}
+
+/// Address space that belongs to us, at a wanted alignment; unmapped when dropped.
+#[derive(Debug)]
+struct Reservation {
+    start: NonNull<u8>,
+    length: usize,
+}
+
+// SAFETY: a reservation is a range of address space without a thread's affinity; it gives out no reference by itself.
+unsafe impl Send for Reservation {}
+// SAFETY: as above; the types around it decide how its memory is accessed.
+unsafe impl Sync for Reservation {}
+
+impl Reservation {
+    fn new(length: usize, alignment: usize) -> io::Result<Self> {
+        let whole = length
+            .checked_add(alignment)
+            .filter(|_| length > 0)
+            .ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new private mapping at an address of the kernel's choice touches no existing memory.
+        let base = unsafe { libc::mmap(ptr::null_mut(), whole, libc::PROT_NONE, flags, -1, 0) };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base: *mut u8 = base.cast();
+        let head = base.align_offset(alignment);
+        let start = base.wrapping_add(head);
+        let tail = whole - head - length;
+        // SAFETY: both ranges lie within the mapping just made (head is less than the alignment), and nothing uses them.
+        unsafe {
+            if head > 0 {
+                libc::munmap(base.cast(), head);
+            }
+            if tail > 0 {
+                libc::munmap(start.wrapping_add(length).cast(), tail);
+            }
+        }
+        let start = NonNull::new(start).expect("a mapping is not at zero");
+        Ok(Self { start, length })
+    }
+
+    /// Maps over a part of the reservation, which nobody references yet.
+    fn map(
+        &self,
+        from: usize,
+        length: usize,
+        protection: i32,
+        flags: i32,
+        source: Option<(RawFd, u64)>,
+    ) -> io::Result<()> {
+        assert!(from + length <= self.length, "a part of the reservation");
+        let (descriptor, offset) = source.unwrap_or((-1, 0));
+        let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+        let place = self.start.as_ptr().wrapping_add(from).cast();
+        // SAFETY: MAP_FIXED replaces a part of our own reservation only (asserted), which has no references yet.
+        let result = unsafe {
+            libc::mmap(
+                place,
+                length,
+                protection,
+                flags | libc::MAP_FIXED,
+                descriptor,
+                offset,
+            )
+        };
+        if result == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    /// Leaves it mapped for the life of the process.
+    fn keep(self) -> NonNull<u8> {
+        let start = self.start;
+        std::mem::forget(self);
+        start
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        // SAFETY: the range is ours, and the types around it give out references only for their own life.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Write, os::fd::AsFd, sync::atomic::Ordering};
+
+    use vm_memory::{Bytes, GuestMemoryRegion, MemoryRegionAddress};
+
+    use super::*;
+
+    fn memfd(bytes: &[u8], length: u64) -> File {
+        let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
+        let mut file = File::from(nix::sys::memfd::memfd_create("test", flags).unwrap());
+        file.write_all(bytes).unwrap();
+        file.set_len(length).unwrap();
+        file
+    }
+
+    #[test]
+    fn guest_memory_is_aligned_and_shared_with_the_file() {
+        let file = Arc::new(memfd(b"abc", 4 << 20));
+        let pages = GuestPages {
+            alignment_bytes: ALIGNMENT_BYTES,
+            transparent: true,
+        };
+        let region = map_guest_memory(file, 0, 4 << 20, 1 << 32, pages).unwrap();
+        assert_eq!(region.as_ptr().align_offset(ALIGNMENT_BYTES), 0);
+        assert_eq!(region.start_addr().0, 1 << 32);
+        let mut found = [0; 3];
+        region
+            .read_slice(&mut found, MemoryRegionAddress(0))
+            .unwrap();
+        assert_eq!(&found, b"abc");
+    }
+
+    #[test]
+    fn words_start_zeroed_and_keep_what_is_stored() {
+        let words = SharedWords::new(PAGE_BYTES).unwrap();
+        assert_eq!(words.len(), PAGE_BYTES / 4);
+        assert_eq!(words[7].load(Ordering::Relaxed), 0);
+        words[7].store(9, Ordering::Relaxed);
+        assert_eq!(words[7].load(Ordering::Relaxed), 9);
+    }
+
+    #[test]
+    fn a_file_is_followed_by_zeros() {
+        let file = memfd(b"abc", 3);
+        let mapping = FileMapping::new(file.as_fd(), 3, ALIGNMENT_BYTES).unwrap();
+        let (start, length) = Backing::File(Arc::new(mapping)).range();
+        assert_eq!(length, ALIGNMENT_BYTES);
+        assert_eq!(start.as_ptr().align_offset(ALIGNMENT_BYTES), 0);
+    }
+}
