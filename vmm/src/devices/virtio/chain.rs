@@ -4,11 +4,13 @@
 //! `virtio_queue`'s iterator ends silently when a chain is cut (a loop, an index past the table, an address outside memory).
 //! [`pop`] tells such a chain from a complete one, so that a device answers it with `Broken` rather than with a short request.
 
-use std::{io, os::fd::BorrowedFd};
+use std::{io, os::fd::BorrowedFd, sync::atomic::Ordering};
 
 use pericarp_sys::socket_io;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestMemory as _, GuestMemoryMmap, Permissions, VolatileSlice};
+
+use super::device::Activation;
 
 /// A chain that the driver built against the specification, or a queue that it set up so.
 #[derive(Debug, thiserror::Error)]
@@ -110,6 +112,27 @@ pub(crate) fn pop<'m>(
 /// Gives back the chain that [`pop`] took last, untouched.
 pub(crate) fn unpop(queue: &mut Queue) {
     queue.go_to_previous_position();
+}
+
+/// Whether the driver has made a chain available that was not popped.
+///
+/// # Errors
+/// The available ring is not in guest memory.
+pub(crate) fn is_waiting(queue: &Queue, memory: &GuestMemoryMmap) -> Result<bool, ChainError> {
+    let available = queue
+        .avail_idx(memory, Ordering::Acquire)
+        .map_err(ChainError::Queue)?;
+    Ok(available.0 != queue.next_avail())
+}
+
+impl Activation {
+    /// Has [`super::device::VirtioDevice::queue_kicked`] called again once other devices had their turn.
+    pub(crate) fn kick_again(&self, queue: u16) {
+        if let Some(queue) = self.queues.iter().find(|active| active.index == queue) {
+            // Fails only when the counter is at its top, and then the kick is pending already.
+            let _ = queue.kick.write(1);
+        }
+    }
 }
 
 impl<'m> Buffers<'m> {

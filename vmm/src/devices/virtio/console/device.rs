@@ -1,0 +1,186 @@
+//! The device: chains of the transmit queue go to the output.
+
+use std::{io, os::fd::OwnedFd};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
+use virtio_queue::QueueT;
+use vm_memory::WriteVolatile;
+
+use super::super::{
+    chain::{self, Buffers},
+    device::{Activation, Broken, VirtioDevice},
+};
+
+/// Entries of each queue. The driver of Linux keeps one or two buffers in flight.
+const QUEUE_SIZE: u16 = 64;
+const QUEUE_SIZES: &[u16] = &[QUEUE_SIZE, QUEUE_SIZE];
+const TRANSMIT: u16 = 1;
+
+/// Chains served by one notification before the event loop turns to other devices.
+pub(crate) const CHAINS_PER_TURN_MAX: usize = 256;
+
+/// Why the device could not be made.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// The output's mode.
+    #[error("console output cannot be made non-blocking; give a pipe or socket that is open")]
+    Output(#[source] nix::Error),
+}
+
+/// The console.
+#[derive(Debug)]
+pub(crate) struct Console {
+    name: String,
+    output: OwnedFd,
+    reader_gone: bool,
+    active: Option<Activation>,
+    bytes_written: u64,
+    bytes_dropped: u64,
+}
+
+impl Console {
+    /// A console that writes to `output`.
+    ///
+    /// # Errors
+    /// `output` is no open descriptor.
+    pub(crate) fn new(name: String, output: OwnedFd) -> Result<Self, Error> {
+        let flags = fcntl(&output, FcntlArg::F_GETFL).map_err(Error::Output)?;
+        let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;
+        fcntl(&output, FcntlArg::F_SETFL(flags)).map_err(Error::Output)?;
+        Ok(Self {
+            name,
+            output,
+            reader_gone: false,
+            active: None,
+            bytes_written: 0,
+            bytes_dropped: 0,
+        })
+    }
+
+    fn broken(&self, reason: impl ToString) -> Broken {
+        Broken {
+            device: self.name(),
+            reason: reason.to_string(),
+        }
+    }
+
+    /// Writes what the output takes now, and drops the rest.
+    fn write(&mut self, text: &Buffers<'_>) {
+        for range in text.ranges() {
+            let mut rest = range.clone();
+            while !self.reader_gone && !rest.is_empty() {
+                let Some(count) = self.write_once(&rest) else {
+                    break;
+                };
+                self.bytes_written += count as u64;
+                rest = rest.offset(count).expect("at most what was given");
+            }
+            self.bytes_dropped += rest.len() as u64;
+        }
+    }
+
+    fn write_once(&mut self, range: &vm_memory::VolatileSlice<'_>) -> Option<usize> {
+        match self.output.write_volatile(range) {
+            Ok(count) if count > 0 => Some(count),
+            Ok(_) => None,
+            Err(vm_memory::VolatileMemoryError::IOError(error)) => match error.kind() {
+                io::ErrorKind::Interrupted => Some(0),
+                io::ErrorKind::WouldBlock => None,
+                _ => {
+                    self.reader_gone = true;
+                    None
+                }
+            },
+            Err(_) => None,
+        }
+    }
+
+    /// Serves the transmit queue; true when more than a turn's share is waiting.
+    fn transmit(&mut self, active: &mut Activation) -> Result<bool, Broken> {
+        let memory = active.memory.clone();
+        let Some(active_queue) = active.queues.iter_mut().find(|q| q.index == TRANSMIT) else {
+            return Ok(false);
+        };
+        let queue = &mut active_queue.queue;
+        let mut used_any = false;
+        for _ in 0..CHAINS_PER_TURN_MAX {
+            let Some(chain) = chain::pop(queue, &memory).map_err(|e| self.broken(e))? else {
+                if queue
+                    .enable_notification(&*memory)
+                    .map_err(|e| self.broken(e))?
+                {
+                    continue;
+                }
+                break;
+            };
+            if chain.writable.len() > 0 {
+                return Err(self.broken("transmit buffer is device-writable"));
+            }
+            self.write(&chain.readable);
+            queue
+                .add_used(&*memory, chain.head, 0)
+                .map_err(|e| self.broken(e))?;
+            used_any = true;
+        }
+        if used_any
+            && queue
+                .needs_notification(&*memory)
+                .map_err(|e| self.broken(e))?
+        {
+            active.interrupt.signal_queue(TRANSMIT);
+        }
+        chain::is_waiting(queue, &memory).map_err(|e| self.broken(e))
+    }
+}
+
+impl VirtioDevice for Console {
+    fn device_type(&self) -> u16 {
+        u16::try_from(VIRTIO_ID_CONSOLE).expect("device ids are small")
+    }
+
+    fn name(&self) -> String {
+        format!("virtio-console {}", self.name)
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), Broken> {
+        self.active = Some(activation);
+        self.queue_kicked(TRANSMIT)
+    }
+
+    fn queue_kicked(&mut self, queue: u16) -> Result<(), Broken> {
+        // Buffers of the receive queue stay with the device: nothing is ever sent to the guest.
+        let Some(mut active) = (queue == TRANSMIT).then(|| self.active.take()).flatten() else {
+            return Ok(());
+        };
+        let more = self.transmit(&mut active);
+        if more.as_ref().is_ok_and(|more| *more) {
+            active.kick_again(TRANSMIT);
+        }
+        self.active = Some(active);
+        more.map(drop)
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        vec![
+            ("bytes_written", self.bytes_written),
+            ("bytes_dropped", self.bytes_dropped),
+        ]
+    }
+}
