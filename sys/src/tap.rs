@@ -3,7 +3,7 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd, BorrowedFd},
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
 };
 
 /// The guest takes packets without a checksum.
@@ -26,6 +26,34 @@ pub struct TapKind {
     pub vnet_header: bool,
     /// Has several queues.
     pub multi_queue: bool,
+}
+
+/// Opens a queue of the tap `name` in the caller's network namespace, and makes the tap when there is none. It carries a
+/// virtio-net header and is non-blocking. This alone needs CAP_NET_ADMIN.
+///
+/// # Errors
+/// `/dev/net/tun` is missing, the name is too long, or the kernel refuses.
+pub fn open(name: &str, multi_queue: bool) -> io::Result<OwnedFd> {
+    use nix::fcntl::{OFlag, open};
+    let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let tap = open("/dev/net/tun", flags, nix::sys::stat::Mode::empty())?;
+    // SAFETY: all-zero bytes are a valid `ifreq`: integers and byte arrays.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // The last byte stays zero: the name's end.
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::Error::from_raw_os_error(libc::ENAMETOOLONG));
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = libc::c_char::from_ne_bytes([from]);
+    }
+    let mut kind = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    if multi_queue {
+        kind |= libc::IFF_MULTI_QUEUE;
+    }
+    request.ifr_ifru.ifru_flags = libc::c_short::try_from(kind).expect("all below 0x8000");
+    // SAFETY: TUNSETIFF reads and writes one `ifreq` at the pointer, which is valid for the call.
+    check(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) })?;
+    Ok(tap)
 }
 
 /// Reads what the descriptor is.
