@@ -1,6 +1,7 @@
 //! `node`: builds the test node's components, boots it, runs commands in it.
 
 use std::io::{Read, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
@@ -75,6 +76,9 @@ struct NodeArguments {
     /// Devices behind an IOMMU: nvme, virtio-blk, virtio-gpu.
     #[arg(long)]
     device: Vec<String>,
+    /// Keep the folder of logs and results (RESULTS in the node) even when the command succeeds.
+    #[arg(long)]
+    keep: bool,
     /// containerd to start: 2.3 or 1.7.
     #[arg(long, default_value = "2.3")]
     containerd: String,
@@ -99,14 +103,24 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Run { node, line } => {
             deps::ensure(&[Group::Demo])?;
             let (booted, environment) = boot(&node)?;
-            stream(booted, line_command(&line, &environment))
+            let results = booted.results().to_path_buf();
+            stream(
+                booted,
+                &line_command(&line, &environment, &results),
+                node.keep,
+            )
         }
         Verb::KubeRun { node, line } => {
             deps::ensure(&[Group::Demo, Group::Kube])?;
             let (booted, mut environment) = boot(&node)?;
             let kubernetes = booted.kubernetes()?;
             environment.env.extend(kubernetes.kubectl().env);
-            stream(booted, line_command(&line, &environment))
+            let results = booted.results().to_path_buf();
+            stream(
+                booted,
+                &line_command(&line, &environment, &results),
+                node.keep,
+            )
         }
         Verb::Shell { node } => {
             deps::ensure(&[Group::Demo])?;
@@ -175,9 +189,11 @@ fn boot(arguments: &NodeArguments) -> Result<(Node, Command)> {
     Ok((node, environment))
 }
 
-fn line_command(line: &[String], environment: &Command) -> Command {
+fn line_command(line: &[String], environment: &Command, results: &Path) -> Command {
     let mut command = Command::new("bash").args(["-c", &line.join(" ")]);
     command.env.clone_from(&environment.env);
+    let folder = results.display().to_string();
+    command.env.insert("RESULTS".to_owned(), folder);
     command
         .env
         .insert("CONTAINERD_NAMESPACE".to_owned(), "k8s.io".to_owned());
@@ -185,9 +201,22 @@ fn line_command(line: &[String], environment: &Command) -> Command {
 }
 
 /// Runs the command with its output on ours, and powers the node off.
-fn stream(node: Node, command: Command) -> Result<ExitCode> {
-    let output = node.run_with(&command, None, Some(Box::new(print)))?;
-    node.power_off()?;
+fn stream(node: Node, command: &Command, keep: bool) -> Result<ExitCode> {
+    let output = node.run_with(command, None, Some(Box::new(print)))?;
+    let results = node.results().to_path_buf();
+    if output.exit.success() && !keep {
+        node.power_off()?;
+        std::fs::remove_dir_all(&results)
+            .with_context(|| format!("cannot remove {}", results.display()))?;
+    } else {
+        node.collect(&results)?;
+        eprintln!(
+            "node: {}; logs and results are in {}",
+            output.exit,
+            results.display()
+        );
+        node.power_off()?;
+    }
     Ok(exit_code(&output.exit))
 }
 
@@ -202,9 +231,6 @@ fn print(kind: Kind, bytes: &[u8]) {
 }
 
 fn exit_code(exit: &Exit) -> ExitCode {
-    if !matches!(exit, Exit::Code(_)) {
-        eprintln!("node: the command {exit}");
-    }
     ExitCode::from(u8::try_from(exit.status() & 0xff).unwrap_or(u8::MAX))
 }
 
@@ -232,7 +258,7 @@ impl Drop for RawTerminal {
 /// An interactive shell; `script` gives it a terminal of its own in the node.
 fn shell(node: Node, environment: &Command) -> Result<ExitCode> {
     let terminal = RawTerminal::new()?;
-    let mut command = line_command(&[], environment);
+    let mut command = line_command(&[], environment, node.results());
     command.argv = ["script", "-qefc", "bash -i", "/dev/null"]
         .map(str::to_owned)
         .to_vec();

@@ -13,6 +13,9 @@ const READY_TIMEOUT_S: u64 = 240;
 /// What crictl waits for an answer; its own default of 2 s is less than a pod takes here.
 const CRICTL_TIMEOUT: &str = "120s";
 
+/// crictl's defaults in the node, for commands that a person types.
+const CRICTL_CONFIG: &str = "/etc/crictl.yaml";
+
 /// Where CNI's configuration is.
 const CNI_FOLDER: &str = "/etc/cni/net.d";
 
@@ -126,6 +129,11 @@ impl Containerd {
             &format!("{CERTS_FOLDER}/_default/hosts.toml"),
             hosts.as_bytes(),
         )?;
+        let crictl = format!(
+            "runtime-endpoint: unix://{}\ntimeout: 120\n",
+            containerd.socket()
+        );
+        node.write(CRICTL_CONFIG, crictl.as_bytes())?;
         // Its own shim for runc comes first in its PATH.
         let search = node.shell("echo -n $PATH")?;
         let program = folder.join("containerd").to_string_lossy().into_owned();

@@ -11,15 +11,15 @@ const COLUMNS_MAX: usize = 100;
 /// Longest file without a `//!` header.
 const LINES_WITHOUT_HEADER_MAX: usize = 50;
 
-/// Whether `word` stands in `line` with no letter, digit or underscore beside it.
-fn has_word(line: &str, word: &str) -> bool {
-    let is_part = |c: char| c.is_alphanumeric() || c == '_';
-    line.match_indices(word).any(|(start, _)| {
-        let before = line[..start].chars().next_back();
-        let after = line[start + word.len()..].chars().next();
-        !before.is_some_and(is_part) && !after.is_some_and(is_part)
-    })
-}
+/// How unsafe code begins, after rustfmt.
+const UNSAFE_OPENINGS: &[&str] = &[
+    "unsafe {",
+    "unsafe fn",
+    "unsafe impl",
+    "unsafe extern",
+    "unsafe trait",
+    "#[unsafe(",
+];
 
 /// Applies `check` to each production line of each Rust file that `wanted` accepts.
 fn forbid(
@@ -46,7 +46,10 @@ fn unsafe_in_sys_only() {
             continue;
         }
         for (number, line) in file.lines() {
-            if has_word(code(line), "unsafe") {
+            if UNSAFE_OPENINGS
+                .iter()
+                .any(|opening| code(line).contains(opening))
+            {
                 let what = "unsafe code: give it a safe wrapper in a module of `sys`";
                 violations.push((file.path.clone(), number, what.to_owned()));
             }

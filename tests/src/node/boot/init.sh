@@ -6,7 +6,9 @@ $B mount -t proc proc /proc
 $B mount -t sysfs sys /sys
 $B mount -t devtmpfs dev /dev
 for module in $($B cat /modules/order); do
-	$B insmod "/modules/$module" 2>/dev/null || skipped="$skipped $module"
+	# Modules that bring devices of their own when they load.
+	case $module in dummy.ko) options=numdummies=0 ;; ifb.ko) options=numifbs=0 ;; *) options= ;; esac
+	$B insmod "/modules/$module" $options 2>/dev/null || skipped="$skipped $module"
 done
 echo "node: modules not loaded:${skipped:- none}"
 $B mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro root /lower

@@ -39,6 +39,12 @@ pub struct Started {
     pub ended: Box<dyn FnOnce() -> String + Send>,
 }
 
+impl std::fmt::Debug for Started {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Started").finish_non_exhaustive()
+    }
+}
+
 /// A child process kept by a thread of its own.
 ///
 /// The signal that ends a child with its parent is bound to the *thread* that started it

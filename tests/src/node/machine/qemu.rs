@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -82,6 +82,7 @@ pub fn start(builder: &Builder, boot: &BootFiles, results: &Path) -> Result<Star
 /// Why QEMU is gone, in one line.
 fn explain(kept: &Kept, results: &Path) -> String {
     let status = kept.wait(EXIT_STATUS_TIMEOUT);
+    let failed = status.is_some_and(|status| status.code().is_some_and(|code| code != 0));
     let status = status.map_or_else(|| "its channel closed".to_owned(), |s| s.to_string());
     let last_line = |name: &str| {
         let bytes = std::fs::read(results.join(name)).unwrap_or_default();
@@ -89,9 +90,8 @@ fn explain(kept: &Kept, results: &Path) -> String {
         let line = text.lines().rev().find(|line| !line.trim().is_empty());
         line.map(|line| line.trim().to_owned())
     };
-    let said = last_line(QEMU_LOG)
-        .or_else(|| last_line(SERIAL_LOG))
-        .unwrap_or_default();
+    // QEMU's own log is full of notes on what TCG lacks; its last line counts when it failed.
+    let said = last_line(if failed { QEMU_LOG } else { SERIAL_LOG }).unwrap_or_default();
     format!(
         "the node ended ({status}): {said}: see {}",
         results.join(SERIAL_LOG).display()
