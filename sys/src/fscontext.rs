@@ -53,8 +53,8 @@ impl FsContext {
     pub fn mount(&self, attributes: u64) -> io::Result<DetachedMount> {
         self.configure(libc::FSCONFIG_CMD_CREATE, None, None)?;
         // The attributes all lie in the lower half (uapi/linux/mount.h), and the call takes an unsigned int.
-        let attributes = u32::try_from(attributes)
-            .map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+        let attributes =
+            u32::try_from(attributes).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
         // SAFETY: takes numbers only; the descriptor is open as long as `self` lives.
         let result = unsafe {
             libc::syscall(
@@ -75,7 +75,11 @@ impl FsContext {
         let text = String::from_utf8_lossy(&buffer[..length]);
         // Each message begins with its severity: "e overlay: No changes allowed".
         let text = text.trim_end();
-        Some(text.split_once(' ').map_or(text, |(_, rest)| rest).to_owned())
+        Some(
+            text.split_once(' ')
+                .map_or(text, |(_, rest)| rest)
+                .to_owned(),
+        )
     }
 
     fn configure(
@@ -112,15 +116,18 @@ impl DetachedMount {
     /// # Errors
     /// The kernel's.
     pub fn clone_of(path: BorrowedFd<'_>, recursive: bool) -> io::Result<Self> {
-        let recursion = if recursive { libc::AT_RECURSIVE.cast_unsigned() } else { 0 };
+        let recursion = if recursive {
+            libc::AT_RECURSIVE.cast_unsigned()
+        } else {
+            0
+        };
         let flags = libc::OPEN_TREE_CLONE
             | libc::OPEN_TREE_CLOEXEC
             | libc::AT_EMPTY_PATH.cast_unsigned()
             | recursion;
         // SAFETY: the descriptor is borrowed for the call, and the path is a static empty string.
-        let result = unsafe {
-            libc::syscall(libc::SYS_open_tree, path.as_raw_fd(), c"".as_ptr(), flags)
-        };
+        let result =
+            unsafe { libc::syscall(libc::SYS_open_tree, path.as_raw_fd(), c"".as_ptr(), flags) };
         Ok(Self(owned(result)?))
     }
 
@@ -129,8 +136,12 @@ impl DetachedMount {
     /// # Errors
     /// The kernel's.
     pub fn set_attributes(&self, set: u64, clear: u64, recursive: bool) -> io::Result<()> {
-        let attributes =
-            libc::mount_attr { attr_set: set, attr_clr: clear, propagation: 0, userns_fd: 0 };
+        let attributes = libc::mount_attr {
+            attr_set: set,
+            attr_clr: clear,
+            propagation: 0,
+            userns_fd: 0,
+        };
         let recursion = if recursive { libc::AT_RECURSIVE } else { 0 };
         // SAFETY: the structure lives on this stack through the call and its true size is given.
         let result = unsafe {

@@ -32,8 +32,11 @@ pub fn add_entropy(device: &File, seed: &[u8]) -> io::Result<()> {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
     let length = i32::try_from(seed.len()).map_err(io::Error::other)?;
-    let mut info =
-        PoolInfo { entropy_bits: length * 8, size_bytes: length, bytes: [0; ENTROPY_BYTES_MAX] };
+    let mut info = PoolInfo {
+        entropy_bits: length * 8,
+        size_bytes: length,
+        bytes: [0; ENTROPY_BYTES_MAX],
+    };
     info.bytes[..seed.len()].copy_from_slice(seed);
     // SAFETY: the kernel reads the two numbers and then `size_bytes` bytes, all inside `info`, which lives through the
     // call; a `PoolInfo` begins with the two numbers that the request's type names.
@@ -46,7 +49,12 @@ pub fn add_entropy(device: &File, seed: &[u8]) -> io::Result<()> {
 /// # Errors
 /// The kernel's.
 pub fn set_terminal_size(terminal: BorrowedFd<'_>, columns: u16, rows: u16) -> io::Result<()> {
-    let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    let size = libc::winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
     // SAFETY: the kernel reads one `winsize`, which lives through the call.
     unsafe { ioctls::set_window_size(terminal.as_raw_fd(), &raw const size) }?;
     Ok(())

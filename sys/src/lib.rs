@@ -8,6 +8,7 @@ pub mod process;
 
 pub mod fscontext;
 pub mod guest;
+pub mod disk_io;
 pub mod guest_io;
 pub mod tap;
 pub mod vhost_net;

@@ -1,0 +1,311 @@
+//! The way to the host: dials once, says hello, serves requests on that connection and streams on a port.
+//!
+//! ```text
+//! dial (2, AGENT_PORT) ── Hello ── rest of the set-up ── ttrpc requests ──(host gone)── power off
+//! listen STREAM_PORT ──── one task a connection: header, then a process's stream or a forwarded port
+//! ```
+//!
+//! A vsock socket is read, written and shut down by the calls of a unix stream socket, so both transports are one type
+//! after their set-up. Only connections from the host ([`HOST_CID`]) are accepted: a container that can make vsock sockets
+//! is turned away before a byte of it is read.
+
+use std::{
+    io,
+    os::{
+        fd::OwnedFd,
+        unix::net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream},
+    },
+    path::PathBuf,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use pericarp_protocol::{
+    AGENT_PORT, GUEST_PROTOCOL_MAJOR, GUEST_PROTOCOL_MINOR, STREAM_PORT, guest::Hello, guest_ttrpc,
+    limits::HELLO_BYTES_MAX,
+};
+use protobuf::Message as _;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, unix::AsyncFd},
+    net::UnixStream,
+    sync::{Semaphore, oneshot},
+    time::timeout,
+};
+use ttrpc::asynchronous::{Server, transport::Listener};
+
+use crate::{
+    files,
+    init::{self, Options},
+    log,
+    pod::Pod,
+    rpc::Service,
+};
+
+/// vsock context of the host (vsock(7)).
+const HOST_CID: u32 = 2;
+
+/// Connections to the stream port that are in their header or forward a port. Those of processes are counted by
+/// `STREAMS_PENDING_MAX` and the number of processes.
+const STREAM_TASKS_MAX: usize = 1024;
+
+/// How long the answer to a power-off may travel.
+const ANSWER_WAIT: Duration = Duration::from_millis(200);
+
+/// Why the host cannot be reached or spoken to.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConnectionError {
+    /// Nobody answered.
+    #[error("cannot connect to the host at {address}")]
+    Dial {
+        /// Port or path.
+        address: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The stream port cannot be had.
+    #[error("cannot listen for streams at {address}")]
+    Listen {
+        /// Port or path.
+        address: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The hello could not be written.
+    #[error("cannot say hello to the host")]
+    Hello(#[source] io::Error),
+    /// The hello outgrew its bound: a fault of the agent.
+    #[error("the hello has {0} bytes, more than {HELLO_BYTES_MAX}")]
+    HelloTooLong(usize),
+    /// The request server could not start.
+    #[error("cannot serve requests")]
+    Serve(#[source] ttrpc::Error),
+    /// The kernel refused what the agent needs.
+    #[error("cannot set up the agent")]
+    SetUp(#[source] io::Error),
+}
+
+/// Dials the host and serves it until it goes away.
+pub(crate) async fn serve(options: Options, started_us: u64) -> Result<(), ConnectionError> {
+    let streams = StreamListener::new(&options)?;
+    let mut host = dial(&options)?;
+    say_hello(&mut host, started_us).await?;
+    init::set_up(&options);
+
+    let pod = Arc::new(Pod::new(options.clone()).map_err(ConnectionError::SetUp)?);
+    tokio::spawn(Arc::clone(&pod.reaper).run());
+    tokio::spawn({
+        let pod = Arc::clone(&pod);
+        async move { pod.oom.run().await }
+    });
+    tokio::spawn(accept_streams(streams, Arc::clone(&pod)));
+
+    let (gone, host_gone) = oneshot::channel();
+    let host = HostConnection {
+        stream: host,
+        gone: Some(gone),
+    };
+    let service = guest_ttrpc::create_agent(Arc::new(Service::new(Arc::clone(&pod))));
+    let mut server = Server::new()
+        .add_listener(Listener::new(futures::stream::iter([Ok(host)])))
+        .register_service(service);
+    server.start().await.map_err(ConnectionError::Serve)?;
+    wait_for_the_end(&pod, host_gone).await;
+    pod.power_off();
+    Ok(())
+}
+
+/// Returns when the guest shall end: the host asked for it, or is gone.
+async fn wait_for_the_end(pod: &Pod, mut host_gone: oneshot::Receiver<()>) {
+    tokio::select! {
+        // Whichever way the sender goes, the host is gone.
+        _ = &mut host_gone => pod.end_everything().await,
+        () = pod.powering_off.notified() => {
+            // Everything has ended; the host hangs up once it has read its answer.
+            let _ = timeout(ANSWER_WAIT, host_gone).await;
+        }
+    }
+}
+
+fn dial(options: &Options) -> Result<UnixStream, ConnectionError> {
+    let (address, stream) = match options {
+        Options::Guest => (
+            format!("vsock {HOST_CID}:{AGENT_PORT}"),
+            pericarp_sys::vsock::connect_to(HOST_CID, AGENT_PORT).map(StdUnixStream::from),
+        ),
+        Options::Developer { socket, .. } => {
+            (socket.display().to_string(), StdUnixStream::connect(socket))
+        }
+    };
+    stream
+        .and_then(|stream| {
+            stream.set_nonblocking(true)?;
+            UnixStream::from_std(stream)
+        })
+        .map_err(|source| ConnectionError::Dial { address, source })
+}
+
+async fn say_hello(host: &mut UnixStream, started_us: u64) -> Result<(), ConnectionError> {
+    let hello = Hello {
+        protocol_major: GUEST_PROTOCOL_MAJOR,
+        protocol_minor: GUEST_PROTOCOL_MINOR,
+        agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+        kernel_release: kernel_release(),
+        started_us,
+        ready_us: init::boot_time_us(),
+        features: features(),
+        ..Default::default()
+    };
+    let body = hello
+        .write_to_bytes()
+        .map_err(|error| ConnectionError::Hello(io::Error::other(error)))?;
+    let length = u32::try_from(body.len())
+        .ok()
+        .filter(|_| body.len() <= HELLO_BYTES_MAX)
+        .ok_or(ConnectionError::HelloTooLong(body.len()))?;
+    let mut frame = length.to_le_bytes().to_vec();
+    frame.extend_from_slice(&body);
+    host.write_all(&frame).await.map_err(ConnectionError::Hello)
+}
+
+/// The running kernel's release.
+pub(crate) fn kernel_release() -> String {
+    files::read("/proc/sys/kernel/osrelease")
+        .map(|text| text.trim_end().to_owned())
+        .unwrap_or_default()
+}
+
+/// What this kernel and image have that another might lack.
+fn features() -> Vec<String> {
+    let mut features = Vec::new();
+    if files::read("/sys/module/apparmor/parameters/enabled")
+        .is_ok_and(|text| text.starts_with('Y'))
+    {
+        features.push("apparmor".to_owned());
+    }
+    if crate::storage::format_program("ext4").is_some() {
+        features.push("format-ext4".to_owned());
+    }
+    features
+}
+
+/// The request connection, which tells when it ends.
+struct HostConnection {
+    stream: UnixStream,
+    gone: Option<oneshot::Sender<()>>,
+}
+
+impl AsyncRead for HostConnection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let result = Pin::new(&mut self.stream).poll_read(context, buffer);
+        let ended = match &result {
+            Poll::Ready(Ok(())) => buffer.filled().len() == before && buffer.remaining() > 0,
+            Poll::Ready(Err(_)) => true,
+            Poll::Pending => false,
+        };
+        if ended && let Some(gone) = self.gone.take() {
+            // Nobody listens when the agent is ending already.
+            let _ = gone.send(());
+        }
+        result
+    }
+}
+
+impl AsyncWrite for HostConnection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+/// Where streams arrive.
+enum StreamListener {
+    Vsock(AsyncFd<OwnedFd>),
+    Unix(tokio::net::UnixListener),
+}
+
+impl StreamListener {
+    fn new(options: &Options) -> Result<Self, ConnectionError> {
+        match options {
+            Options::Guest => pericarp_sys::vsock::listen_on(STREAM_PORT)
+                .and_then(files::watch)
+                .map(Self::Vsock)
+                .map_err(|source| ConnectionError::Listen {
+                    address: format!("vsock port {STREAM_PORT}"),
+                    source,
+                }),
+            Options::Developer { streams, .. } => {
+                listen_unix(streams)
+                    .map(Self::Unix)
+                    .map_err(|source| ConnectionError::Listen {
+                        address: streams.display().to_string(),
+                        source,
+                    })
+            }
+        }
+    }
+
+    async fn accept(&self) -> io::Result<UnixStream> {
+        match self {
+            Self::Unix(listener) => Ok(listener.accept().await?.0),
+            Self::Vsock(listener) => loop {
+                let accept = |fd: &OwnedFd| pericarp_sys::vsock::accept_from(fd);
+                let (socket, cid) = listener
+                    .async_io(tokio::io::Interest::READABLE, accept)
+                    .await?;
+                if cid == HOST_CID {
+                    return UnixStream::from_std(StdUnixStream::from(socket));
+                }
+                log::warn(format_args!("refused a stream from vsock context {cid}"));
+            },
+        }
+    }
+}
+
+fn listen_unix(path: &PathBuf) -> io::Result<tokio::net::UnixListener> {
+    let listener = StdUnixListener::bind(path)?;
+    listener.set_nonblocking(true)?;
+    tokio::net::UnixListener::from_std(listener)
+}
+
+async fn accept_streams(listener: StreamListener, pod: Arc<Pod>) {
+    let room = Arc::new(Semaphore::new(STREAM_TASKS_MAX));
+    loop {
+        let Ok(permit) = Arc::clone(&room).acquire_owned().await else {
+            return;
+        };
+        match listener.accept().await {
+            Ok(stream) => {
+                let streams = Arc::clone(&pod.streams);
+                tokio::spawn(async move {
+                    streams.serve(stream).await;
+                    drop(permit);
+                });
+            }
+            Err(error) => {
+                log::warn(format_args!("cannot accept a stream: {error}"));
+                // Out of descriptors, most likely: let others run and give some back first.
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+}

@@ -1,0 +1,413 @@
+//! Devices of the machine as sysfs shows them: PCI functions, the block devices on them, vCPUs and memory blocks.
+//!
+//! Hot-plug needs no ACPI here: the host adds a function and asks for a rescan of the bus, or asks for a function's removal
+//! and then takes it away. Waiting for a device means waiting for the kernel's uevent, with [`DEVICE_WAIT`] as its bound.
+
+use std::{
+    fs, io,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{
+        AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
+    },
+};
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType};
+
+use crate::files;
+
+/// How long a device that the host added may take to appear.
+const DEVICE_WAIT: Duration = Duration::from_secs(10);
+
+/// Largest uevent in bytes (`UEVENT_BUFFER_SIZE` of the kernel, and its header).
+const UEVENT_BYTES_MAX: usize = 4096;
+
+/// Entries of one directory of sysfs that are looked at.
+const ENTRIES_MAX: usize = 65536;
+
+/// Deepest directory beneath a PCI function in sysfs.
+const DEPTH_MAX: usize = 12;
+
+/// Why a device cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DeviceError {
+    /// Not an address.
+    #[error("{field}: {text:?} is no PCI address such as \"0000:00:05.0\"")]
+    Address {
+        /// Of the request.
+        field: &'static str,
+        /// What stands there.
+        text: String,
+    },
+    /// No such function.
+    #[error("no PCI function {0} in the guest")]
+    Unknown(PciAddress),
+    /// It did not appear in time.
+    #[error("no {what} appeared on PCI function {address} within {} seconds", DEVICE_WAIT.as_secs())]
+    Missing {
+        /// "block device", "partition 2".
+        what: String,
+        /// Where.
+        address: PciAddress,
+    },
+    /// A file of sysfs cannot be read or written.
+    #[error("cannot use {path}")]
+    Kernel {
+        /// The file.
+        path: PathBuf,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Domain, bus, device and function, as sysfs writes them. Holding one proves the form, not that the function exists.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct PciAddress(String);
+
+impl PciAddress {
+    /// Parses "0000:00:05.0" from the field `field` of a request.
+    pub(crate) fn parse(field: &'static str, text: &str) -> Result<Self, DeviceError> {
+        let bytes = text.as_bytes();
+        let well_formed = bytes.len() == 12
+            && bytes.iter().enumerate().all(|(index, byte)| match index {
+                4 | 7 => *byte == b':',
+                10 => *byte == b'.',
+                11 => (b'0'..=b'7').contains(byte),
+                _ => byte.is_ascii_digit() || (b'a'..=b'f').contains(byte),
+            });
+        if !well_formed {
+            return Err(DeviceError::Address {
+                field,
+                text: text.to_owned(),
+            });
+        }
+        Ok(Self(text.to_owned()))
+    }
+
+    fn directory(&self) -> PathBuf {
+        Path::new("/sys/bus/pci/devices").join(&self.0)
+    }
+}
+
+impl std::fmt::Display for PciAddress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Lets the kernel look for new functions. Answers all that are there.
+pub(crate) fn rescan() -> Result<Vec<PciAddress>, DeviceError> {
+    write("/sys/bus/pci/rescan", "1")?;
+    let mut addresses: Vec<PciAddress> = names("/sys/bus/pci/devices")?
+        .into_iter()
+        .filter_map(|name| PciAddress::parse("", &name).ok())
+        .collect();
+    addresses.sort();
+    Ok(addresses)
+}
+
+/// Lets the kernel give a function up; the host may take it away afterwards.
+pub(crate) fn remove(address: &PciAddress) -> Result<(), DeviceError> {
+    let file = address.directory().join("remove");
+    if !file.exists() {
+        return Err(DeviceError::Unknown(address.clone()));
+    }
+    write(file, "1")
+}
+
+/// A block device of the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct BlockNode {
+    /// Beneath `/dev`.
+    pub(crate) path: PathBuf,
+    /// Its number.
+    pub(crate) major: u64,
+    /// Its number within that.
+    pub(crate) minor: u64,
+}
+
+/// The disk on a function, or its partition when `partition` is not 0. Waits until it is there.
+pub(crate) fn block_device(address: &PciAddress, partition: u32) -> Result<BlockNode, DeviceError> {
+    let uevents = Uevents::new()?;
+    let deadline = Instant::now() + DEVICE_WAIT;
+    if !address.directory().exists() {
+        write("/sys/bus/pci/rescan", "1")?;
+    }
+    loop {
+        if let Some(node) = find_block_device(address, partition)? {
+            return Ok(node);
+        }
+        if !uevents.wait(deadline)? {
+            let what = match partition {
+                0 => "block device".to_owned(),
+                number => format!("partition {number}"),
+            };
+            return Err(DeviceError::Missing {
+                what,
+                address: address.clone(),
+            });
+        }
+    }
+}
+
+fn find_block_device(
+    address: &PciAddress,
+    partition: u32,
+) -> Result<Option<BlockNode>, DeviceError> {
+    let class = Path::new("/sys/class/block");
+    let mut found: Vec<String> = Vec::new();
+    for name in names(class)? {
+        // ../../devices/pci0000:00/0000:00:05.0/virtio3/block/vda[/vda1]
+        let Ok(target) = fs::read_link(class.join(&name)) else {
+            continue;
+        };
+        let on_function = target
+            .components()
+            .any(|part| part.as_os_str() == address.0.as_str());
+        let number = files::read(class.join(&name).join("partition"))
+            .ok()
+            .and_then(|text| text.trim().parse().ok())
+            .unwrap_or(0);
+        if on_function && number == partition {
+            found.push(name);
+        }
+    }
+    // A controller with several disks: its first.
+    found.sort();
+    let Some(name) = found.into_iter().next() else {
+        return Ok(None);
+    };
+    let path = Path::new("/dev").join(&name);
+    let number_file = class.join(&name).join("dev");
+    let text = files::read(&number_file).map_err(|source| DeviceError::Kernel {
+        path: number_file,
+        source,
+    })?;
+    Ok(parse_number(&text).map(|(major, minor)| BlockNode { path, major, minor }))
+}
+
+/// Every device node of a function, as entries for a container's `/dev`.
+pub(crate) fn nodes(address: &PciAddress) -> Result<Vec<LinuxDevice>, DeviceError> {
+    let directory = address.directory();
+    let root = fs::canonicalize(&directory).map_err(|_| DeviceError::Unknown(address.clone()))?;
+    let mut nodes = Vec::new();
+    let mut left = vec![(root, 0)];
+    while let Some((directory, depth)) = left.pop() {
+        if let Some(node) = node_of(&directory) {
+            nodes.push(node);
+        }
+        for name in names(&directory)? {
+            let path = directory.join(name);
+            // Links lead to other devices; what belongs to this one lies beneath it.
+            let is_directory =
+                fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.file_type().is_dir());
+            if is_directory && depth < DEPTH_MAX {
+                left.push((path, depth + 1));
+            }
+        }
+    }
+    Ok(nodes)
+}
+
+fn node_of(directory: &Path) -> Option<LinuxDevice> {
+    let (major, minor) = parse_number(&files::read(directory.join("dev")).ok()?)?;
+    let uevent = files::read(directory.join("uevent")).ok()?;
+    let name = uevent
+        .lines()
+        .find_map(|line| line.strip_prefix("DEVNAME="))?;
+    let subsystem = fs::read_link(directory.join("subsystem")).ok()?;
+    let kind = if subsystem.ends_with("block") {
+        LinuxDeviceType::B
+    } else {
+        LinuxDeviceType::C
+    };
+    LinuxDeviceBuilder::default()
+        .path(Path::new("/dev").join(name))
+        .typ(kind)
+        .major(i64::try_from(major).ok()?)
+        .minor(i64::try_from(minor).ok()?)
+        .file_mode(0o666u32)
+        .uid(0u32)
+        .gid(0u32)
+        .build()
+        .ok()
+}
+
+fn parse_number(text: &str) -> Option<(u64, u64)> {
+    let (major, minor) = text.trim().split_once(':')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// vCPUs and memory that are online.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Online {
+    /// vCPUs.
+    pub(crate) vcpus: u32,
+    /// Memory in all.
+    pub(crate) memory_bytes: u64,
+}
+
+/// Brings vCPUs to `vcpus` (0: leaves them) and all memory online, as far as the kernel allows.
+pub(crate) fn online(vcpus: u32, memory: bool) -> Result<Online, DeviceError> {
+    if vcpus != 0 {
+        online_vcpus(vcpus)?;
+    }
+    if memory {
+        let blocks = Path::new("/sys/devices/system/memory");
+        for name in names(blocks).unwrap_or_default() {
+            let state = blocks.join(&name).join("state");
+            if files::read(&state).is_ok_and(|text| text.trim() == "offline") {
+                // What the kernel refuses shows in the answer.
+                let _ = files::write(&state, "online");
+            }
+        }
+    }
+    let online = "/sys/devices/system/cpu/online";
+    let text = files::read(online).map_err(|source| DeviceError::Kernel {
+        path: online.into(),
+        source,
+    })?;
+    let memory = crate::stats::memory_total_and_available();
+    Ok(Online {
+        vcpus: count_list(&text),
+        memory_bytes: memory.0,
+    })
+}
+
+/// vCPU 0 has no `online` file and is always online; the others are taken in order of their number.
+fn online_vcpus(wanted: u32) -> Result<(), DeviceError> {
+    let directory = Path::new("/sys/devices/system/cpu");
+    let mut present: Vec<(u32, PathBuf)> = names(directory)?
+        .into_iter()
+        .filter_map(|name| {
+            let number = name.strip_prefix("cpu")?.parse().ok()?;
+            Some((number, directory.join(name).join("online")))
+        })
+        .filter(|(number, file)| *number != 0 && file.exists())
+        .collect();
+    present.sort();
+    for (position, (_, file)) in present.iter().enumerate() {
+        // Position 0 is the second vCPU.
+        let shall = u32::try_from(position).is_ok_and(|position| position + 1 < wanted);
+        let is = files::read(file).is_ok_and(|text| text.trim() == "1");
+        if shall != is {
+            // What the kernel refuses shows in the answer.
+            let _ = files::write(file, if shall { "1" } else { "0" });
+        }
+    }
+    Ok(())
+}
+
+/// How many numbers a list such as "0-3,6" holds.
+fn count_list(text: &str) -> u32 {
+    text.trim()
+        .split(',')
+        .filter_map(|range| {
+            let (first, last) = range.split_once('-').unwrap_or((range, range));
+            let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);
+            last.checked_sub(first)?.checked_add(1)
+        })
+        .sum()
+}
+
+/// The kernel's announcements of devices that come and go.
+#[derive(Debug)]
+struct Uevents(OwnedFd);
+
+impl Uevents {
+    fn new() -> Result<Self, DeviceError> {
+        let make = || -> nix::Result<OwnedFd> {
+            let fd = socket(
+                AddressFamily::Netlink,
+                SockType::Datagram,
+                SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+                SockProtocol::NetlinkKObjectUEvent,
+            )?;
+            // Group 1 is the kernel itself.
+            bind(fd.as_raw_fd(), &NetlinkAddr::new(0, 1))?;
+            Ok(fd)
+        };
+        make().map(Self).map_err(|error| DeviceError::Kernel {
+            path: "the uevent socket".into(),
+            source: error.into(),
+        })
+    }
+
+    /// Waits until anything is announced; `false` when the deadline has passed.
+    fn wait(&self, deadline: Instant) -> Result<bool, DeviceError> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left.as_millis()).unwrap_or(PollTimeout::MAX);
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        let ready = match poll(&mut fds, timeout) {
+            Ok(ready) => ready,
+            Err(nix::Error::EINTR) => return Ok(true),
+            Err(error) => {
+                return Err(DeviceError::Kernel {
+                    path: "the uevent socket".into(),
+                    source: error.into(),
+                });
+            }
+        };
+        let mut buffer = [0; UEVENT_BYTES_MAX];
+        // What it says does not matter: the caller looks again. ENOBUFS means that much was said.
+        while recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty()).is_ok() {}
+        Ok(ready > 0)
+    }
+}
+
+fn write(path: impl AsRef<Path>, value: &str) -> Result<(), DeviceError> {
+    files::write(&path, value).map_err(|source| DeviceError::Kernel {
+        path: path.as_ref().to_owned(),
+        source,
+    })
+}
+
+fn names(directory: impl AsRef<Path>) -> Result<Vec<String>, DeviceError> {
+    let directory = directory.as_ref();
+    let entries = fs::read_dir(directory).map_err(|source| DeviceError::Kernel {
+        path: directory.to_owned(),
+        source,
+    })?;
+    Ok(entries
+        .take(ENTRIES_MAX)
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_form_of_sysfs_is_an_address() {
+        assert!(PciAddress::parse("f", "0000:00:1f.7").is_ok());
+        for text in [
+            "",
+            "00:05.0",
+            "0000:00:05.8",
+            "0000:00:05.0/",
+            "../../../etc",
+            "0000:00:0G.0",
+        ] {
+            assert!(PciAddress::parse("f", text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn lists_of_the_kernel_are_counted() {
+        for (text, count) in [
+            ("0\n", 1),
+            ("0-3,6\n", 5),
+            ("\n", 0),
+            ("3-1", 0),
+            ("0-4294967295", 0),
+        ] {
+            assert_eq!(count_list(text), count, "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! The pod: everything that requests share.
+//!
+//! ```text
+//! Pod ─┬─ containers: name -> Contained ─┬─ container  (namespaces, cgroup)
+//!      │                                 ├─ init       Process
+//!      │                                 ├─ execs: name -> Executed ── Process
+//!      │                                 └─ storages
+//!      ├─ storages of the sandbox, by mount point
+//!      └─ sandbox: shared PID namespace
+//! ```
+//!
+//! One thread runs all tasks. What blocks in the kernel runs on a thread of its own ([`blocking`]) and takes a container's
+//! lock only there; no lock is held across an await.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+    time::Duration,
+};
+
+use pericarp_protocol::limits::{CONTAINERS_MAX, EXECS_MAX};
+use tokio::{sync::Notify, time::timeout};
+
+use crate::{
+    container::{Container, Exec},
+    errors::RpcError,
+    events::Events,
+    files, init,
+    init::Options,
+    log,
+    oom::OomWatch,
+    pod_init::PodInit,
+    process::Process,
+    reaper::Reaper,
+    storage,
+    streams::Streams,
+    table::Table,
+};
+
+/// Storages of the sandbox itself.
+const SANDBOX_STORAGES_MAX: usize = 1024;
+
+/// How long killed processes may take to end before the guest is powered off all the same.
+const END_WAIT: Duration = Duration::from_secs(5);
+
+/// The cgroup above those of the containers.
+const POD_CGROUP: &str = "/sys/fs/cgroup/pod";
+
+/// What requests share.
+#[derive(Debug)]
+pub(crate) struct Pod {
+    pub(crate) options: Options,
+    pub(crate) reaper: Arc<Reaper>,
+    pub(crate) streams: Arc<Streams>,
+    pub(crate) events: Arc<Events>,
+    pub(crate) oom: OomWatch,
+    pub(crate) containers: Table<Arc<Contained>>,
+    pub(crate) storages: Table<storage::Attached>,
+    /// Told when the host has asked for power-off and everything has ended.
+    pub(crate) powering_off: Notify,
+    sandbox: Mutex<SandboxState>,
+}
+
+/// Whether the sandbox was configured.
+#[derive(Debug)]
+pub(crate) enum SandboxState {
+    /// Not yet.
+    New,
+    /// Just now.
+    BeingConfigured,
+    /// Yes.
+    Configured {
+        /// Keeps the PID namespace that containers share, if they do.
+        pod_init: Option<PodInit>,
+    },
+}
+
+/// A container and what belongs to it.
+#[derive(Debug)]
+pub(crate) struct Contained {
+    /// `None` once it is deleted. Locked on threads that may block only.
+    pub(crate) container: Arc<RwLock<Option<Container>>>,
+    pub(crate) init: Process,
+    pub(crate) execs: Table<Arc<Executed>>,
+    pub(crate) storages: Vec<storage::Attached>,
+    pub(crate) cgroup: PathBuf,
+}
+
+/// A process executed beside a container's first.
+#[derive(Debug)]
+pub(crate) struct Executed {
+    /// `None` once it is started.
+    pub(crate) waiting: Mutex<Option<Exec>>,
+    pub(crate) process: Process,
+}
+
+impl Contained {
+    /// A table for the execs of a new container.
+    pub(crate) fn exec_table() -> Table<Arc<Executed>> {
+        Table::new("exec", EXECS_MAX)
+    }
+}
+
+impl Pod {
+    /// An empty pod.
+    pub(crate) fn new(options: Options) -> io::Result<Self> {
+        let events = Arc::new(Events::default());
+        Ok(Self {
+            options,
+            reaper: Arc::default(),
+            streams: Arc::default(),
+            oom: OomWatch::new(Arc::clone(&events))?,
+            events,
+            containers: Table::new("container", CONTAINERS_MAX),
+            storages: Table::new("storage", SANDBOX_STORAGES_MAX),
+            powering_off: Notify::new(),
+            sandbox: Mutex::new(SandboxState::New),
+        })
+    }
+
+    /// The cgroup of all containers, made when it is not there.
+    pub(crate) fn cgroup() -> io::Result<&'static Path> {
+        let cgroup = Path::new(POD_CGROUP);
+        if !cgroup.exists() {
+            std::fs::create_dir(cgroup)?;
+            let controllers = files::read(cgroup.join("cgroup.controllers"))?;
+            for controller in controllers.split_whitespace() {
+                files::write(
+                    cgroup.join("cgroup.subtree_control"),
+                    &format!("+{controller}"),
+                )?;
+            }
+        }
+        Ok(cgroup)
+    }
+
+    /// What is known of the sandbox.
+    pub(crate) fn sandbox(&self) -> MutexGuard<'_, SandboxState> {
+        self.sandbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Kills every process of the pod, waits for their ends, and takes the mounts of the sandbox away.
+    pub(crate) async fn end_everything(&self) {
+        let containers = self.containers.all();
+        let handles: Vec<_> = containers
+            .iter()
+            .map(|(_, one)| Arc::clone(&one.container))
+            .collect();
+        let killed = blocking(move || {
+            for handle in handles {
+                let guard = handle.read().unwrap_or_else(PoisonError::into_inner);
+                if let Some(container) = guard.as_ref()
+                    && let Err(error) = container.signal_all(libc::SIGKILL)
+                {
+                    log::warn(format_args!(
+                        "cannot end a container: {}",
+                        log::chain(&error)
+                    ));
+                }
+            }
+        });
+        if killed.await.is_err() {
+            log::warn(format_args!("cannot end the containers"));
+        }
+        let ends = async {
+            for (_, one) in &containers {
+                one.init.ended().await;
+            }
+        };
+        if timeout(END_WAIT, ends).await.is_err() {
+            log::warn(format_args!(
+                "processes did not end within {} s",
+                END_WAIT.as_secs()
+            ));
+        }
+        let mut mounts: Vec<_> = self
+            .storages
+            .all()
+            .into_iter()
+            .map(|(_, one)| one)
+            .collect();
+        mounts.sort_by_key(|one| one.mount_point.components().count());
+        let unmounted = blocking(move || {
+            for (_, one) in containers {
+                storage::detach_all(&one.storages);
+            }
+            storage::detach_all(&mounts);
+            nix::unistd::sync();
+        });
+        // Written back is what could be; a host that asks for power-off gets it.
+        if timeout(END_WAIT, unmounted).await.is_err() {
+            log::warn(format_args!("mounts could not be taken away in time"));
+        }
+    }
+
+    /// Ends the guest once the host has read its answer.
+    pub(crate) fn power_off(&self) {
+        init::power_off(&self.options);
+    }
+}
+
+/// Runs what blocks in the kernel on a thread of its own.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, RpcError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|_| RpcError::Crashed)
+}

@@ -1,0 +1,306 @@
+//! Containers as a whole: create, update, pause, resume, pids.
+
+use std::{
+    os::fd::OwnedFd,
+    sync::{Arc, PoisonError, RwLock},
+};
+
+use oci_spec::runtime::{LinuxDevice, LinuxResources, Spec};
+use pericarp_protocol::{
+    guest::{
+        ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, PidsResponse,
+        ProcessInfo, UpdateContainerRequest,
+    },
+    limits::OCI_SPEC_BYTES_MAX,
+};
+use serde::de::DeserializeOwned;
+
+use super::check_id;
+use crate::{
+    container::{Container, ContainerError, CreateOptions, Created, Stdio},
+    devices::{self, PciAddress},
+    errors::RpcError,
+    log,
+    pod::{Contained, Pod, SandboxState, blocking},
+    process::Process,
+    reaper::Hold,
+    stdio::Prepared,
+    storage,
+};
+
+/// Storages of one container.
+const STORAGES_MAX: usize = 1024;
+
+/// Passed-through functions of one container.
+const DEVICES_MAX: usize = 64;
+
+/// Builds a container up to its user's program.
+pub(super) async fn create(
+    pod: Arc<Pod>,
+    request: CreateContainerRequest,
+) -> Result<CreateContainerResponse, RpcError> {
+    check_id("container_id", &request.container_id)?;
+    check_counts(&request)?;
+    let spec: Spec = parse_json("oci_spec", &request.oci_spec)?;
+    let place = pod.containers.reserve(&request.container_id)?;
+    let terminal = spec
+        .process()
+        .as_ref()
+        .is_some_and(|process| process.terminal() == Some(true));
+    let streams = request.streams.get_or_default();
+    let (prepared, stdio) = Prepared::new(&pod.streams, streams, terminal)?;
+
+    let id = request.container_id.clone();
+    let builder = Arc::clone(&pod);
+    // From here on the container's process may end at any time; its registration ends the hold.
+    let built = blocking(move || {
+        let hold = builder.reaper.hold();
+        build(&builder, &request, spec, stdio).map(|built| (built, hold))
+    })
+    .await??;
+    let (contained, pid) = adopt(&pod, built, prepared).await?;
+    pod.oom.add(&id, &contained.cgroup);
+    tokio::spawn(end_with_init(Arc::clone(&contained)));
+    place.fill(contained);
+    Ok(CreateContainerResponse {
+        pid: pid.unsigned_abs(),
+        ..Default::default()
+    })
+}
+
+fn check_counts(request: &CreateContainerRequest) -> Result<(), RpcError> {
+    for (field, count, limit) in [
+        ("storages", request.storages.len(), STORAGES_MAX),
+        (
+            "device_pci_addresses",
+            request.device_pci_addresses.len(),
+            DEVICES_MAX,
+        ),
+    ] {
+        if count > limit {
+            return Err(RpcError::Invalid {
+                field,
+                reason: format!("there are more than {limit}"),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// A container that no task of the agent knows yet.
+struct Built {
+    container: Container,
+    created: Created,
+    storages: Vec<storage::Attached>,
+}
+
+/// Mounts storages and builds the container; blocks.
+fn build(
+    pod: &Pod,
+    request: &CreateContainerRequest,
+    spec: Spec,
+    stdio: Stdio,
+) -> Result<Built, RpcError> {
+    let console_size = (request.terminal_width != 0 && request.terminal_height != 0)
+        .then_some((request.terminal_width, request.terminal_height));
+    let options = CreateOptions {
+        console_size,
+        sandbox_pid_namespace: shared_pid_namespace(pod, request)?,
+        cgroup_parent: Pod::cgroup()
+            .map_err(RpcError::kernel("make the pod's cgroup"))?
+            .into(),
+        devices: passed_through(&request.device_pci_addresses)?,
+    };
+    let storages = storage::attach_all(&request.storages)?;
+    match Container::create(&request.container_id, spec, options, stdio) {
+        Ok((container, created)) => Ok(Built {
+            container,
+            created,
+            storages,
+        }),
+        Err(error) => {
+            storage::detach_all(&storages);
+            Err(error.into())
+        }
+    }
+}
+
+/// Registers the process and starts copying its streams.
+async fn adopt(
+    pod: &Arc<Pod>,
+    (built, hold): (Built, Hold),
+    prepared: Prepared,
+) -> Result<(Arc<Contained>, i32), RpcError> {
+    let Built {
+        container,
+        created,
+        storages,
+    } = built;
+    let pid = created.pid;
+    let exit = pod.reaper.register(pid);
+    drop(hold);
+    match prepared.run(created.terminal, &exit) {
+        Ok(streams) => {
+            let contained = Contained {
+                cgroup: container.cgroup().to_owned(),
+                container: Arc::new(RwLock::new(Some(container))),
+                init: Process::new(pid, exit, streams),
+                execs: Contained::exec_table(),
+                storages,
+            };
+            Ok((Arc::new(contained), pid))
+        }
+        Err(error) => {
+            let undone = blocking(move || {
+                if let Err(error) = container.delete() {
+                    log::warn(format_args!(
+                        "cannot undo a container: {}",
+                        log::chain(&error)
+                    ));
+                }
+                storage::detach_all(&storages);
+            });
+            undone.await?;
+            Err(RpcError::kernel("attach the streams of a container")(error))
+        }
+    }
+}
+
+/// Ends what a container's first process leaves behind. In a PID namespace of its own the kernel does that.
+async fn end_with_init(contained: Arc<Contained>) {
+    contained.init.ended().await;
+    let ended = blocking(move || {
+        let guard = contained
+            .container
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        match guard.as_ref() {
+            Some(container) if !container.has_own_pid_namespace() => {
+                container.signal_all(libc::SIGKILL)
+            }
+            _ => Ok(()),
+        }
+    });
+    if let Ok(Err(error)) = ended.await {
+        log::warn(format_args!(
+            "cannot end a container's processes: {}",
+            log::chain(&error)
+        ));
+    }
+}
+
+fn shared_pid_namespace(
+    pod: &Pod,
+    request: &CreateContainerRequest,
+) -> Result<Option<OwnedFd>, RpcError> {
+    if !request.sandbox_pid_namespace {
+        return Ok(None);
+    }
+    match &*pod.sandbox() {
+        SandboxState::Configured {
+            pod_init: Some(pod_init),
+        } => pod_init
+            .namespace
+            .try_clone()
+            .map(Some)
+            .map_err(RpcError::kernel("use the pod's PID namespace")),
+        _ => Err(RpcError::State {
+            object: "sandbox_pid_namespace".to_owned(),
+            reason: "the sandbox was configured without a shared PID namespace",
+        }),
+    }
+}
+
+fn passed_through(addresses: &[String]) -> Result<Vec<LinuxDevice>, RpcError> {
+    let mut found = Vec::new();
+    for address in addresses {
+        let address = PciAddress::parse("device_pci_addresses", address)?;
+        found.extend(devices::nodes(&address)?);
+    }
+    Ok(found)
+}
+
+/// Reads a JSON document of the request.
+pub(super) fn parse_json<T: DeserializeOwned>(
+    field: &'static str,
+    bytes: &[u8],
+) -> Result<T, RpcError> {
+    if bytes.len() > OCI_SPEC_BYTES_MAX {
+        return Err(RpcError::Invalid {
+            field,
+            reason: format!("it has more than {OCI_SPEC_BYTES_MAX} bytes"),
+        });
+    }
+    serde_json::from_slice(bytes).map_err(|error| RpcError::Invalid {
+        field,
+        reason: error.to_string(),
+    })
+}
+
+/// Does something with a container on a thread that may block.
+pub(super) async fn with_container<T: Send + 'static>(
+    contained: &Contained,
+    work: impl FnOnce(&Container) -> Result<T, ContainerError> + Send + 'static,
+) -> Result<T, RpcError> {
+    let handle = Arc::clone(&contained.container);
+    let result = blocking(move || {
+        let guard = handle.read().unwrap_or_else(PoisonError::into_inner);
+        guard.as_ref().map(work)
+    })
+    .await?;
+    match result {
+        Some(result) => Ok(result?),
+        None => Err(RpcError::Ended("the container".to_owned())),
+    }
+}
+
+/// Changes limits.
+pub(super) async fn update(
+    pod: Arc<Pod>,
+    request: UpdateContainerRequest,
+) -> Result<Empty, RpcError> {
+    let resources: LinuxResources = parse_json("oci_resources", &request.oci_resources)?;
+    let contained = pod.containers.get(&request.container_id)?;
+    with_container(&contained, |container| container.update(resources)).await?;
+    Ok(Empty::new())
+}
+
+/// Freezes every process.
+pub(super) async fn pause(pod: Arc<Pod>, request: ContainerRequest) -> Result<Empty, RpcError> {
+    let contained = pod.containers.get(&request.container_id)?;
+    with_container(&contained, Container::pause).await?;
+    Ok(Empty::new())
+}
+
+/// Thaws every process.
+pub(super) async fn resume(pod: Arc<Pod>, request: ContainerRequest) -> Result<Empty, RpcError> {
+    let contained = pod.containers.get(&request.container_id)?;
+    with_container(&contained, Container::resume).await?;
+    Ok(Empty::new())
+}
+
+/// Every process, with the name of the exec that it is.
+pub(super) async fn pids(
+    pod: Arc<Pod>,
+    request: ContainerRequest,
+) -> Result<PidsResponse, RpcError> {
+    let contained = pod.containers.get(&request.container_id)?;
+    let pids = with_container(&contained, |container| Ok(container.pids())).await?;
+    let execs = contained.execs.all();
+    let exec_id = |pid: i32| {
+        let found = execs.iter().find(|(_, exec)| exec.process.pid == pid);
+        found.map(|(name, _)| name.clone()).unwrap_or_default()
+    };
+    let processes = pids
+        .into_iter()
+        .map(|pid| ProcessInfo {
+            pid: pid.unsigned_abs(),
+            exec_id: exec_id(pid),
+            ..Default::default()
+        })
+        .collect();
+    Ok(PidsResponse {
+        processes,
+        ..Default::default()
+    })
+}

@@ -1,0 +1,265 @@
+//! The sandbox: configuration, network, storages that belong to no container.
+
+use std::{fs::OpenOptions, path::Path, sync::Arc};
+
+use pericarp_protocol::guest::{
+    ConfigureSandboxRequest, Empty, Scratch, Storage, UpdateNetworkRequest, storage::Source,
+};
+use pericarp_sys::guest::ENTROPY_BYTES_MAX;
+
+use super::check_id;
+use crate::{
+    errors::RpcError,
+    files,
+    init::{self, RUN},
+    log, network,
+    pod::{Pod, SandboxState, blocking},
+    pod_init::{self, PodInit},
+    storage,
+};
+
+/// The pod's shared `/dev/shm`, which containers get as a bind mount.
+const SHM: &str = "/run/pericarp/shm";
+
+/// Size of that when the request does not say: the default of container engines.
+const SHM_BYTES_DEFAULT: u64 = 64 << 20;
+
+/// A difference of clocks that is worth setting: below it, a paravirtual clock is nearer the truth than a number that
+/// has travelled.
+const CLOCK_DIFFERENCE_NS: u64 = 1_000_000_000;
+
+/// Sysctls of a pod.
+const SYSCTLS_MAX: usize = 256;
+
+/// Configures the sandbox, once.
+pub(super) async fn configure(
+    pod: Arc<Pod>,
+    request: ConfigureSandboxRequest,
+) -> Result<Empty, RpcError> {
+    check_id("sandbox_id", &request.sandbox_id)?;
+    {
+        let mut state = pod.sandbox();
+        if !matches!(*state, SandboxState::New) {
+            return Err(RpcError::State {
+                object: "sandbox".to_owned(),
+                reason: "it is configured already",
+            });
+        }
+        *state = SandboxState::BeingConfigured;
+    }
+    let share_pid_namespace = request.share_pid_namespace;
+    let result = {
+        let pod = Arc::clone(&pod);
+        blocking(move || {
+            let hold = pod.reaper.hold();
+            apply(&pod, &request)?;
+            let pod_init = share_pid_namespace
+                .then(|| start_pod_init(&pod))
+                .transpose()?;
+            drop(hold);
+            Ok(pod_init)
+        })
+        .await
+    };
+    match result {
+        Ok(Ok(pod_init)) => {
+            *pod.sandbox() = SandboxState::Configured { pod_init };
+            Ok(Empty::new())
+        }
+        Ok(Err(error)) | Err(error) => {
+            *pod.sandbox() = SandboxState::New;
+            Err(error)
+        }
+    }
+}
+
+fn apply(pod: &Pod, request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
+    add_entropy(&request.entropy)?;
+    let behind = request.wall_clock_ns.abs_diff(init::wall_clock_ns());
+    if request.wall_clock_ns != 0 && behind > CLOCK_DIFFERENCE_NS {
+        init::set_wall_clock_ns(request.wall_clock_ns)
+            .map_err(|error| RpcError::kernel("set the clock")(error.into()))?;
+    }
+    if !request.hostname.is_empty() {
+        nix::unistd::sethostname(&request.hostname).map_err(|error| {
+            RpcError::kernel(format!("set the host name {:?}", request.hostname))(error.into())
+        })?;
+    }
+    // Before the network's sysctls, which may name an interface.
+    network::apply(&request.interfaces, &request.routes, &request.neighbours)?;
+    set_sysctls(request)?;
+    write_resolv_conf(&request.dns_servers)?;
+    let shm = Storage {
+        mount_point: SHM.to_owned(),
+        source: Some(Source::Scratch(Scratch {
+            size_bytes: match request.shm_size_bytes {
+                0 => SHM_BYTES_DEFAULT,
+                size => size,
+            },
+            ..Default::default()
+        })),
+        options: vec!["nosuid".to_owned(), "nodev".to_owned(), "noexec".to_owned()],
+        ..Default::default()
+    };
+    let mut added = Vec::new();
+    for storage in std::iter::once(&shm).chain(&request.storages) {
+        if let Err(error) = attach(pod, storage) {
+            // What was added before it goes, so that the host may try again.
+            for mount_point in added.into_iter().rev() {
+                if let Err(error) = detach(pod, mount_point) {
+                    log::warn(format_args!("{}", log::chain(&error)));
+                }
+            }
+            return Err(error);
+        }
+        added.push(storage.mount_point.as_str());
+    }
+    Ok(())
+}
+
+fn add_entropy(seed: &[u8]) -> Result<(), RpcError> {
+    if seed.is_empty() {
+        return Ok(());
+    }
+    let device = OpenOptions::new()
+        .write(true)
+        .open("/dev/urandom")
+        .map_err(RpcError::kernel("open /dev/urandom"))?;
+    for part in seed.chunks(ENTROPY_BYTES_MAX) {
+        pericarp_sys::guest::add_entropy(&device, part).map_err(RpcError::kernel("add entropy"))?;
+    }
+    Ok(())
+}
+
+fn start_pod_init(pod: &Pod) -> Result<PodInit, RpcError> {
+    let made = pod_init::spawn().map_err(RpcError::kernel("make the pod's PID namespace"))?;
+    // Nobody waits for its end, but it must be collected.
+    drop(pod.reaper.register(made.pid));
+    Ok(made)
+}
+
+fn set_sysctls(request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
+    if request.sysctls.len() > SYSCTLS_MAX {
+        return Err(RpcError::Invalid {
+            field: "sysctls",
+            reason: format!("there are more than {SYSCTLS_MAX}"),
+        });
+    }
+    for (name, value) in &request.sysctls {
+        let path = sysctl_path(name).ok_or_else(|| RpcError::Invalid {
+            field: "sysctls",
+            reason: format!("{name:?} is no name of a sysctl"),
+        })?;
+        files::write(Path::new("/proc/sys").join(path), value)
+            .map_err(RpcError::kernel(format!("set sysctl {name} to {value:?}")))?;
+    }
+    Ok(())
+}
+
+/// The file of a sysctl beneath `/proc/sys`. As sysctl(8) reads names: the first separator decides, and the other
+/// character stands for itself, so that interfaces with a dot in their name can be named.
+fn sysctl_path(name: &str) -> Option<String> {
+    let known = |byte: u8| byte.is_ascii_alphanumeric() || b"_-./".contains(&byte);
+    if name.is_empty() || !name.bytes().all(known) {
+        return None;
+    }
+    let path = match name.find(['.', '/']) {
+        Some(first) if name.as_bytes()[first] == b'.' => name
+            .chars()
+            .map(|character| match character {
+                '.' => '/',
+                '/' => '.',
+                other => other,
+            })
+            .collect(),
+        _ => name.to_owned(),
+    };
+    path.split('/')
+        .all(|part| !part.is_empty() && part != "." && part != "..")
+        .then_some(path)
+}
+
+/// The guest's own resolver file: the image's `/etc/resolv.conf` is a link to it.
+fn write_resolv_conf(lines: &[String]) -> Result<(), RpcError> {
+    if lines.is_empty() {
+        return Ok(());
+    }
+    let text: String = lines
+        .iter()
+        .map(|line| match line.contains(' ') {
+            true => format!("{line}\n"),
+            false => format!("nameserver {line}\n"),
+        })
+        .collect();
+    let path = Path::new(RUN).join("resolv.conf");
+    std::fs::write(&path, text).map_err(RpcError::kernel(format!("write {}", path.display())))
+}
+
+/// Changes the network of a running pod.
+pub(super) async fn update_network(request: UpdateNetworkRequest) -> Result<Empty, RpcError> {
+    blocking(move || network::apply(&request.interfaces, &request.routes, &request.neighbours))
+        .await??;
+    Ok(Empty::new())
+}
+
+/// Mounts a storage of the sandbox.
+pub(super) async fn add_storage(pod: Arc<Pod>, request: Storage) -> Result<Empty, RpcError> {
+    blocking(move || {
+        let hold = pod.reaper.hold();
+        let result = attach(&pod, &request);
+        drop(hold);
+        result
+    })
+    .await??;
+    Ok(Empty::new())
+}
+
+/// Unmounts a storage of the sandbox.
+pub(super) async fn remove_storage(pod: Arc<Pod>, request: Storage) -> Result<Empty, RpcError> {
+    blocking(move || detach(&pod, &request.mount_point)).await??;
+    Ok(Empty::new())
+}
+
+fn attach(pod: &Pod, storage: &Storage) -> Result<(), RpcError> {
+    let place = pod.storages.reserve(&storage.mount_point)?;
+    place.fill(storage::attach(storage)?);
+    Ok(())
+}
+
+fn detach(pod: &Pod, mount_point: &str) -> Result<(), RpcError> {
+    let (attached, place) = pod.storages.begin_removal(mount_point)?;
+    if let Err(error) = storage::detach(&attached) {
+        place.fill(attached);
+        return Err(error.into());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sysctls_are_named_as_sysctl_does() {
+        for (name, path) in [
+            ("net.ipv4.ip_forward", Some("net/ipv4/ip_forward")),
+            (
+                "net/ipv4/conf/eth0.1/forwarding",
+                Some("net/ipv4/conf/eth0.1/forwarding"),
+            ),
+            (
+                "net.ipv4.conf.eth0/1.forwarding",
+                Some("net/ipv4/conf/eth0.1/forwarding"),
+            ),
+            ("kernel", Some("kernel")),
+            ("../../etc/passwd", None),
+            ("net..ipv4", None),
+            ("/proc", None),
+            ("a/../b", None),
+            ("a b", None),
+            ("", None),
+        ] {
+            assert_eq!(sysctl_path(name).as_deref(), path, "{name:?}");
+        }
+    }
+}
