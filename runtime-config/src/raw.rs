@@ -53,6 +53,10 @@ pub fn parse(file: &Path, text: &str) -> Parsed {
         }
     }
     parsed.problems = reader.problems;
+    // Tables come in the order of their names; people read a file from top to bottom.
+    parsed
+        .problems
+        .sort_by(|left, right| left.place.cmp(&right.place));
     parsed
 }
 
