@@ -17,7 +17,7 @@ use vmm_sys_util::timerfd::TimerFd;
 pub(crate) struct Rate {
     /// Tokens gained each second.
     pub(crate) per_second: u64,
-    /// Tokens that an idle bucket holds: what a burst may spend at once.
+    /// Tokens that an idle bucket holds: what a burst may spend at once; zero means one second's worth.
     pub(crate) burst: u64,
 }
 
@@ -100,9 +100,14 @@ impl TokenBucket {
     }
 }
 
-/// A bucket that can hold nothing would never open: it holds at least one token.
+/// What an idle bucket holds.
 fn full(rate: Rate) -> i128 {
-    i128::from(rate.burst.max(1)) * NANOSECONDS
+    let tokens = if rate.burst == 0 {
+        rate.per_second
+    } else {
+        rate.burst
+    };
+    i128::from(tokens) * NANOSECONDS
 }
 
 /// Both buckets of one direction and its timer.
@@ -233,8 +238,9 @@ mod tests {
                     largest = largest.max(u128::from(tokens));
                 }
             }
+            let burst = if burst == 0 { per_second } else { burst };
             let earned = (now - start).as_nanos() * u128::from(per_second) / 1_000_000_000;
-            prop_assert!(spent <= u128::from(burst.max(1)) + earned + largest + 1);
+            prop_assert!(spent <= u128::from(burst) + earned + largest + 1);
         }
 
         /// A wait that is waited for ends.

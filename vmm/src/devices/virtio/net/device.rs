@@ -53,6 +53,8 @@ pub(crate) struct Parameters {
     pub(crate) mtu: u16,
     /// Entries of each receive and transmit queue; a power of two.
     pub(crate) queue_size: u16,
+    /// Offer checksum and segmentation offloads, as far as the tap knows them.
+    pub(crate) offloads: bool,
     /// Limits towards the guest.
     pub(crate) receive: Rates,
     /// Limits from the guest.
@@ -108,6 +110,9 @@ pub(crate) enum Error {
         index: usize,
         reason: String,
     },
+    /// A limit that nobody would hold.
+    #[error("network card {name}: receive_limit and transmit_limit cannot be held with vhosts")]
+    Limit { name: String },
     /// No timer for a limiter.
     #[error("network card {name}: timer: {source}")]
     Timer { name: String, source: io::Error },
@@ -171,8 +176,7 @@ pub(crate) struct Net {
 }
 
 impl Net {
-    /// A card on `taps`, one queue pair each; with one vhost-net descriptor per tap the kernel moves the packets, unless a
-    /// limit is set, which only the in-process path can hold.
+    /// A card on `taps`, one queue pair each; with one vhost-net descriptor per tap the kernel moves the packets.
     pub(crate) fn new(
         name: String,
         parameters: &Parameters,
@@ -181,13 +185,11 @@ impl Net {
     ) -> Result<Self, Error> {
         check(&name, parameters, taps.len(), vhosts.len())?;
         let pairs = u16::try_from(taps.len()).expect("checked against PAIRS_MAX");
-        let offloads = set_up_taps(&name, &taps)?;
-        let limited = parameters.receive != Rates::NONE || parameters.transmit != Rates::NONE;
-        let vhosts = if limited {
-            Vec::new()
-        } else {
-            set_up_vhosts(&name, vhosts)?
-        };
+        let mut offloads = set_up_taps(&name, &taps)?;
+        if !parameters.offloads {
+            offloads = 0;
+        }
+        let vhosts = set_up_vhosts(&name, vhosts)?;
         let mut features = F_MAC | F_MRG_RXBUF | request::offload_features(offloads);
         for vhost in &vhosts {
             features &= vhost.features() | !F_MRG_RXBUF;
@@ -656,6 +658,10 @@ fn check(name: &str, parameters: &Parameters, taps: usize, vhosts: usize) -> Res
             count: vhosts,
             taps,
         });
+    }
+    let limited = parameters.receive != Rates::NONE || parameters.transmit != Rates::NONE;
+    if vhosts != 0 && limited {
+        return Err(Error::Limit { name });
     }
     let size = parameters.queue_size;
     if !size.is_power_of_two() || !(2..=1024).contains(&size) {

@@ -83,6 +83,7 @@ fn parameters() -> Parameters {
         mac: GUEST_MAC,
         mtu: 1500,
         queue_size: QUEUE_SIZE,
+        offloads: true,
         receive: Rates::NONE,
         transmit: Rates::NONE,
     }
@@ -680,6 +681,18 @@ fn wrong_parameters_name_the_field() {
         assert!(text.contains("IFF_MULTI_QUEUE"), "{text}");
         let text = make(parameters(), tap(), vec![null(), null()]);
         assert!(text.contains("2 vhost descriptors for 1 taps"), "{text}");
+        let limited = Parameters {
+            receive: Rates {
+                bytes: Rate {
+                    per_second: 1,
+                    burst: 1,
+                },
+                ..Rates::NONE
+            },
+            ..parameters()
+        };
+        let text = make(limited, tap(), vec![null()]);
+        assert!(text.contains("receive_limit"), "{text}");
         let text = make(parameters(), tap(), vec![null()]);
         assert!(text.contains("vhost 0"), "{text}");
         for queue_size in [0, 1, 3, 2048] {
