@@ -1,4 +1,5 @@
-//! What a pod's annotations may change: an allow-list, deny by default. Pure; the tenant's words end here.
+//! What a pod's annotations may change: an allow-list, deny by default. Pure; the tenant's words
+//! end here.
 
 use std::collections::BTreeMap;
 
@@ -31,7 +32,8 @@ pub enum AnnotationError {
     },
     /// The operator has not allowed it.
     #[error(
-        "annotation \"{ANNOTATION_PREFIX}{key}\" is not allowed on this node; its operator can add {key:?} to \
+        "annotation \"{ANNOTATION_PREFIX}{key}\" is not allowed on this node; its operator can \
+            add {key:?} to \
          `security.allowed_annotations`"
     )]
     NotAllowed {
@@ -83,7 +85,8 @@ impl Config {
         }
         let settings = self.with_overrides(&overrides);
         if let Some((pair, message)) = contradiction_rules(&settings).next() {
-            // The node's own settings do not contradict each other, so one of the pair is the pod's.
+            // The node's own settings do not contradict each other, so one of the pair is the
+            // pod's.
             let key = pair
                 .into_iter()
                 .find(|key| overrides.contains_key(key))

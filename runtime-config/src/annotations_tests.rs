@@ -8,7 +8,8 @@ use super::*;
 
 fn config() -> Config {
     let text = "[vm]\nmax_vcpus = 8\n[security]\nallowed_annotations = \
-                ['vm.default_vcpus', 'vm.huge_pages', 'log.debug_console', 'kernel.extra_parameters']";
+                ['vm.default_vcpus', 'vm.huge_pages', 'log.debug_console', \
+                'kernel.extra_parameters']";
     Config::from_texts([(Path::new("c.toml"), text)]).unwrap()
 }
 
@@ -44,7 +45,8 @@ fn each_refusal_names_the_annotation_and_the_way_out() {
         (
             "pericarp.dev/vm.default_vcpu",
             "4",
-            "unknown annotation \"pericarp.dev/vm.default_vcpu\"; the nearest valid one is \"pericarp.dev/vm.default_vcpus\"",
+            "unknown annotation \"pericarp.dev/vm.default_vcpu\"; the nearest valid one is \
+                \"pericarp.dev/vm.default_vcpus\"",
         ),
         (
             "pericarp.dev/",
@@ -54,12 +56,14 @@ fn each_refusal_names_the_annotation_and_the_way_out() {
         (
             "pericarp.dev/paths.kernel",
             "/k",
-            "annotation \"pericarp.dev/paths.kernel\": only the node's configuration can set this key",
+            "annotation \"pericarp.dev/paths.kernel\": only the node's configuration can set this \
+                key",
         ),
         (
             "pericarp.dev/vm.default_memory_mib",
             "1",
-            "annotation \"pericarp.dev/vm.default_memory_mib\" is not allowed on this node; its operator can add \"vm.default_memory_mib\" to `security.allowed_annotations`",
+            "annotation \"pericarp.dev/vm.default_memory_mib\" is not allowed on this node; its \
+                operator can add \"vm.default_memory_mib\" to `security.allowed_annotations`",
         ),
         (
             "pericarp.dev/vm.default_vcpus",
@@ -89,7 +93,8 @@ fn each_refusal_names_the_annotation_and_the_way_out() {
         (
             "pericarp.dev/vm.default_vcpus",
             "9",
-            "annotation \"pericarp.dev/vm.default_vcpus\": `vm.default_vcpus` = 9 is more than `vm.max_vcpus` = 8",
+            "annotation \"pericarp.dev/vm.default_vcpus\": `vm.default_vcpus` = 9 is more than \
+                `vm.max_vcpus` = 8",
         ),
         (
             "pericarp.dev/log.debug_console",
@@ -146,7 +151,8 @@ fn every_overridable_key_works_once_it_is_allowed() {
 proptest! {
     #[test]
     fn no_annotation_panics_and_errors_stay_short(
-        name in "pericarp\\.dev/(\\PC{0,300}|[a-z]{1,9}\\.[a-z_]{1,20}|vm\\.default_vcpus|kernel\\.extra_parameters)",
+        name in "pericarp\\.dev/(\\PC{0,300}|[a-z]{1,9}\\.[a-z_]{1,20}|vm\\.default_vcpus|\
+                 kernel\\.extra_parameters)",
         text in "\\PC{0,300}|[0-9,+-]{0,30}",
     ) {
         match config().for_pod(&[(name.clone(), text)].into()) {

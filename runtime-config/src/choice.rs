@@ -2,7 +2,9 @@
 
 /// Declares an enum together with the words that the file and the annotations use for it.
 macro_rules! choice {
-    ($(#[doc = $doc:literal])+ $name:ident { $($(#[doc = $vdoc:literal])+ $variant:ident = $word:literal),+ $(,)? }) => {
+    ($(#[doc = $doc:literal])+ $name:ident {
+        $($(#[doc = $vdoc:literal])+ $variant:ident = $word:literal),+ $(,)?
+    }) => {
         $(#[doc = $doc])+
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum $name { $($(#[doc = $vdoc])+ $variant),+ }
@@ -59,7 +61,8 @@ choice! {
 }
 
 impl HugePages {
-    /// What guest memory is a multiple of, in bytes. Ordinary pages keep 2 MiB so that the host can use huge ones.
+    /// What guest memory is a multiple of, in bytes. Ordinary pages keep 2 MiB so that the host can
+    /// use huge ones.
     #[must_use]
     pub const fn alignment_bytes(self) -> u64 {
         match self {

@@ -8,7 +8,8 @@ use crate::nearest::nearest;
 use crate::problem::{Place, Problem};
 use crate::raw::Layer;
 
-/// The configuration of a node: what every pod gets unless its flavour or its annotations say otherwise.
+/// The configuration of a node: what every pod gets unless its flavour or its annotations say
+/// otherwise.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Settings of a pod without annotations, with the chosen flavour in them.
@@ -33,7 +34,8 @@ pub struct PodConfig {
 /// A flavour that the configuration does not have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "no flavour {name:?} in the configuration{}; add a table [flavour.{name}.<section>] or change `flavour` in \
+    "no flavour {name:?} in the configuration{}; add a table [flavour.{name}.<section>] or change \
+        `flavour` in \
      the options of containerd's runtime handler",
     .nearest.as_ref().map_or(String::new(), |nearest| format!(" (the nearest is {nearest:?})"))
 )]
@@ -139,7 +141,8 @@ fn over(base: &Layer, layer: &Layer) -> Layer {
 fn contradictions(settings: &Settings, layer: &Layer) -> Vec<Problem> {
     contradiction_rules(settings)
         .map(|(keys, message)| {
-            // The place of the first of the two keys that a file sets: that is what the operator can change.
+            // The place of the first of the two keys that a file sets: that is what the operator
+            // can change.
             let placed = keys
                 .iter()
                 .find_map(|key| layer.get(key).map(|(_, place)| (*key, place)));

@@ -1,8 +1,9 @@
-//! The table of every setting, declared once: type, unit, range, default, documentation, and may a pod override it.
+//! The table of every setting, declared once: type, unit, range, default, documentation, and may a
+//! pod override it.
 //!
-//! `pod` rows may be overridden by the annotation `pericarp.dev/<section>.<key>` when the operator names them in
-//! `security.allowed_annotations`; `node` rows never. A row that names a path of the host, weakens the wall around the
-//! VMM, or belongs to the node as a whole is `node`.
+//! `pod` rows may be overridden by the annotation `pericarp.dev/<section>.<key>` when the operator
+//! names them in `security.allowed_annotations`; `node` rows never. A row that names a path of the
+//! host, weakens the wall around the VMM, or belongs to the node as a whole is `node`.
 
 use std::path::PathBuf;
 
@@ -11,7 +12,8 @@ use crate::kind::{CpuFeature, Item, Kind, PciSelector, Setting, Value};
 use crate::nearest::nearest;
 use crate::table::{pod, settings};
 
-/// Most vCPUs of one VM. KVM allows more, but each is a thread, a stack and a row in the guest's tables.
+/// Most vCPUs of one VM. KVM allows more, but each is a thread, a stack and a row in the guest's
+/// tables.
 pub const VCPUS_MAX: u64 = 256;
 /// Most guest memory in MiB: 4 TiB, which keeps every guest address below 2^46.
 pub const MEMORY_MIB_MAX: u64 = 4 << 20;
@@ -74,6 +76,10 @@ const fn integer(unit: &'static str, min: u64, max: u64) -> Kind {
     Kind::Integer { unit, min, max }
 }
 
+const fn list(item: Item, items_max: usize) -> Kind {
+    Kind::List { item, items_max }
+}
+
 settings! {
     /// Where the installed parts are.
     paths: Paths {
@@ -103,20 +109,25 @@ settings! {
     vm: Vm {
         /// vCPUs of a pod without a CPU limit; a CPU request above it counts instead.
         default_vcpus: u32 = integer("", 1, VCPUS_MAX), "1", pod;
-        /// Most vCPUs of one pod; a pod that asks for more is refused. 0 means as many as the host has, and a pod that asks for more gets these.
+        /// Most vCPUs of one pod; a pod that asks for more is refused. 0 means as many as the host
+        /// has, and a pod that asks for more gets these.
         max_vcpus: u32 = integer("", 0, VCPUS_MAX), "0", node;
         /// Memory for the containers of a pod without a memory limit.
         default_memory_mib: u64 = integer("MiB", 1, MEMORY_MIB_MAX), "512", pod;
-        /// Most memory of one VM; a pod that asks for more is refused. 0 means the host's memory, and a pod that asks for more gets this.
+        /// Most memory of one VM; a pod that asks for more is refused. 0 means the host's memory,
+        /// and a pod that asks for more gets this.
         max_memory_mib: u64 = integer("MiB", 0, MEMORY_MIB_MAX), "0", node;
         /// Memory for the guest's kernel and agent, added to what the containers may use.
         guest_reserve_mib: u64 = integer("MiB", 0, 4096), "64", node;
-        /// Smallest VM that boots and starts a container; a pod whose VM would be smaller is refused.
+        /// Smallest VM that boots and starts a container; a pod whose VM would be smaller is
+        /// refused.
         min_memory_mib: u64 = integer("MiB", 32, 4096), "72", node;
-        /// Processor that the guest sees: the host's own, or a level that is the same on every node.
+        /// Processor that the guest sees: the host's own, or a level that is the same on every
+        /// node.
         cpu_model: CpuModel = Kind::Choice(CpuModel::WORDS), "host", pod;
-        /// CPU features shown to or hidden from the guest against the model's choice, such as "-xsave".
-        cpu_features: Vec<CpuFeature> = Kind::List { item: Item::CpuFeature, items_max: 64 }, "", node;
+        /// CPU features shown to or hidden from the guest against the model's choice, such as
+        /// "-xsave".
+        cpu_features: Vec<CpuFeature> = list(Item::CpuFeature, 64), "", node;
         /// Pages of the host that back guest memory. Huge pages come from the host's hugetlb pool.
         huge_pages: HugePages = Kind::Choice(HugePages::WORDS), "none", pod;
         /// Give memory that the guest freed back to the host.
@@ -137,15 +148,18 @@ settings! {
 
     /// Disks and shared directories.
     storage: Storage {
-        /// Size of the disk that holds what containers write to their root file systems; blocks are taken only when written.
+        /// Size of the disk that holds what containers write to their root file systems; blocks are
+        /// taken only when written.
         scratch_size_mib: u64 = integer("MiB", 64, MEMORY_MIB_MAX), "10240", pod;
         /// Most bytes per second of each disk; 0 is no limit.
         disk_kib_per_s: u64 = integer("KiB/s", 0, RATE_MAX), "0", pod;
         /// Most requests per second of each disk; 0 is no limit.
         disk_requests_per_s: u64 = integer("requests/s", 0, RATE_MAX), "0", pod;
-        /// How long the guest may keep what it read from volumes shared with the host. Image layers never change and are always kept.
+        /// How long the guest may keep what it read from volumes shared with the host. Image layers
+        /// never change and are always kept.
         virtiofs_cache: VirtiofsCache = Kind::Choice(VirtiofsCache::WORDS), "auto", pod;
-        /// Worker threads of each file-system daemon; 0 serves requests on one thread without a pool.
+        /// Worker threads of each file-system daemon; 0 serves requests on one thread without a
+        /// pool.
         virtiofs_threads: u32 = integer("", 0, 64), "0", pod;
     }
 
@@ -163,11 +177,14 @@ settings! {
 
     /// The wall.
     security: Security {
-        /// Keys that pods may override by annotation, such as "vm.default_memory_mib". Nothing is allowed unless it is named here.
-        allowed_annotations: Vec<String> = Kind::List { item: Item::Overridable, items_max: 64 }, "", node;
-        /// Host PCI devices that pods may be given, by address or by vendor and device id. Nothing is allowed unless it is named here.
-        passthrough_devices: Vec<PciSelector> = Kind::List { item: Item::PciDevice, items_max: 256 }, "", node;
-        /// First user and group id of the VMMs. Each VM takes one of its own, so that one VMM cannot reach another; nothing else on the node may use these ids.
+        /// Keys that pods may override by annotation, such as "vm.default_memory_mib". Nothing is
+        /// allowed unless it is named here.
+        allowed_annotations: Vec<String> = list(Item::Overridable, 64), "", node;
+        /// Host PCI devices that pods may be given, by address or by vendor and device id. Nothing
+        /// is allowed unless it is named here.
+        passthrough_devices: Vec<PciSelector> = list(Item::PciDevice, 256), "", node;
+        /// First user and group id of the VMMs. Each VM takes one of its own, so that one VMM
+        /// cannot reach another; nothing else on the node may use these ids.
         vmm_uid_base: u32 = integer("", 1_000, 2_147_000_000), "2000000000", node;
         /// How many user ids from `vmm_uid_base` on belong to VMMs; bounds the pods of a node.
         vmm_uid_count: u32 = integer("", 1, 131_072), "65536", node;
@@ -181,7 +198,8 @@ settings! {
         level: LogLevel = Kind::Choice(LogLevel::WORDS), "info", node;
         /// Keep the end of each guest kernel's log for a diagnosis.
         guest_kernel: bool = Kind::Bool, "true", node;
-        /// Offer a root shell of the guest, outside the containers, to the node's root (`pericarp console`).
+        /// Offer a root shell of the guest, outside the containers, to the node's root (`pericarp
+        /// console`).
         debug_console: bool = Kind::Bool, "false", pod;
     }
 }

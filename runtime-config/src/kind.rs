@@ -1,4 +1,5 @@
-//! What a value may be: types, ranges and units, and their two spellings (TOML and annotation text).
+//! What a value may be: types, ranges and units, and their two spellings (TOML and annotation
+//! text).
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -95,7 +96,8 @@ impl Kind {
         }
     }
 
-    /// Reads the spelling of annotations and of the table's defaults: lists are separated by commas.
+    /// Reads the spelling of annotations and of the table's defaults: lists are separated by
+    /// commas.
     pub fn parse_text(self, text: &str) -> Result<Value, BadValue> {
         match self {
             Self::Bool => match text {
@@ -331,7 +333,8 @@ fn hex(text: &str, digits: usize) -> Option<u16> {
 
 /// A type that a field of [`keys::Settings`] can have.
 pub(crate) trait Setting: Sized {
-    /// The field's value of a checked [`Value`]; `None` when the table pairs a kind with another kind's type.
+    /// The field's value of a checked [`Value`]; `None` when the table pairs a kind with another
+    /// kind's type.
     fn of(value: &Value) -> Option<Self>;
 }
 
@@ -353,11 +356,17 @@ setting!(u32, Value::Integer(value) => u32::try_from(*value).ok());
 setting!(u64, Value::Integer(value) => Some(*value));
 setting!(String, Value::Text(value) => Some(value.clone()));
 setting!(PathBuf, Value::Text(value) => Some(PathBuf::from(value)));
-setting!(Option<PathBuf>, Value::Text(value) => Some((!value.is_empty()).then(|| PathBuf::from(value))));
+setting!(Option<PathBuf>, Value::Text(value) => {
+    Some((!value.is_empty()).then(|| PathBuf::from(value)))
+});
 setting!(CpuModel, Value::Text(value) => Self::from_word(value));
 setting!(HugePages, Value::Text(value) => Self::from_word(value));
 setting!(LogLevel, Value::Text(value) => Self::from_word(value));
 setting!(VirtiofsCache, Value::Text(value) => Self::from_word(value));
 setting!(Vec<String>, Value::List(values) => Some(values.clone()));
-setting!(Vec<CpuFeature>, Value::List(values) => values.iter().map(|text| CpuFeature::parse(text)).collect());
-setting!(Vec<PciSelector>, Value::List(values) => values.iter().map(|text| PciSelector::parse(text)).collect());
+setting!(Vec<CpuFeature>, Value::List(values) => {
+    values.iter().map(|text| CpuFeature::parse(text)).collect()
+});
+setting!(Vec<PciSelector>, Value::List(values) => {
+    values.iter().map(|text| PciSelector::parse(text)).collect()
+});

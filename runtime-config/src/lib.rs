@@ -1,14 +1,18 @@
 //! The operator's file, its drop-ins and a pod's annotations become one validated value.
 //!
 //! ```text
-//! keys.rs (the table) ─┬─> Settings, the typed value       config.toml ──┐
-//!                      ├─> docs/reference.md, the example   config.d/*   ─┤ raw.rs ──> layers ──> Config
-//!                      └─> names a pod may override         annotations ──┘ annotations.rs ────> PodConfig
+//! keys.rs (the table) ─┬─> Settings, the typed value
+//!                      ├─> docs/reference.md and the commented example
+//!                      └─> the names that a pod may override
+//!
+//! config.toml, config.d/*.toml ── raw.rs ──> layers ── load.rs ──> Config
+//! a pod's annotations ── annotations.rs ──> PodConfig ── sizing.rs ──> Sizing
 //! ```
 //!
-//! Every setting is declared once, in [`keys`]. Parsing is pure: [`raw`] and [`annotations`] take text and give values
-//! and positions; only [`load`] reads files. Layers are laid one over the other in this order, and the later one wins:
-//! defaults, the file, drop-ins by name, the flavour that the runtime handler chose, the pod's annotations.
+//! Every setting is declared once, in [`keys`]. Parsing is pure: [`raw`] and [`annotations`] take
+//! text and give values and positions; only [`load`] reads files. Layers are laid one over the
+//! other in this order, and the later one wins: defaults, the file, drop-ins by name, the flavour
+//! that the runtime handler chose, the pod's annotations.
 
 pub mod annotations;
 pub mod choice;

@@ -57,7 +57,8 @@ fn list(problems: &[Problem]) -> String {
 }
 
 impl Config {
-    /// Reads `path`, or the default file if it exists, and the drop-ins beside it in the order of their names.
+    /// Reads `path`, or the default file if it exists, and the drop-ins beside it in the order of
+    /// their names.
     pub fn load(path: Option<&Path>, drop_ins: bool) -> Result<Self, LoadError> {
         let file = path.unwrap_or(Path::new(DEFAULT_FILE));
         let mut texts = Vec::new();
@@ -124,7 +125,8 @@ fn read(path: &Path) -> Result<String, LoadError> {
     Ok(text)
 }
 
-/// The drop-ins of a directory in the order in which they are laid over each other; none when it is absent.
+/// The drop-ins of a directory in the order in which they are laid over each other; none when it is
+/// absent.
 pub fn drop_in_files(directory: &Path) -> Result<Vec<PathBuf>, LoadError> {
     let failed = |source| LoadError::Read {
         path: directory.to_owned(),

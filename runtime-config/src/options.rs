@@ -1,8 +1,8 @@
 //! The options of containerd's runtime handler, which the shim gets as text.
 //!
-//! containerd hands a shim of another maker than its own a `runtimeoptions.v1.Options` with the handler's `ConfigPath`,
-//! or, when that is empty, the handler's whole `options` table as TOML in `config_body`
-//! (containerd 2.3, `internal/cri/config/config.go`, `GenerateRuntimeOptions`).
+//! containerd hands a shim of another maker than its own a `runtimeoptions.v1.Options` with the
+//! handler's `ConfigPath`, or, when that is empty, the handler's whole `options` table as TOML in
+//! `config_body` (containerd 2.3, `internal/cri/config/config.go`, `GenerateRuntimeOptions`).
 
 use std::path::PathBuf;
 

@@ -109,7 +109,8 @@ impl Reader<'_> {
         let start = name.span().start;
         if !is_flavour_name(name.get_ref()) {
             let allowed = format!(
-                "a flavour's name is 1 to {FLAVOUR_BYTES_MAX} of a-z, 0-9, `-` and `.`, like a RuntimeClass handler"
+                "a flavour's name is 1 to {FLAVOUR_BYTES_MAX} of a-z, 0-9, `-` and `.`, like \
+                 a RuntimeClass handler"
             );
             return self.problem(start, quoted(&prefix), allowed);
         }
@@ -163,7 +164,8 @@ impl Reader<'_> {
                 let hint =
                     nearest(name.get_ref(), KEYS.iter().map(|key| key.path)).unwrap_or_default();
                 let message = format!(
-                    "unknown key; the nearest valid key is `{hint}`, which stands in a table of its section"
+                    "unknown key; the nearest valid key is `{hint}`, which stands in a table of \
+                        its section"
                 );
                 self.problem(start, written, message);
             }
@@ -206,7 +208,8 @@ impl Reader<'_> {
 type Name<'a> = Spanned<std::borrow::Cow<'a, str>>;
 
 fn unknown_key(path: &str, section: &str) -> String {
-    // The same section first: `vm.memory_mib` means a key of [vm] even when another section has a nearer name.
+    // The same section first: `vm.memory_mib` means a key of [vm] even when another section has a
+    // nearer name.
     let here = KEYS
         .iter()
         .filter(|key| key.section == section)

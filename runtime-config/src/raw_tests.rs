@@ -12,7 +12,8 @@ fn problems(text: &str) -> Vec<String> {
 
 #[test]
 fn a_right_file_gives_values_with_places() {
-    let text = "# c\n[vm]\ndefault_vcpus = 0x02\n  huge_pages = \"2M\"\n[flavour.gpu.paths]\nmodules='/m'\n";
+    let text = "# c\n[vm]\ndefault_vcpus = 0x02\n  huge_pages = \
+        \"2M\"\n[flavour.gpu.paths]\nmodules='/m'\n";
     let parsed = parse(Path::new("c.toml"), text);
     assert_eq!(parsed.problems, []);
     let (value, place) = &parsed.base["vm.default_vcpus"];
@@ -36,7 +37,8 @@ fn each_mistake_names_place_key_and_way_out() {
     let table = [
         (
             "[vm]\ndefault_vcpu = 1",
-            "c.toml:2:1: `vm.default_vcpu`: unknown key; the nearest valid key is `vm.default_vcpus`",
+            "c.toml:2:1: `vm.default_vcpu`: unknown key; the nearest valid key is \
+                `vm.default_vcpus`",
         ),
         (
             "[vm]\nmax_mib = 1",
@@ -52,7 +54,8 @@ fn each_mistake_names_place_key_and_way_out() {
         ),
         (
             "\n queues = 1",
-            "c.toml:2:2: `queues`: unknown key; the nearest valid key is `network.queues`, which stands in a table of its section",
+            "c.toml:2:2: `queues`: unknown key; the nearest valid key is `network.queues`, which \
+                stands in a table of its section",
         ),
         ("vm = 1", "c.toml:1:1: `vm`: is a table: write [vm]"),
         (
@@ -85,19 +88,23 @@ fn each_mistake_names_place_key_and_way_out() {
         ),
         (
             "[vm]\ncpu_features = [\"xsave\"]",
-            "c.toml:2:16: `vm.cpu_features`: found \"xsave\"; allowed: a list of at most 64 CPU features, each \"+name\" or \"-name\"",
+            "c.toml:2:16: `vm.cpu_features`: found \"xsave\"; allowed: a list of at most 64 CPU \
+                features, each \"+name\" or \"-name\"",
         ),
         (
             "[vm]\ncpu_features = [1]",
-            "c.toml:2:16: `vm.cpu_features`: found a list with an integer; allowed: a list of at most 64 CPU features, each \"+name\" or \"-name\"",
+            "c.toml:2:16: `vm.cpu_features`: found a list with an integer; allowed: a list of at \
+                most 64 CPU features, each \"+name\" or \"-name\"",
         ),
         (
             "[paths]\nkernel = \"vmlinux\"",
-            "c.toml:2:10: `paths.kernel`: found \"vmlinux\"; allowed: an absolute path without `..`",
+            "c.toml:2:10: `paths.kernel`: found \"vmlinux\"; allowed: an absolute path without \
+                `..`",
         ),
         (
             "[paths]\nkernel = \"/a/../b\"",
-            "c.toml:2:10: `paths.kernel`: found \"/a/../b\"; allowed: an absolute path without `..`",
+            "c.toml:2:10: `paths.kernel`: found \"/a/../b\"; allowed: an absolute path without \
+                `..`",
         ),
         (
             "[paths]\nkernel = 1979-05-27",
@@ -105,15 +112,18 @@ fn each_mistake_names_place_key_and_way_out() {
         ),
         (
             "[security]\nallowed_annotations = [\"vm.default_vcpu\"]",
-            "c.toml:2:23: `security.allowed_annotations`: found \"vm.default_vcpu\"; allowed: keys that a pod may override; the nearest is \"vm.default_vcpus\"",
+            "c.toml:2:23: `security.allowed_annotations`: found \"vm.default_vcpu\"; allowed: \
+                keys that a pod may override; the nearest is \"vm.default_vcpus\"",
         ),
         (
             "[security]\nallowed_annotations = [\"paths.kernel\"]",
-            "c.toml:2:23: `security.allowed_annotations`: found \"paths.kernel\"; allowed: only keys that a pod may override, and this one is the node's alone",
+            "c.toml:2:23: `security.allowed_annotations`: found \"paths.kernel\"; allowed: only \
+                keys that a pod may override, and this one is the node's alone",
         ),
         (
             "[flavour.gpu.vm]\ndefault_vcpu = 1",
-            "c.toml:2:1: `flavour.gpu.vm.default_vcpu`: unknown key; the nearest valid key is `vm.default_vcpus`",
+            "c.toml:2:1: `flavour.gpu.vm.default_vcpu`: unknown key; the nearest valid key is \
+                `vm.default_vcpus`",
         ),
         (
             "[flavour.gpu]\nkernel = '/k'",
@@ -129,7 +139,8 @@ fn each_mistake_names_place_key_and_way_out() {
         ),
         (
             "[flavour.Gpu.vm]",
-            "c.toml:1:10: `\"flavour.Gpu\"`: a flavour's name is 1 to 63 of a-z, 0-9, `-` and `.`, like a RuntimeClass handler",
+            "c.toml:1:10: `\"flavour.Gpu\"`: a flavour's name is 1 to 63 of a-z, 0-9, `-` and `.`, \
+             like a RuntimeClass handler",
         ),
     ];
     for (text, expected) in table {
@@ -157,7 +168,10 @@ fn all_mistakes_are_told_at_once_up_to_a_bound() {
 
 proptest::proptest! {
     #[test]
-    fn no_text_panics_and_places_are_inside(text in "\\PC{0,200}|(\\[[a-z.]{1,12}\\]\n?|[a-z_]{1,8} ?= ?[0-9\"'a-z\\[\\]]{0,6}\n?){0,8}") {
+    fn no_text_panics_and_places_are_inside(
+        text in "\\PC{0,200}|(\\[[a-z.]{1,12}\\]\n?|\
+                 [a-z_]{1,8} ?= ?[0-9\"'a-z\\[\\]]{0,6}\n?){0,8}",
+    ) {
         for problem in parse(Path::new("c"), &text).problems {
             let place = problem.place.unwrap();
             proptest::prop_assert!(place.line <= text.matches('\n').count() + 1);

@@ -1,5 +1,5 @@
-//! The key table as text for people: the reference page and the commented example. Both files in the repository are
-//! printed from here and compared by a test.
+//! The key table as text for people: the reference page and the commented example. Both files in
+//! the repository are printed from here and compared by a test.
 
 use std::fmt::Write;
 
@@ -42,10 +42,13 @@ fn kind_in_words(kind: Kind) -> String {
 pub fn reference() -> String {
     let mut page = format!(
         "# Configuration reference\n\n\
-         <!-- Printed by `{REFERENCE_COMMAND}` from the key table in runtime-config/src/keys.rs. Change it there. -->\n\n\
+         <!-- Printed by `{REFERENCE_COMMAND}` from the key table in \
+         runtime-config/src/keys.rs. Change it there. -->\n\n\
          How the file, its drop-ins, flavours and annotations fit together is told in\n\
-         [configuration.md](configuration.md). *Pod* says whether a pod may set the key by the annotation\n\
-         `{ANNOTATION_PREFIX}<section>.<key>`, provided that `security.allowed_annotations` names it.\n"
+         [configuration.md](configuration.md). *Pod* says whether a pod may set the key by the \
+         annotation\n\
+         `{ANNOTATION_PREFIX}<section>.<key>`, provided that `security.allowed_annotations` \
+         names it.\n"
     );
     for (section, doc) in SECTIONS {
         write_section(&mut page, section, doc.trim());
@@ -74,9 +77,12 @@ fn write_section(page: &mut String, section: &str, doc: &str) {
 #[must_use]
 pub fn example() -> String {
     let mut file = format!(
-        "# Pericarp's configuration: every key with its default. Remove the `#` before a key to change it.\n\
-         # Printed by `{EXAMPLE_COMMAND}`. `pericarp config check` tells whether what you wrote is right.\n\
-         # Drop-ins beside this file, config.d/*.toml, are laid over it in the order of their names.\n"
+        "# Pericarp's configuration: every key with its default. Remove the `#` before a key to \
+            change it.\n\
+         # Printed by `{EXAMPLE_COMMAND}`. `pericarp config check` tells whether what \
+         you wrote is right.\n\
+         # Drop-ins beside this file, config.d/*.toml, are laid over it in the order \
+         of their names.\n"
     );
     for (section, doc) in SECTIONS {
         append(&mut file, format_args!("\n# {}\n[{section}]\n", doc.trim()));
@@ -85,7 +91,8 @@ pub fn example() -> String {
         }
     }
     file.push_str(
-        "\n# Settings of the pods of one runtime handler alone: name the flavour in the options of containerd's\n\
+        "\n# Settings of the pods of one runtime handler alone: name the flavour in the options \
+            of containerd's\n\
          # runtime handler (`Flavour = \"large\"`) and write here what differs.\n\
          #[flavour.large.vm]\n#default_memory_mib = 4096\n",
     );

@@ -1,4 +1,5 @@
-//! The generated files are current, and the example is a valid configuration with and without its comments.
+//! The generated files are current, and the example is a valid configuration with and without its
+//! comments.
 
 use std::path::Path;
 

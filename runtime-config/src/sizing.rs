@@ -1,4 +1,5 @@
-//! How large a pod's VM is: from the pod's own limits, else from the configuration's defaults. Pure.
+//! How large a pod's VM is: from the pod's own limits, else from the configuration's defaults.
+//! Pure.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +8,8 @@ use crate::kind::quoted;
 
 /// Annotation of containerd: length of the CPU period in microseconds.
 pub const CPU_PERIOD_ANNOTATION: &str = "io.kubernetes.cri.sandbox-cpu-period";
-/// Annotation of containerd: CPU time of all containers per period in microseconds; 0 or less is no limit.
+/// Annotation of containerd: CPU time of all containers per period in microseconds; 0 or less is no
+/// limit.
 pub const CPU_QUOTA_ANNOTATION: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 /// Annotation of containerd: CPU weight of all containers, 1024 for each requested CPU.
 pub const CPU_SHARES_ANNOTATION: &str = "io.kubernetes.cri.sandbox-cpu-shares";
@@ -64,7 +66,8 @@ pub enum SizingError {
     },
     /// A guest with this little memory does not boot.
     #[error(
-        "{field} is {asked_bytes} bytes, too little memory to boot a VM: the least is {least_bytes} bytes \
+        "{field} is {asked_bytes} bytes, too little memory to boot a VM: the least is \
+            {least_bytes} bytes \
          (`vm.min_memory_mib` = {min_mib} less `vm.guest_reserve_mib` = {reserve_mib})"
     )]
     MemoryTooSmall {
@@ -81,7 +84,8 @@ pub enum SizingError {
     },
     /// More memory than the operator gives one pod.
     #[error(
-        "{field} is {asked_bytes} bytes; with `vm.guest_reserve_mib` = {reserve_mib} that is more than \
+        "{field} is {asked_bytes} bytes; with `vm.guest_reserve_mib` = {reserve_mib} that is more \
+            than \
          `vm.max_memory_mib` = {max_mib}"
     )]
     MemoryTooLarge {
@@ -150,10 +154,12 @@ impl Demand {
 }
 
 impl Sizing {
-    /// The size of the VM of a pod: what it asks for and the guest's own reserve, within the operator's bounds.
+    /// The size of the VM of a pod: what it asks for and the guest's own reserve, within the
+    /// operator's bounds.
     ///
-    /// A limit is an upper bound, and it may lawfully be above what the host has: then the VM gets what the host has,
-    /// as a container would. A bound that the operator set is different: beyond it the pod is refused.
+    /// A limit is an upper bound, and it may lawfully be above what the host has: then the VM gets
+    /// what the host has, as a container would. A bound that the operator set is different: beyond
+    /// it the pod is refused.
     pub fn of(vm: &Vm, demand: &Demand, host: HostCapacity) -> Result<Self, SizingError> {
         Ok(Self {
             vcpus: vcpus(vm, demand, host)?,
@@ -202,7 +208,8 @@ fn memory_bytes(vm: &Vm, demand: &Demand, host: HostCapacity) -> Result<u64, Siz
         });
     }
     let align = vm.huge_pages.alignment_bytes();
-    // Never below the smallest VM, also on a host that reports nonsense; rounded down at the top, up elsewhere.
+    // Never below the smallest VM, also on a host that reports nonsense; rounded down at the top,
+    // up elsewhere.
     let most = (host.memory_bytes / align * align).max(min_mib * MIB);
     Ok(total.min(most).next_multiple_of(align))
 }

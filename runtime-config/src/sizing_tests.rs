@@ -144,7 +144,8 @@ proptest::proptest! {
         quota in proptest::option::of(0u64..), period in proptest::option::of(0u64..),
         shares in proptest::option::of(0u64..), memory in proptest::option::of(0u64..),
     ) {
-        let demand = Demand { cpu_quota_us: quota, cpu_period_us: period, cpu_shares: shares, memory_limit_bytes: memory };
+        let demand = Demand { cpu_quota_us: quota, cpu_period_us: period,
+            cpu_shares: shares, memory_limit_bytes: memory };
         if let Ok(sizing) = Sizing::of(&vm(""), &demand, HOST) {
             proptest::prop_assert!((1..=HOST.cpus).contains(&sizing.vcpus));
             proptest::prop_assert!((72 * MIB..=HOST.memory_bytes).contains(&sizing.memory_bytes));

@@ -1,11 +1,15 @@
-//! The macro that turns the key table into types: one declaration gives the field, its parser and its documentation.
+//! The macro that turns the key table into types: one declaration gives the field, its parser and
+//! its documentation.
 
 /// `section: Type { key: type = kind, default, pod }` for every setting; see `keys.rs`.
 macro_rules! settings {
     ($(
         $(#[doc = $section_doc:literal])+
         $section:ident: $Section:ident {
-            $( $(#[doc = $doc:literal])+ $key:ident: $type:ty = $kind:expr, $default:expr, $pod:ident; )+
+            $(
+                $(#[doc = $doc:literal])+
+                $key:ident: $type:ty = $kind:expr, $default:expr, $pod:ident;
+            )+
         }
     )+) => {
         /// Every setting, typed and in range.
@@ -40,8 +44,10 @@ macro_rules! settings {
             pub(crate) fn of(value: impl Fn(&'static str) -> Value) -> Self {
                 Self { $(
                     $section: $Section { $(
-                        $key: <$type as Setting>::of(&value(concat!(stringify!($section), ".", stringify!($key))))
-                            .expect("each row of the table pairs a kind with that kind's type"),
+                        $key: <$type as Setting>::of(&value(concat!(
+                            stringify!($section), ".", stringify!($key)
+                        )))
+                        .expect("each row of the table pairs a kind with that kind's type"),
                     )+ },
                 )+ }
             }
