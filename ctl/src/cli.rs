@@ -51,7 +51,8 @@ pub(crate) struct ConfigArguments {
 pub(crate) enum ConfigCommand {
     /// Read the configuration and its drop-ins as a shim would, and name every mistake.
     Check {
-        /// File to read instead of /etc/pericarp/config.toml; its drop-ins are those of `config.d` beside it.
+        /// File to read instead of /etc/pericarp/config.toml; its drop-ins are those of `config.d`
+        /// beside it.
         #[arg(long, value_name = "FILE")]
         config: Option<PathBuf>,
         /// Print the resulting values and where each comes from.

@@ -1,7 +1,7 @@
 //! Does an ELF file carry a PVH entry point? Bounded reads of a foreign file.
 //!
-//! ELF-64 object file format: file header, program headers, note sections. The note is XEN_ELFNOTE_PHYS32_ENTRY of
-//! Xen's `public/elfnote.h`, which Linux emits with CONFIG_PVH.
+//! ELF-64 object file format: file header, program headers, note sections. The note is
+//! XEN_ELFNOTE_PHYS32_ENTRY of Xen's `public/elfnote.h`, which Linux emits with CONFIG_PVH.
 
 use std::io::{self, Read, Seek, SeekFrom};
 
@@ -42,7 +42,8 @@ pub(crate) fn inspect(file: &mut (impl Read + Seek)) -> io::Result<KernelFile> {
             }
         });
     }
-    // e_ident[EI_CLASS] = 2 (64 bits), e_ident[EI_DATA] = 1 (little-endian), e_machine = 62 (x86-64).
+    // e_ident[EI_CLASS] = 2 (64 bits), e_ident[EI_DATA] = 1 (little-endian), e_machine = 62
+    // (x86-64).
     if header[4] != 2 || header[5] != 1 || u16_at(&header, 18) != Some(62) {
         return Ok(KernelFile::OtherMachine);
     }
@@ -161,7 +162,8 @@ pub(crate) mod tests {
     fn kernels_are_told_apart() {
         let good = kernel_with_note(b"Xen\0", 18, 0x100_0000);
         assert_eq!(kind_of(good.clone()), KernelFile::Pvh(0x100_0000));
-        // The segment's size leaves room for the note's header and name only: the entry lies outside.
+        // The segment's size leaves room for the note's header and name only: the entry lies
+        // outside.
         let mut short = good.clone();
         short[64 + 32] = 16;
         assert_eq!(kind_of(short), KernelFile::NoPvhNote);

@@ -1,4 +1,5 @@
-//! `pericarp`, the node operator's command: says whether the node can run pods, checks the configuration, lists pods.
+//! `pericarp`, the node operator's command: says whether the node can run pods, checks the
+//! configuration, lists pods.
 //!
 //! It changes nothing. Exit status: 0 all right, 1 something has to be done, 2 wrong usage.
 

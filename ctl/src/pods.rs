@@ -1,7 +1,8 @@
 //! `pericarp list`: the pods in VMs on this node, from what their shims wrote down.
 //!
-//! Each pod has a directory beneath the run-time directory, named by its sandbox id, with a `state.json` of its shim's.
-//! All fields are optional here: a shim of another version, or one that has just begun, still shows as a line.
+//! Each pod has a directory beneath the run-time directory, named by its sandbox id, with a
+//! `state.json` of its shim's. All fields are optional here: a shim of another version, or one that
+//! has just begun, still shows as a line.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -162,7 +163,8 @@ mod tests {
         write(
             "aaaaaaaaaaaaaaaaaaaa",
             Some(
-                r#"{"id":"other","namespace":"default","name":"web\u001b[2J","state":"running","vcpus":2,"memory_bytes":603979776,"vmm_pid":7,"later":[1]}"#,
+                r#"{"id":"other","namespace":"default","name":"web\u001b[2J","state":"running",
+                   "vcpus":2,"memory_bytes":603979776,"vmm_pid":7,"later":[1]}"#,
             ),
         );
         write("bbb", Some("{\"vcpus\": \"many\"}"));

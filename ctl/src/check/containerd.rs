@@ -161,17 +161,25 @@ fn judge_version(answer: &Result<String, String>, report: &mut Report) {
     }
 }
 
-/// The configuration with its imports as containerd itself merges them; the bare file where that fails.
+/// The configuration with its imports as containerd itself merges them; the bare file where that
+/// fails.
 fn read_config(program: &Path, file: &Path) -> Result<ContainerdConfig, String> {
     let dump = output(
         program,
         &["--config", &file.to_string_lossy(), "config", "dump"],
     );
-    let text = match dump {
-        Ok(text) if !text.trim().is_empty() => text,
-        _ => std::fs::read_to_string(file).map_err(|error| error.to_string())?,
+    let main = std::fs::read_to_string(file);
+    let text = match (dump, &main) {
+        (Ok(text), _) if !text.trim().is_empty() => text,
+        (_, Ok(text)) => text.clone(),
+        (_, Err(error)) => return Err(error.to_string()),
     };
-    parse(&text)
+    let mut config = parse(&text)?;
+    // containerd 2.x prints its newest version whatever the main file's is.
+    if let Some(main) = main.ok().and_then(|text| parse(&text).ok()) {
+        config.version = main.version;
+    }
+    Ok(config)
 }
 
 fn socket(path: &str, report: &mut Report) {
@@ -187,7 +195,8 @@ fn socket(path: &str, report: &mut Report) {
 
 fn shim(daemon: &Daemon, runtime_path: Option<&str>, report: &mut Report) {
     let check = "containerd.shim";
-    // containerd looks in its PATH and then beside its own program (core/runtime/v2/shim_manager.go).
+    // containerd looks in its PATH and then beside its own program
+    // (core/runtime/v2/shim_manager.go).
     let beside = daemon
         .program
         .parent()
@@ -222,15 +231,27 @@ fn handlers(read: &ContainerdConfig, config: &Config, file: &Path, report: &mut 
             "no handler with runtime_type {RUNTIME_TYPE} (there are: {})",
             read.all_handlers.join(", ")
         );
-        let action = format!(
-            "add deploy/containerd/pericarp.toml to /etc/containerd/conf.d (containerd 1.7: its lines to {}) and restart containerd",
-            file.display()
-        );
-        return report.fail(check, found, action);
+        return report.fail(check, found, handler_action(read.version, file));
     }
     for handler in &read.handlers {
         judge_handler(handler, config, report);
     }
+}
+
+/// What to do on a node whose containerd does not know us: the two majors take it differently.
+fn handler_action(config_version: Option<i64>, file: &Path) -> String {
+    let main = file.display();
+    if config_version.is_some_and(|version| version < 3) {
+        return format!(
+            "add the lines of deploy/containerd/pericarp-1.7.toml to {main} and restart containerd"
+        );
+    }
+    let first = if file.exists() {
+        format!("see that {main} imports /etc/containerd/conf.d/*.toml")
+    } else {
+        format!("write {main} with version = 3 and imports = [\"/etc/containerd/conf.d/*.toml\"]")
+    };
+    format!("{first}, put deploy/containerd/pericarp.toml there and restart containerd")
 }
 
 fn judge_handler(handler: &Handler, config: &Config, report: &mut Report) {

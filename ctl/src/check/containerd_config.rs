@@ -1,7 +1,7 @@
 //! containerd's configuration, as far as a runtime handler of ours goes. Pure.
 //!
-//! Version 2 (containerd 1.x) keeps handlers under the plugin `io.containerd.grpc.v1.cri`, versions 3 and 4
-//! (containerd 2.x) under `io.containerd.cri.v1.runtime` (containerd, docs/cri/config.md).
+//! Version 2 (containerd 1.x) keeps handlers under the plugin `io.containerd.grpc.v1.cri`, versions
+//! 3 and 4 (containerd 2.x) under `io.containerd.cri.v1.runtime` (containerd, docs/cri/config.md).
 
 use toml::{Table, Value};
 
@@ -15,6 +15,8 @@ const DEFAULT_SOCKET: &str = "/run/containerd/containerd.sock";
 /// What concerns us.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct ContainerdConfig {
+    /// The layout's version; that of the main file, since imports may not be above it.
+    pub(super) version: Option<i64>,
     /// The socket that clients dial.
     pub(super) socket: String,
     /// Handlers whose runtime type is ours.
@@ -36,7 +38,8 @@ pub(super) struct Handler {
 }
 
 impl Handler {
-    /// Do our annotations reach the shim? Patterns are Go's `path.Match`, where `*` stops at a slash.
+    /// Do our annotations reach the shim? Patterns are Go's `path.Match`, where `*` stops at a
+    /// slash.
     pub(super) fn passes_annotations(&self) -> bool {
         let pattern = |pattern: &String| {
             ["pericarp.dev/*", "*/*", "pericarp.*/*"].contains(&pattern.as_str())
@@ -51,6 +54,7 @@ pub(super) fn parse(text: &str) -> Result<ContainerdConfig, String> {
         .parse()
         .map_err(|error: toml::de::Error| error.message().to_owned())?;
     let mut config = ContainerdConfig {
+        version: root.get("version").and_then(Value::as_integer),
         socket: socket(&root),
         handlers: Vec::new(),
         all_handlers: Vec::new(),
@@ -153,7 +157,15 @@ mod tests {
             .replace("io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime")
             .replace("version = 2", "version = 3")
             .replace("[grpc]", "[plugins.'io.containerd.server.v1.grpc']");
-        assert_eq!(parse(&v3).unwrap(), config);
+        let newer = parse(&v3).unwrap();
+        assert_eq!((config.version, newer.version), (Some(2), Some(3)));
+        assert_eq!(
+            ContainerdConfig {
+                version: Some(2),
+                ..newer
+            },
+            config
+        );
     }
 
     #[test]

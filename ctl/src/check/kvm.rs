@@ -6,7 +6,8 @@ use super::Host;
 use super::finding::Report;
 
 const DEVICE: &str = "/dev/kvm";
-/// KVM_GET_API_VERSION has answered 12 since Linux 2.6.22 and never will answer another (Documentation/virt/kvm/api.rst, 4.1).
+/// KVM_GET_API_VERSION has answered 12 since Linux 2.6.22 and never will answer another
+/// (Documentation/virt/kvm/api.rst, 4.1).
 const API_VERSION: i32 = 12;
 
 /// Capabilities without which the VMM does not start, with what each is for.
@@ -78,7 +79,8 @@ impl Processor {
             (true, _) if self.vmx => "modprobe kvm_intel",
             (true, _) => "modprobe kvm_amd",
             (false, true) => {
-                "this node is a virtual machine: turn on nested virtualisation where it runs, or use another node"
+                "this node is a virtual machine: turn on nested virtualisation where it runs, or \
+                    use another node"
             }
             (false, false) => "turn on VT-x or AMD-V in the firmware's settings",
         }
@@ -117,7 +119,10 @@ fn processor_finding(processor: Processor, device: bool, report: &mut Report) {
         // Some clouds offer a KVM that runs only kernels made for it.
         (false, true) => report.fail(
             "cpu.virtualisation",
-            format!("neither vmx nor svm in /proc/cpuinfo, and yet there is {DEVICE}: no stock kernel boots on it"),
+            format!(
+                "neither vmx nor svm in /proc/cpuinfo, and yet there is {DEVICE}: no stock \
+                kernel boots on it"
+            ),
             "use a node with VT-x, AMD-V or nested virtualisation",
         ),
         (false, false) => report.fail(

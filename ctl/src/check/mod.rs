@@ -1,7 +1,8 @@
-//! `pericarp check`: can this node run pods? One module for each thing that can be wrong; none of them changes anything.
+//! `pericarp check`: can this node run pods? One module for each thing that can be wrong; none of
+//! them changes anything.
 //!
-//! Each module turns facts (texts and numbers of the host) into findings by pure functions, and gathers the facts in
-//! one place, so that the judgements are tested without the host.
+//! Each module turns facts (texts and numbers of the host) into findings by pure functions, and
+//! gathers the facts in one place, so that the judgements are tested without the host.
 
 mod assets;
 mod cgroup;
