@@ -80,8 +80,18 @@ impl Args {
             if SWITCHES.contains(&name) {
                 match name {
                     "debug" => args.debug = inline.is_none_or(|value| value != "false"),
-                    "v" => return Ok(Self { action: Action::Version, ..args }),
-                    _ => return Ok(Self { action: Action::Info, ..args }),
+                    "v" => {
+                        return Ok(Self {
+                            action: Action::Version,
+                            ..args
+                        });
+                    }
+                    _ => {
+                        return Ok(Self {
+                            action: Action::Info,
+                            ..args
+                        });
+                    }
                 }
                 continue;
             }
@@ -101,7 +111,12 @@ impl Args {
             Some("start") => Action::Start,
             Some("delete") => Action::Delete,
             Some("daemon") => Action::Daemon,
-            Some("info") => return Ok(Self { action: Action::Info, ..args }),
+            Some("info") => {
+                return Ok(Self {
+                    action: Action::Info,
+                    ..args
+                });
+            }
             Some(other) => return Err(ArgsError::UnknownAction(other.to_owned())),
             None => return Err(ArgsError::NoAction),
         };
@@ -125,7 +140,9 @@ mod tests {
 
     #[test]
     fn start_as_containerd_calls_it() {
-        let args = parse("-namespace k8s.io -address /a.sock -publish-binary /c -id x -debug start").unwrap();
+        let args =
+            parse("-namespace k8s.io -address /a.sock -publish-binary /c -id x -debug start")
+                .unwrap();
         assert_eq!(args.action, Action::Start);
         assert_eq!((args.id.as_str(), args.namespace.as_str()), ("x", "k8s.io"));
         assert_eq!(args.publish_binary, "/c");
@@ -148,7 +165,10 @@ mod tests {
     #[test]
     fn refuses() {
         assert_eq!(parse(""), Err(ArgsError::NoAction));
-        assert_eq!(parse("-id x -namespace n stop"), Err(ArgsError::UnknownAction("stop".into())));
+        assert_eq!(
+            parse("-id x -namespace n stop"),
+            Err(ArgsError::UnknownAction("stop".into()))
+        );
         assert_eq!(parse("-namespace n start"), Err(ArgsError::Missing("id")));
         assert_eq!(parse("-id x start"), Err(ArgsError::Missing("namespace")));
         assert_eq!(parse("-id"), Err(ArgsError::NoValue("id".into())));

@@ -54,8 +54,14 @@ pub(crate) enum BootstrapError {
     Stdin(io::Error),
     #[error(transparent)]
     Bundle(#[from] crate::bundle::BundleError),
-    #[error("sandbox {sandbox} of container {container} does not run: its socket {socket} refuses connections")]
-    NoSandbox { sandbox: String, container: String, socket: PathBuf },
+    #[error(
+        "sandbox {sandbox} of container {container} does not run: its socket {socket} refuses connections"
+    )]
+    NoSandbox {
+        sandbox: String,
+        container: String,
+        socket: PathBuf,
+    },
     #[error("socket {path}: {source}")]
     Socket { path: PathBuf, source: io::Error },
     #[error("starting the shim daemon: {0}")]
@@ -108,7 +114,9 @@ pub(crate) fn start(args: &Args) -> Result<(), BootstrapError> {
     // What `delete` reads when the daemon is dead.
     fs::write(bundle_path.join("address"), &address).map_err(BootstrapError::Answer)?;
     let mut stdout = io::stdout().lock();
-    stdout.write_all(&answer(call.dialect, &address)).map_err(BootstrapError::Answer)?;
+    stdout
+        .write_all(&answer(call.dialect, &address))
+        .map_err(BootstrapError::Answer)?;
     stdout.flush().map_err(BootstrapError::Answer)
 }
 
@@ -122,11 +130,18 @@ fn sandbox_role(bundle_path: &Path) -> Result<Role, BootstrapError> {
 
 fn read_call(args: &Args) -> Result<Call, BootstrapError> {
     let mut input = Vec::new();
-    io::stdin().lock().take(INPUT_BYTES_MAX).read_to_end(&mut input).map_err(BootstrapError::Stdin)?;
+    io::stdin()
+        .lock()
+        .take(INPUT_BYTES_MAX)
+        .read_to_end(&mut input)
+        .map_err(BootstrapError::Stdin)?;
     if let Some(params) = parse_params(&input, &args.id) {
         return Ok(Call {
             dialect: Dialect::Protobuf,
-            socket_dir: params.socket_dir.filter(|d| !d.is_empty()).map_or_else(|| SOCKET_DIR.into(), Into::into),
+            socket_dir: params
+                .socket_dir
+                .filter(|d| !d.is_empty())
+                .map_or_else(|| SOCKET_DIR.into(), Into::into),
             ttrpc_address: params.containerd_ttrpc_address,
         });
     }
@@ -147,7 +162,9 @@ fn parse_params(input: &[u8], id: &str) -> Option<BootstrapParams> {
     if input.is_empty() {
         return None;
     }
-    BootstrapParams::parse_from_bytes(input).ok().filter(|params| params.instance_id == id)
+    BootstrapParams::parse_from_bytes(input)
+        .ok()
+        .filter(|params| params.instance_id == id)
 }
 
 /// 1.7 refuses version 3, and 2.x offers its sandbox service only from version 3 on; both announce `MAX_SHIM_VERSION=2`,
@@ -155,7 +172,13 @@ fn parse_params(input: &[u8], id: &str) -> Option<BootstrapParams> {
 fn json_version(version_line: &str) -> u32 {
     let major = version_line
         .split_whitespace()
-        .filter_map(|word| word.trim_start_matches('v').split('.').next()?.parse::<u32>().ok())
+        .filter_map(|word| {
+            word.trim_start_matches('v')
+                .split('.')
+                .next()?
+                .parse::<u32>()
+                .ok()
+        })
         .next();
     match major {
         Some(major) if major >= 2 => 3,
@@ -167,7 +190,11 @@ fn containerd_version(binary: &str) -> String {
     if binary.is_empty() {
         return String::new();
     }
-    match Command::new(binary).arg("--version").stdin(Stdio::null()).output() {
+    match Command::new(binary)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .output()
+    {
         Ok(output) => String::from_utf8_lossy(&output.stdout).into_owned(),
         Err(_) => String::new(),
     }
@@ -180,18 +207,27 @@ fn socket_path(dir: &Path, address: &str, namespace: &str, group: &str) -> PathB
         hash.update(part.as_bytes());
         hash.update([0]);
     }
-    let name: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    let name: String = hash
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
     dir.join(name)
 }
 
 fn listen(path: &Path) -> Result<UnixListener, BootstrapError> {
-    let failed = |source| BootstrapError::Socket { path: path.to_owned(), source };
+    let failed = |source| BootstrapError::Socket {
+        path: path.to_owned(),
+        source,
+    };
     if let Some(dir) = path.parent() {
         fs::create_dir_all(dir).map_err(failed)?;
         fs::set_permissions(dir, fs::Permissions::from_mode(0o711)).map_err(failed)?;
     }
     let listener = match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse && UnixStream::connect(path).is_err() => {
+        Err(error)
+            if error.kind() == io::ErrorKind::AddrInUse && UnixStream::connect(path).is_err() =>
+        {
             fs::remove_file(path).map_err(failed)?;
             UnixListener::bind(path)
         }
@@ -205,7 +241,14 @@ fn listen(path: &Path) -> Result<UnixListener, BootstrapError> {
 fn spawn(args: &Args, call: &Call, listener: UnixListener) -> Result<(), BootstrapError> {
     let exe = env::current_exe().map_err(BootstrapError::Spawn)?;
     let mut command = Command::new(exe);
-    command.args(["-namespace", &args.namespace, "-id", &args.id, "-address", &args.address]);
+    command.args([
+        "-namespace",
+        &args.namespace,
+        "-id",
+        &args.id,
+        "-address",
+        &args.address,
+    ]);
     command.args(["-publish-binary", &args.publish_binary]);
     if args.debug {
         command.arg("-debug");
@@ -218,8 +261,12 @@ fn spawn(args: &Args, call: &Call, listener: UnixListener) -> Result<(), Bootstr
         .stderr(Stdio::null())
         .process_group(0);
     let listener: OwnedFd = listener.into();
-    let child = pericarp_sys::process::spawn_with_descriptor(&mut command, listener.as_raw_fd(), LISTENER_DESCRIPTOR)
-        .map_err(BootstrapError::Spawn)?;
+    let child = pericarp_sys::process::spawn_with_descriptor(
+        &mut command,
+        listener.as_raw_fd(),
+        LISTENER_DESCRIPTOR,
+    )
+    .map_err(BootstrapError::Spawn)?;
     // An out-of-memory node loses containers before it loses what looks after them (containerd's own shims do the same).
     let _ = fs::write(format!("/proc/{}/oom_score_adj", child.id()), "-998");
     Ok(())
@@ -236,7 +283,11 @@ fn answer(dialect: Dialect, address: &str) -> Vec<u8> {
     match dialect {
         Dialect::Bare => address.as_bytes().to_vec(),
         Dialect::Json(version) => {
-            let answer = JsonAnswer { version, address, protocol: "ttrpc" };
+            let answer = JsonAnswer {
+                version,
+                address,
+                protocol: "ttrpc",
+            };
             serde_json::to_vec(&answer).unwrap_or_default()
         }
         Dialect::Protobuf => {
@@ -260,14 +311,28 @@ mod tests {
             answer(Dialect::Json(2), "unix:///s"),
             br#"{"version":2,"address":"unix:///s","protocol":"ttrpc"}"#
         );
-        let result = BootstrapResult::parse_from_bytes(&answer(Dialect::Protobuf, "unix:///s")).unwrap();
-        assert_eq!((result.version, result.address.as_str(), result.protocol.as_str()), (3, "unix:///s", "ttrpc"));
+        let result =
+            BootstrapResult::parse_from_bytes(&answer(Dialect::Protobuf, "unix:///s")).unwrap();
+        assert_eq!(
+            (
+                result.version,
+                result.address.as_str(),
+                result.protocol.as_str()
+            ),
+            (3, "unix:///s", "ttrpc")
+        );
     }
 
     #[test]
     fn containerd_versions() {
-        assert_eq!(json_version("containerd github.com/containerd/containerd 1.7.35 abc"), 2);
-        assert_eq!(json_version("containerd github.com/containerd/containerd/v2 v2.2.0 abc"), 3);
+        assert_eq!(
+            json_version("containerd github.com/containerd/containerd 1.7.35 abc"),
+            2
+        );
+        assert_eq!(
+            json_version("containerd github.com/containerd/containerd/v2 v2.2.0 abc"),
+            3
+        );
         assert_eq!(json_version(""), 2);
     }
 

@@ -33,7 +33,10 @@ pub(crate) enum BundleError {
     #[error("bundle {path}: config.json cannot be read")]
     Read { path: PathBuf, source: io::Error },
     #[error("bundle {path}: config.json is not an OCI runtime specification: {source}")]
-    Parse { path: PathBuf, source: serde_json::Error },
+    Parse {
+        path: PathBuf,
+        source: serde_json::Error,
+    },
 }
 
 /// A bundle that was read.
@@ -48,11 +51,18 @@ pub(crate) struct Bundle {
 impl Bundle {
     /// Reads `config.json` of the bundle at `path`.
     pub(crate) fn read(path: &Path) -> Result<Self, BundleError> {
-        let text = std::fs::read(path.join("config.json"))
-            .map_err(|source| BundleError::Read { path: path.to_owned(), source })?;
-        let spec = serde_json::from_slice(&text)
-            .map_err(|source| BundleError::Parse { path: path.to_owned(), source })?;
-        Ok(Self { path: path.to_owned(), spec })
+        let text = std::fs::read(path.join("config.json")).map_err(|source| BundleError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        let spec = serde_json::from_slice(&text).map_err(|source| BundleError::Parse {
+            path: path.to_owned(),
+            source,
+        })?;
+        Ok(Self {
+            path: path.to_owned(),
+            spec,
+        })
     }
 
     /// The specification's annotations.
@@ -73,18 +83,29 @@ impl Bundle {
     /// `None`: the host's namespace; `Some(None)`: a new one; `Some(Some(path))`: the one at that path.
     pub(crate) fn namespace(&self, kind: LinuxNamespaceType) -> Option<Option<PathBuf>> {
         let namespaces = self.spec.linux().as_ref()?.namespaces().as_ref()?;
-        namespaces.iter().find(|n| n.typ() == kind).map(|n| n.path().clone())
+        namespaces
+            .iter()
+            .find(|n| n.typ() == kind)
+            .map(|n| n.path().clone())
     }
 }
 
 /// The kinds' words as each caller spells them.
 const CALLERS: [(&str, &str); 2] = [
-    ("io.kubernetes.cri.container-type", "io.kubernetes.cri.sandbox-id"),
-    ("io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri-o.SandboxID"),
+    (
+        "io.kubernetes.cri.container-type",
+        "io.kubernetes.cri.sandbox-id",
+    ),
+    (
+        "io.kubernetes.cri-o.ContainerType",
+        "io.kubernetes.cri-o.SandboxID",
+    ),
 ];
 
 fn role(annotations: Option<&HashMap<String, String>>) -> Role {
-    let Some(annotations) = annotations else { return Role::Single };
+    let Some(annotations) = annotations else {
+        return Role::Single;
+    };
     for (kind, sandbox) in CALLERS {
         match annotations.get(kind).map(String::as_str) {
             Some("sandbox") => return Role::Sandbox,
@@ -106,12 +127,18 @@ mod tests {
     #[test]
     fn roles() {
         let with = |pairs: &[(&str, &str)]| {
-            let map = pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+            let map = pairs
+                .iter()
+                .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+                .collect();
             role(Some(&map))
         };
         assert_eq!(role(None), Role::Single);
         assert_eq!(with(&[]), Role::Single);
-        assert_eq!(with(&[("io.kubernetes.cri.container-type", "sandbox")]), Role::Sandbox);
+        assert_eq!(
+            with(&[("io.kubernetes.cri.container-type", "sandbox")]),
+            Role::Sandbox
+        );
         assert_eq!(
             with(&[
                 ("io.kubernetes.cri.container-type", "container"),
@@ -126,6 +153,9 @@ mod tests {
             ]),
             Role::Member("q".into())
         );
-        assert_eq!(with(&[("io.kubernetes.cri.container-type", "container")]), Role::Single);
+        assert_eq!(
+            with(&[("io.kubernetes.cri.container-type", "container")]),
+            Role::Single
+        );
     }
 }

@@ -1,5 +1,5 @@
 //! Attributes of processes that the kernel keeps beside their memory: limits, scheduling, I/O priority, execution domain,
-//! session keyring, memory policy.
+//! session keyring.
 
 use std::{ffi::CStr, io};
 
@@ -98,23 +98,6 @@ pub fn join_session_keyring(name: &CStr) -> io::Result<()> {
     const JOIN_SESSION_KEYRING: libc::c_int = 1;
     // SAFETY: the name is NUL-terminated and lives through the call; the kernel copies it.
     check(unsafe { libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, name.as_ptr()) })
-}
-
-/// Sets the NUMA memory policy of the calling thread (set_mempolicy(2)); `nodes` is a bit mask.
-///
-/// # Errors
-/// `ENOSYS` on a kernel without NUMA, `EINVAL` for nodes that do not exist.
-pub fn set_memory_policy(mode: u32, nodes: &[u64]) -> io::Result<()> {
-    let bits = nodes.len() * 64;
-    // The kernel reads maxnode - 1 bits (set_mempolicy(2), notes).
-    let maxnode = if bits == 0 { 0 } else { bits + 1 };
-    let mask = if bits == 0 {
-        std::ptr::null()
-    } else {
-        nodes.as_ptr()
-    };
-    // SAFETY: the mask has the stated number of bits and lives through the call; the kernel only reads it.
-    check(unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask, maxnode) })
 }
 
 fn check(result: libc::c_long) -> io::Result<()> {

@@ -6,9 +6,9 @@
 
 pub mod process;
 
+pub mod disk_io;
 pub mod fscontext;
 pub mod guest;
-pub mod disk_io;
 pub mod guest_io;
 pub mod tap;
 pub mod vhost_net;
@@ -30,3 +30,5 @@ pub mod seqpacket;
 pub mod socket_io;
 pub mod terminal;
 pub mod vsock;
+
+pub mod tun;

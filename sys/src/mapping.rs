@@ -78,7 +78,8 @@ impl SharedWords {
     pub fn new(length: usize) -> io::Result<Self> {
         assert_eq!(length % PAGE_BYTES, 0, "KVM maps whole pages");
         let place = Reservation::new(length, PAGE_BYTES)?;
-        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+        // Private, so that pages never written are the one zero page of the host (this process does not fork).
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         place.map(0, length, libc::PROT_READ | libc::PROT_WRITE, flags, None)?;
         Ok(Self(place))
     }

@@ -4,8 +4,8 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsRawFd, RawFd},
-        unix::process::CommandExt,
+        fd::{AsRawFd, FromRawFd, RawFd},
+        unix::{net::UnixListener, process::CommandExt},
     },
     process::{Child, Command},
 };
@@ -68,8 +68,27 @@ pub fn spawn_placed(command: &mut Command, placement: &Placement<'_>) -> io::Res
             unshare(CloneFlags::CLONE_NEWPID).map_err(io::Error::from)?;
             command.spawn()
         });
-        spawner.join().unwrap_or_else(|_| Err(io::Error::other("the spawning thread panicked")))
+        spawner
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the spawning thread panicked")))
     })
+}
+
+/// Takes the listening unix socket that a parent left open at `number`. Call it once: a second listener would close the first.
+///
+/// # Errors
+/// When `number` is not an open socket.
+pub fn take_listener(number: RawFd) -> io::Result<UnixListener> {
+    // SAFETY: fcntl(2) with F_SETFD touches no memory; a number that is not open is an error.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is open, as fcntl(2) has just told, and nothing else in this process owns it: it was
+    // inherited at a number that only the caller knows.
+    let listener = unsafe { UnixListener::from_raw_fd(number) };
+    // Anything but a socket is refused here.
+    listener.local_addr()?;
+    Ok(listener)
 }
 
 fn place_descriptor(command: &mut Command, descriptor: RawFd, number: RawFd) {
@@ -82,7 +101,11 @@ fn place_descriptor(command: &mut Command, descriptor: RawFd, number: RawFd) {
             } else {
                 libc::dup2(descriptor, number)
             };
-            if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+            if result < 0 {
+                Err(io::Error::last_os_error())
+            } else {
+                Ok(())
+            }
         });
     }
 }
@@ -115,7 +138,10 @@ mod tests {
         }
         let mut command = Command::new("/bin/sh");
         command.args(["-c", "echo $$"]).stdout(Stdio::piped());
-        let placement = Placement { new_pid_namespace: true, ..Placement::default() };
+        let placement = Placement {
+            new_pid_namespace: true,
+            ..Placement::default()
+        };
         let child = spawn_placed(&mut command, &placement).unwrap();
         let output = child.wait_with_output().unwrap();
         assert_eq!(String::from_utf8_lossy(&output.stdout), "1\n");

@@ -1,0 +1,224 @@
+//! The agent in the guest, as the shim sees it: the first word, calls with deadlines, and streams.
+//!
+//! Everything that arrives here comes from a guest that may be hostile: frames are bounded before they are read, ids are the
+//! shim's own, and no answer is awaited without a deadline, except the end of a process, which the death of the VM ends.
+
+use std::{io, path::PathBuf, time::Duration};
+
+use pericarp_protocol::{
+    GUEST_PROTOCOL_MAJOR, STREAM_PORT, guest::Hello, guest_ttrpc::AgentClient,
+    limits::HELLO_BYTES_MAX, stream::Header,
+};
+use protobuf::Message;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixStream,
+    time::timeout,
+};
+use ttrpc::{
+    Code, Error as TtrpcError,
+    asynchronous::{Client, transport::Socket},
+    context::Context,
+};
+
+use crate::errors::CallError;
+
+/// Longest line that the VMM or the agent answers to a stream's opening.
+const ANSWER_BYTES_MAX: usize = 256;
+
+/// Connection to a living agent.
+#[derive(Clone)]
+pub(crate) struct Agent {
+    client: AgentClient,
+    vsock: PathBuf,
+    call_limit: Duration,
+}
+
+impl std::fmt::Debug for Agent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Agent")
+            .field("vsock", &self.vsock)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Makes one call with the usual deadline and maps its error: `agent.call("start", |c, ctx| c.start_process(ctx, &request))`.
+macro_rules! agent_call {
+    ($agent:expr, $method:ident, $request:expr) => {{
+        let agent = &$agent;
+        agent
+            .client()
+            .$method(agent.context(), $request)
+            .await
+            .map_err(|error| agent.failure(stringify!($method), error))
+    }};
+}
+pub(crate) use agent_call;
+
+impl Agent {
+    /// Waits for the agent's first word on `connection`, which the guest dialled.
+    pub(crate) async fn greet(
+        mut connection: UnixStream,
+        vsock: PathBuf,
+        ready_limit: Duration,
+        call_limit: Duration,
+    ) -> Result<(Self, Hello), CallError> {
+        let hello = timeout(ready_limit, read_hello(&mut connection))
+            .await
+            .map_err(|_| CallError::Deadline {
+                peer: "the guest's agent",
+                call: "hello",
+                limit: ready_limit,
+            })??;
+        let client = AgentClient::new(Client::new(Socket::new(connection)));
+        Ok((
+            Self {
+                client,
+                vsock,
+                call_limit,
+            },
+            hello,
+        ))
+    }
+
+    /// The generated client; use it through [`agent_call`].
+    pub(crate) fn client(&self) -> &AgentClient {
+        &self.client
+    }
+
+    /// A context with the usual deadline.
+    pub(crate) fn context(&self) -> Context {
+        ttrpc::context::with_duration(self.call_limit)
+    }
+
+    /// What a failed call means to containerd.
+    pub(crate) fn failure(&self, call: &'static str, error: TtrpcError) -> CallError {
+        match error {
+            TtrpcError::RpcStatus(status) => match status.code() {
+                Code::DEADLINE_EXCEEDED => CallError::Deadline {
+                    peer: "the guest's agent",
+                    call,
+                    limit: self.call_limit,
+                },
+                code => CallError::Agent(code, status.message().to_owned()),
+            },
+            error => CallError::Gone(format!("the guest's agent is gone ({call}: {error})")),
+        }
+    }
+
+    /// Opens a stream to the guest for `header`.
+    pub(crate) async fn open_stream(&self, header: &Header) -> Result<UnixStream, CallError> {
+        timeout(self.call_limit, dial(&self.vsock, header))
+            .await
+            .map_err(|_| CallError::Deadline {
+                peer: "the guest",
+                call: "stream",
+                limit: self.call_limit,
+            })?
+            .map_err(|error| {
+                CallError::Gone(format!(
+                    "stream to the guest for '{}': {error}",
+                    header.to_string().trim_end()
+                ))
+            })
+    }
+}
+
+async fn read_hello(connection: &mut UnixStream) -> Result<Hello, CallError> {
+    let gone = |error: io::Error| {
+        CallError::Gone(format!("the guest ended before its agent spoke: {error}"))
+    };
+    let size = connection.read_u32_le().await.map_err(gone)? as usize;
+    if size > HELLO_BYTES_MAX {
+        return Err(CallError::Gone(format!(
+            "the agent's hello of {size} bytes is above {HELLO_BYTES_MAX}"
+        )));
+    }
+    let mut bytes = vec![0; size];
+    connection.read_exact(&mut bytes).await.map_err(gone)?;
+    let hello = Hello::parse_from_bytes(&bytes)
+        .map_err(|error| CallError::Gone(format!("the agent's hello cannot be read: {error}")))?;
+    if hello.protocol_major != GUEST_PROTOCOL_MAJOR {
+        return Err(CallError::Gone(format!(
+            "the guest image speaks protocol {}, this shim {GUEST_PROTOCOL_MAJOR}: install matching versions of both",
+            hello.protocol_major
+        )));
+    }
+    Ok(hello)
+}
+
+async fn dial(vsock: &PathBuf, header: &Header) -> io::Result<UnixStream> {
+    let mut stream = UnixStream::connect(vsock).await?;
+    stream
+        .write_all(format!("CONNECT {STREAM_PORT}\n").as_bytes())
+        .await?;
+    let answer = read_line(&mut stream).await?;
+    if !answer.starts_with("OK ") {
+        return Err(io::Error::other(format!("the VMM answered {answer:?}")));
+    }
+    stream.write_all(header.to_string().as_bytes()).await?;
+    let answer = read_line(&mut stream).await?;
+    if answer != "ok" {
+        return Err(io::Error::other(format!("the agent answered {answer:?}")));
+    }
+    Ok(stream)
+}
+
+/// Reads byte by byte, because what follows the newline belongs to the stream.
+async fn read_line(stream: &mut UnixStream) -> io::Result<String> {
+    let mut line = Vec::new();
+    loop {
+        match stream.read_u8().await? {
+            b'\n' => return Ok(String::from_utf8_lossy(&line).into_owned()),
+            byte if line.len() < ANSWER_BYTES_MAX => line.push(byte),
+            _ => return Err(io::Error::other("the answer has no end")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(hello: &Hello) -> Vec<u8> {
+        let bytes = hello.write_to_bytes().unwrap();
+        let mut frame = u32::try_from(bytes.len()).unwrap().to_le_bytes().to_vec();
+        frame.extend(bytes);
+        frame
+    }
+
+    #[tokio::test]
+    async fn hello_of_another_version_or_size_is_refused() {
+        let cases = [
+            (
+                frame(&Hello {
+                    protocol_major: 99,
+                    ..Hello::default()
+                }),
+                "protocol 99",
+            ),
+            (u32::MAX.to_le_bytes().to_vec(), "above"),
+            (vec![1, 0], "ended before"),
+        ];
+        for (bytes, text) in cases {
+            let (ours, mut guest) = UnixStream::pair().unwrap();
+            guest.write_all(&bytes).await.unwrap();
+            drop(guest);
+            let limit = Duration::from_secs(5);
+            let error = Agent::greet(ours, "/v".into(), limit, limit)
+                .await
+                .unwrap_err();
+            assert!(error.to_string().contains(text), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn silent_guest_is_given_up() {
+        let (ours, _guest) = UnixStream::pair().unwrap();
+        let limit = Duration::from_millis(10);
+        let error = Agent::greet(ours, "/v".into(), limit, limit)
+            .await
+            .unwrap_err();
+        assert!(matches!(error, CallError::Deadline { .. }));
+    }
+}

@@ -1,0 +1,140 @@
+//! The pod's cgroup on the host: where the VMM and the file-system daemon live from their first instruction.
+//!
+//! kubelet makes the pod's cgroup and limits it; the sandbox's own cgroup beneath it (the OCI `cgroupsPath`) is made here and
+//! holds every process of the VM, so that what the VM costs is the pod's to pay. No limit is written: those of the pod are
+//! kubelet's, and those of containers hold in the guest.
+//!
+//! `cgroupsPath` has two forms: a path beneath the mount (cgroupfs driver), and `slice:prefix:name` (systemd driver).
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+const ROOT: &str = "/sys/fs/cgroup";
+/// How long killed processes may take to leave a cgroup.
+const EMPTY_MS: u64 = 5_000;
+
+/// The directories of a sandbox's cgroup: one on cgroup v2, one a hierarchy on v1.
+pub(crate) fn directories(cgroups_path: &Path) -> Vec<PathBuf> {
+    let relative = relative(cgroups_path);
+    if Path::new(ROOT).join("cgroup.controllers").exists() {
+        return vec![Path::new(ROOT).join(relative)];
+    }
+    let Ok(entries) = fs::read_dir(ROOT) else {
+        return Vec::new();
+    };
+    entries
+        .filter_map(Result::ok)
+        // Combined hierarchies have links under each of their names.
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .filter(|entry| entry.file_name() != "unified")
+        .map(|entry| entry.path().join(&relative))
+        .collect()
+}
+
+/// Makes `directory` and gives the file that moves a process into it.
+pub(crate) fn make(directory: &Path) -> io::Result<File> {
+    fs::create_dir_all(directory)?;
+    OpenOptions::new()
+        .write(true)
+        .open(directory.join("cgroup.procs"))
+}
+
+/// Ends what is left in `directory` and removes it.
+pub(crate) fn remove(directory: &Path) -> io::Result<()> {
+    let deadline = Instant::now() + Duration::from_millis(EMPTY_MS);
+    // cgroup.kill is Linux 5.14's; without it the processes were ended by the journal's own entries.
+    let _ = fs::write(directory.join("cgroup.kill"), "1");
+    if let Ok(events) = File::open(directory.join("cgroup.events")) {
+        wait_empty(directory, &events, deadline)?;
+    }
+    match fs::remove_dir(directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// cgroup.events is notified by POLLPRI whenever `populated` changes (cgroup-v2.rst, "populated").
+fn wait_empty(directory: &Path, events: &File, deadline: Instant) -> io::Result<()> {
+    loop {
+        let text = fs::read_to_string(directory.join("cgroup.events"))?;
+        if !text.lines().any(|line| line == "populated 1") {
+            return Ok(());
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left.as_millis()).unwrap_or(PollTimeout::MAX);
+        let mut polled = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+        if poll(&mut polled, timeout)? == 0 {
+            return Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                "processes do not leave the cgroup",
+            ));
+        }
+    }
+}
+
+fn relative(cgroups_path: &Path) -> PathBuf {
+    let text = cgroups_path.to_string_lossy();
+    let parts: Vec<&str> = text.split(':').collect();
+    match parts.as_slice() {
+        [slice, prefix, name] => {
+            let mut path = slice_path(slice);
+            path.push(if prefix.is_empty() {
+                format!("{name}.scope")
+            } else {
+                format!("{prefix}-{name}.scope")
+            });
+            path
+        }
+        _ => text.trim_start_matches('/').into(),
+    }
+}
+
+/// `a-b-c.slice` lies at `a.slice/a-b.slice/a-b-c.slice` (systemd.slice(5)); `-.slice` is the root.
+fn slice_path(slice: &str) -> PathBuf {
+    let name = slice.trim_end_matches(".slice");
+    let mut path = PathBuf::new();
+    if name.is_empty() || name == "-" {
+        return path;
+    }
+    let mut end = 0;
+    for part in name.split('-') {
+        end += part.len();
+        path.push(format!("{}.slice", name.get(..end).unwrap_or(name)));
+        end += 1;
+    }
+    path
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_drivers_paths() {
+        assert_eq!(
+            relative(Path::new("/kubepods/besteffort/pod1/abc")),
+            Path::new("kubepods/besteffort/pod1/abc")
+        );
+        assert_eq!(
+            relative(Path::new(
+                "kubepods-burstable-pod1.slice:cri-containerd:abc"
+            )),
+            Path::new(
+                "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-abc.scope"
+            )
+        );
+        assert_eq!(relative(Path::new("-.slice::abc")), Path::new("abc.scope"));
+    }
+
+    #[test]
+    fn removal_of_what_is_not_there() {
+        remove(Path::new("/sys/fs/cgroup/pericarp-test-absent")).unwrap();
+    }
+}

@@ -1,0 +1,605 @@
+//! The containers of a pod and their processes: what each task call does in the guest and on the host.
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use containerd_shim_protos::{
+    api::{CreateTaskRequest, ExecProcessRequest},
+    events::task::{
+        TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskPaused,
+        TaskResumed, TaskStart,
+    },
+    topics,
+};
+use oci_spec::runtime::Process as OciProcess;
+use pericarp_protocol::{
+    guest::{
+        CreateContainerRequest, ExecRequest, ProcessRequest, ResizeTerminalRequest, SignalRequest,
+        Streams, UpdateContainerRequest,
+    },
+    limits::OCI_SPEC_BYTES_MAX,
+    stream::Header,
+};
+use protobuf::well_known_types::timestamp::Timestamp;
+use tokio::net::UnixStream;
+use tracing::debug;
+
+use crate::{
+    agent_client::agent_call,
+    bundle::{Bundle, Role},
+    errors::CallError,
+    pod::Pod,
+    process::{Exit, LOST_STATUS, Process},
+    spec,
+    stdio::{Copying, HostEnds, Paths},
+};
+
+/// The one signal that a dead guest has obeyed.
+const SIGKILL: u32 = 9;
+
+/// A container.
+#[derive(Debug)]
+pub(crate) struct Container {
+    /// Its id.
+    pub(crate) id: String,
+    /// Its bundle.
+    pub(crate) bundle: PathBuf,
+    /// Its first process.
+    pub(crate) init: Arc<Process>,
+    /// It stands for the sandbox and has no process in the guest.
+    pub(crate) pause: bool,
+    /// Frozen.
+    pub(crate) paused: AtomicBool,
+    execs: Mutex<HashMap<String, Arc<Process>>>,
+}
+
+/// Seconds and nanoseconds since the epoch.
+pub(crate) fn timestamp(time: SystemTime) -> Timestamp {
+    Timestamp::from(time)
+}
+
+impl Container {
+    fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The process called `exec_id`; the init when it is empty.
+    pub(crate) fn process(&self, exec_id: &str) -> Result<Arc<Process>, CallError> {
+        if exec_id.is_empty() {
+            return Ok(Arc::clone(&self.init));
+        }
+        self.execs()
+            .get(exec_id)
+            .cloned()
+            .ok_or_else(|| CallError::NotFound(format!("exec {exec_id} of container {}", self.id)))
+    }
+
+    /// The VM is gone: every process has ended. True when one had not before.
+    pub(crate) async fn lost(&self, pod: &Pod) -> bool {
+        let execs: Vec<_> = self.execs().values().cloned().collect();
+        let mut news = false;
+        for process in execs.into_iter().chain([Arc::clone(&self.init)]) {
+            news |= ended(pod, &self.id, &process, Exit::now(LOST_STATUS)).await;
+        }
+        news
+    }
+}
+
+fn request_of(id: &str, exec_id: &str) -> ProcessRequest {
+    ProcessRequest {
+        container_id: id.to_owned(),
+        exec_id: exec_id.to_owned(),
+        ..Default::default()
+    }
+}
+
+/// Takes note of an end and tells containerd once.
+async fn ended(pod: &Pod, id: &str, process: &Process, exit: Exit) -> bool {
+    if !process.stop(exit) {
+        return false;
+    }
+    let mut event = TaskExit::new();
+    event.container_id = id.to_owned();
+    event.id = if process.exec_id.is_empty() {
+        id.to_owned()
+    } else {
+        process.exec_id.clone()
+    };
+    event.pid = pod.pid();
+    event.exit_status = exit.status;
+    event.exited_at = Some(timestamp(exit.at)).into();
+    pod.publisher
+        .publish(topics::TASK_EXIT_EVENT_TOPIC, Box::new(event))
+        .await;
+    true
+}
+
+/// Streams opened to the guest for one process.
+struct Opened {
+    numbers: Streams,
+    ends: [Option<UnixStream>; 3],
+}
+
+async fn open_streams(pod: &Pod, ends: &HostEnds) -> Result<Opened, CallError> {
+    let mut numbers = [0; 3];
+    let mut streams = [None, None, None];
+    for (index, wanted) in ends.wanted().into_iter().enumerate() {
+        if wanted {
+            let number = pod.stream_number();
+            let stream = pod.agent.open_stream(&Header::Process(number)).await?;
+            if let (Some(slot), Some(place)) = (numbers.get_mut(index), streams.get_mut(index)) {
+                *slot = number;
+                *place = Some(stream);
+            }
+        }
+    }
+    let [stdin, stdout, stderr] = numbers;
+    Ok(Opened {
+        numbers: Streams {
+            stdin,
+            stdout,
+            stderr,
+            ..Default::default()
+        },
+        ends: streams,
+    })
+}
+
+/// `Create`.
+pub(crate) async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Result<(), CallError> {
+    let paths = Paths {
+        stdin: request.stdin.clone(),
+        stdout: request.stdout.clone(),
+        stderr: request.stderr.clone(),
+        terminal: request.terminal,
+    };
+    if !request.checkpoint.is_empty() {
+        return Err(CallError::Unimplemented("restoring from a checkpoint"));
+    }
+    let bundle = Bundle::read(request.bundle.as_ref())
+        .map_err(|error| CallError::Invalid(error.to_string()))?;
+    let container = Arc::new(Container {
+        id: request.id.clone(),
+        bundle: request.bundle.clone().into(),
+        init: Arc::new(Process::reserve(&request.id, "", paths)),
+        pause: bundle.role() == Role::Sandbox,
+        paused: AtomicBool::new(false),
+        execs: Mutex::default(),
+    });
+    reserve(pod, &container)?;
+    let built = if container.pause {
+        container.init.created(None);
+        Ok(())
+    } else {
+        build(pod, &container, bundle, request).await
+    };
+    if let Err(error) = built {
+        forget(pod, &container.id);
+        let _ = pod.shared.remove(&container.id);
+        return Err(error);
+    }
+    let mut event = TaskCreate::new();
+    event.container_id = request.id.clone();
+    event.bundle = request.bundle.clone();
+    event.rootfs = request.rootfs.clone();
+    event.io = Some(TaskIO {
+        stdin: request.stdin.clone(),
+        stdout: request.stdout.clone(),
+        stderr: request.stderr.clone(),
+        terminal: request.terminal,
+        ..Default::default()
+    })
+    .into();
+    event.pid = pod.pid();
+    pod.publisher
+        .publish(topics::TASK_CREATE_EVENT_TOPIC, Box::new(event))
+        .await;
+    Ok(())
+}
+
+fn reserve(pod: &Pod, container: &Arc<Container>) -> Result<(), CallError> {
+    let mut containers = pod
+        .containers
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    if containers.contains_key(&container.id) {
+        return Err(CallError::AlreadyExists(format!(
+            "container {}",
+            container.id
+        )));
+    }
+    containers.insert(container.id.clone(), Arc::clone(container));
+    Ok(())
+}
+
+fn forget(pod: &Pod, id: &str) {
+    pod.containers
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .remove(id);
+}
+
+async fn build(
+    pod: &Arc<Pod>,
+    container: &Arc<Container>,
+    bundle: Bundle,
+    request: &CreateTaskRequest,
+) -> Result<(), CallError> {
+    let id = &container.id;
+    let root = bundle
+        .spec
+        .root()
+        .as_ref()
+        .map(|root| bundle.path.join(root.path()));
+    let guest_root = spec::guest_path(id, "rootfs");
+    let translated = spec::translate(bundle.spec, id, &guest_root, spec::source_kind)?;
+    let console = translated
+        .spec
+        .process()
+        .as_ref()
+        .and_then(oci_spec::runtime::Process::console_size);
+    let oci_spec = serde_json::to_vec(&translated.spec)
+        .map_err(|error| CallError::host("OCI specification", error))?;
+    if oci_spec.len() > OCI_SPEC_BYTES_MAX {
+        let reason = format!(
+            "OCI specification of {} bytes is above {OCI_SPEC_BYTES_MAX}",
+            oci_spec.len()
+        );
+        return Err(CallError::Invalid(reason));
+    }
+    share(pod, id, request, root, translated.shares).await?;
+    let ends = HostEnds::open(&container.init.paths)
+        .await
+        .map_err(|error| CallError::Invalid(error.to_string()))?;
+    let opened = open_streams(pod, &ends).await?;
+    let create = CreateContainerRequest {
+        container_id: id.clone(),
+        oci_spec,
+        streams: Some(opened.numbers).into(),
+        terminal_width: console.map_or(0, |size| u32::try_from(size.width()).unwrap_or_default()),
+        terminal_height: console.map_or(0, |size| u32::try_from(size.height()).unwrap_or_default()),
+        sandbox_pid_namespace: translated.sandbox_pid_namespace,
+        ..Default::default()
+    };
+    agent_call!(pod.agent, create_container, &create)?;
+    container
+        .init
+        .created(Some(Copying::start(ends, opened.ends)));
+    Ok(())
+}
+
+/// Mounting may wait for disks: not on the event loop.
+async fn share(
+    pod: &Arc<Pod>,
+    id: &str,
+    request: &CreateTaskRequest,
+    root: Option<PathBuf>,
+    shares: Vec<spec::Share>,
+) -> Result<(), CallError> {
+    let shared = pod.shared.clone();
+    let id = id.to_owned();
+    let mounts = request.rootfs.clone();
+    let mounted = tokio::task::spawn_blocking(move || {
+        shared.mount_rootfs(&id, &mounts, root.as_deref())?;
+        shared.add(&id, &shares)
+    });
+    mounted
+        .await
+        .map_err(|error| CallError::host("mounting", error))?
+}
+
+/// `Exec`.
+pub(crate) async fn exec(pod: &Arc<Pod>, request: &ExecProcessRequest) -> Result<(), CallError> {
+    let container = pod.container(&request.id)?;
+    if container.pause {
+        return Err(CallError::Unimplemented("exec in the pod's own container"));
+    }
+    let mut process: OciProcess = serde_json::from_slice(&request.spec.value)
+        .map_err(|error| CallError::Invalid(format!("spec: not an OCI process: {error}")))?;
+    spec::translate_process_fields(&mut process);
+    let paths = Paths {
+        stdin: request.stdin.clone(),
+        stdout: request.stdout.clone(),
+        stderr: request.stderr.clone(),
+        terminal: request.terminal,
+    };
+    let process_entry = Arc::new(Process::reserve(&request.id, &request.exec_id, paths));
+    {
+        let mut execs = container.execs();
+        if execs.contains_key(&request.exec_id) {
+            return Err(CallError::AlreadyExists(process_entry.name.clone()));
+        }
+        execs.insert(request.exec_id.clone(), Arc::clone(&process_entry));
+    }
+    if let Err(error) = build_exec(pod, &process_entry, &process, request).await {
+        container.execs().remove(&request.exec_id);
+        return Err(error);
+    }
+    let mut event = TaskExecAdded::new();
+    event.container_id = request.id.clone();
+    event.exec_id = request.exec_id.clone();
+    pod.publisher
+        .publish(topics::TASK_EXEC_ADDED_EVENT_TOPIC, Box::new(event))
+        .await;
+    Ok(())
+}
+
+async fn build_exec(
+    pod: &Arc<Pod>,
+    entry: &Process,
+    process: &OciProcess,
+    request: &ExecProcessRequest,
+) -> Result<(), CallError> {
+    let ends = HostEnds::open(&entry.paths)
+        .await
+        .map_err(|error| CallError::Invalid(error.to_string()))?;
+    let opened = open_streams(pod, &ends).await?;
+    let console = process.console_size();
+    let exec = ExecRequest {
+        container_id: request.id.clone(),
+        exec_id: request.exec_id.clone(),
+        oci_process: serde_json::to_vec(process)
+            .map_err(|error| CallError::host("OCI process", error))?,
+        streams: Some(opened.numbers).into(),
+        terminal_width: console.map_or(0, |size| u32::try_from(size.width()).unwrap_or_default()),
+        terminal_height: console.map_or(0, |size| u32::try_from(size.height()).unwrap_or_default()),
+        ..Default::default()
+    };
+    agent_call!(pod.agent, exec, &exec)?;
+    entry.created(Some(Copying::start(ends, opened.ends)));
+    Ok(())
+}
+
+/// `Start`, of a container or an exec.
+pub(crate) async fn start(pod: &Arc<Pod>, id: &str, exec_id: &str) -> Result<(), CallError> {
+    let container = pod.container(id)?;
+    let process = container.process(exec_id)?;
+    process.begin_start()?;
+    if !container.pause {
+        let started = agent_call!(pod.agent, start_process, &request_of(id, exec_id));
+        if let Err(error) = started {
+            process.end_start(false);
+            return Err(error);
+        }
+    }
+    // The start is told before the end can be: the end is watched only from here on.
+    if exec_id.is_empty() {
+        let mut event = TaskStart::new();
+        event.container_id = id.to_owned();
+        event.pid = pod.pid();
+        pod.publisher
+            .publish(topics::TASK_START_EVENT_TOPIC, Box::new(event))
+            .await;
+    } else {
+        let mut event = TaskExecStarted::new();
+        event.container_id = id.to_owned();
+        event.exec_id = exec_id.to_owned();
+        event.pid = pod.pid();
+        pod.publisher
+            .publish(topics::TASK_EXEC_STARTED_EVENT_TOPIC, Box::new(event))
+            .await;
+    }
+    process.end_start(true);
+    if !container.pause {
+        tokio::spawn(watch(Arc::clone(pod), id.to_owned(), process));
+    }
+    Ok(())
+}
+
+/// Waits for the guest's word of a process's end.
+async fn watch(pod: Arc<Pod>, id: String, process: Arc<Process>) {
+    let request = request_of(&id, &process.exec_id);
+    // No deadline: a process may run for years. The end of the VM ends the wait.
+    let waited = pod
+        .agent
+        .client()
+        .wait_process(ttrpc::context::Context::default(), &request)
+        .await;
+    let exit = match waited {
+        Ok(response) => Exit {
+            status: response.exit_status,
+            at: exited_at(response.exited_at_ns),
+        },
+        Err(error) => {
+            debug!(%error, process = process.name, "the agent cannot tell how a process ended");
+            Exit::now(LOST_STATUS)
+        }
+    };
+    ended(&pod, &id, &process, exit).await;
+}
+
+/// The guest's clock is not trusted further than to order ends in the past.
+fn exited_at(nanoseconds: i64) -> SystemTime {
+    let now = SystemTime::now();
+    u64::try_from(nanoseconds)
+        .ok()
+        .filter(|nanoseconds| *nanoseconds > 0)
+        .and_then(|nanoseconds| {
+            SystemTime::UNIX_EPOCH.checked_add(Duration::from_nanos(nanoseconds))
+        })
+        .map_or(now, |at| at.min(now))
+}
+
+/// `Delete`, of a container or an exec. The answer is how it had ended.
+pub(crate) async fn delete(pod: &Arc<Pod>, id: &str, exec_id: &str) -> Result<Exit, CallError> {
+    let container = pod.container(id)?;
+    let process = container.process(exec_id)?;
+    let exit = process.begin_delete()?;
+    let deleted = delete_claimed(pod, &container, &process).await;
+    if let Err(error) = deleted {
+        process.undo_delete();
+        return Err(error);
+    }
+    // containerd's own shim reports 0 for what never ran.
+    let exit = exit.unwrap_or_else(|| Exit::now(0));
+    if exec_id.is_empty() {
+        forget(pod, id);
+        let mut event = TaskDelete::new();
+        event.container_id = id.to_owned();
+        event.pid = pod.pid();
+        event.exit_status = exit.status;
+        event.exited_at = Some(timestamp(exit.at)).into();
+        pod.publisher
+            .publish(topics::TASK_DELETE_EVENT_TOPIC, Box::new(event))
+            .await;
+    } else {
+        container.execs().remove(exec_id);
+    }
+    Ok(exit)
+}
+
+async fn delete_claimed(
+    pod: &Arc<Pod>,
+    container: &Container,
+    process: &Process,
+) -> Result<(), CallError> {
+    if container.pause {
+        return Ok(());
+    }
+    let deleted = agent_call!(
+        pod.agent,
+        delete_process,
+        &request_of(&container.id, &process.exec_id)
+    );
+    match deleted {
+        // A guest that is gone has nothing left to delete.
+        Ok(_) | Err(CallError::Gone(_)) => {}
+        Err(error) if error.is_not_found() => {}
+        Err(error) => return Err(error),
+    }
+    process.finish_copying().await;
+    if process.exec_id.is_empty() {
+        let shared = pod.shared.clone();
+        let id = container.id.clone();
+        let removed = tokio::task::spawn_blocking(move || shared.remove(&id)).await;
+        removed
+            .map_err(|error| CallError::host("unmounting", error))?
+            .map_err(|error| {
+                CallError::host(
+                    format!("shared directory of container {}", container.id),
+                    error,
+                )
+            })?;
+    }
+    Ok(())
+}
+
+/// `Kill`.
+pub(crate) async fn kill(
+    pod: &Arc<Pod>,
+    id: &str,
+    exec_id: &str,
+    signal: u32,
+    all: bool,
+) -> Result<(), CallError> {
+    let container = pod.container(id)?;
+    let process = container.process(exec_id)?;
+    if process.expect_alive("kill").is_err() {
+        return Err(CallError::NotFound(format!(
+            "process of {}: it has ended already",
+            process.name
+        )));
+    }
+    if container.pause {
+        ended(pod, id, &process, Exit::now(128 + signal)).await;
+        return Ok(());
+    }
+    let request = SignalRequest {
+        container_id: id.to_owned(),
+        exec_id: exec_id.to_owned(),
+        signal,
+        all,
+        ..Default::default()
+    };
+    match agent_call!(pod.agent, signal_process, &request) {
+        Err(CallError::Gone(_)) if signal == SIGKILL => {
+            ended(pod, id, &process, Exit::now(LOST_STATUS)).await;
+            Ok(())
+        }
+        other => other.map(drop),
+    }
+}
+
+/// `ResizePty`.
+pub(crate) async fn resize(
+    pod: &Pod,
+    id: &str,
+    exec_id: &str,
+    width: u32,
+    height: u32,
+) -> Result<(), CallError> {
+    pod.container(id)?.process(exec_id)?;
+    let request = ResizeTerminalRequest {
+        container_id: id.to_owned(),
+        exec_id: exec_id.to_owned(),
+        width,
+        height,
+        ..Default::default()
+    };
+    agent_call!(pod.agent, resize_terminal, &request).map(drop)
+}
+
+/// `Pause` and `Resume`.
+pub(crate) async fn freeze(pod: &Pod, id: &str, frozen: bool) -> Result<(), CallError> {
+    let container = pod.container(id)?;
+    container
+        .init
+        .expect_alive(if frozen { "pause" } else { "resume" })?;
+    let mut request = pericarp_protocol::guest::ContainerRequest::new();
+    request.container_id = id.to_owned();
+    if !container.pause {
+        if frozen {
+            agent_call!(pod.agent, pause, &request)?;
+        } else {
+            agent_call!(pod.agent, resume, &request)?;
+        }
+    }
+    container.paused.store(frozen, Ordering::Relaxed);
+    if frozen {
+        let event = TaskPaused {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        pod.publisher
+            .publish(topics::TASK_PAUSED_EVENT_TOPIC, Box::new(event))
+            .await;
+    } else {
+        let event = TaskResumed {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        pod.publisher
+            .publish(topics::TASK_RESUMED_EVENT_TOPIC, Box::new(event))
+            .await;
+    }
+    Ok(())
+}
+
+/// `Update`: the OCI `linux.resources` object as JSON.
+pub(crate) async fn update(pod: &Pod, id: &str, resources: &[u8]) -> Result<(), CallError> {
+    let container = pod.container(id)?;
+    container.init.expect_alive("update")?;
+    if container.pause {
+        return Ok(());
+    }
+    let mut parsed: oci_spec::runtime::LinuxResources = serde_json::from_slice(resources)
+        .map_err(|error| CallError::Invalid(format!("resources: not OCI resources: {error}")))?;
+    if let Some(cpu) = parsed.cpu_mut() {
+        cpu.set_cpus(None);
+        cpu.set_mems(None);
+    }
+    let request = UpdateContainerRequest {
+        container_id: id.to_owned(),
+        oci_resources: serde_json::to_vec(&parsed)
+            .map_err(|error| CallError::host("resources", error))?,
+        ..Default::default()
+    };
+    agent_call!(pod.agent, update_container, &request).map(drop)
+}

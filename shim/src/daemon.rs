@@ -1,0 +1,193 @@
+//! The daemon of one sandbox: serves containerd on the socket that `start` made, and ends when the pod has.
+//!
+//! The pod boots as soon as the daemon lives, while containerd is still reading the answer of `start`; calls that need it
+//! wait for it. A pod that could not boot answers every call with the reason, and the daemon ends on `Shutdown` or when
+//! containerd runs `delete`.
+
+use std::{
+    env, fs, io,
+    os::unix::net::UnixListener as StdListener,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use futures::stream;
+use tokio::{
+    net::UnixListener,
+    signal::unix::{SignalKind, signal},
+    sync::{Notify, watch},
+    time::timeout,
+};
+use tracing::{error, info};
+use ttrpc::asynchronous::{Server, transport::Listener};
+
+use crate::{
+    args::Args,
+    bootstrap::{LISTENER_DESCRIPTOR, TTRPC_ADDRESS},
+    bundle::Bundle,
+    errors::CallError,
+    events::Publisher,
+    pod::{Pod, Request},
+    sandbox_service, task_service,
+};
+
+/// How long events that containerd has not taken yet may hold up the end of the daemon.
+const LAST_EVENTS_MS: u64 = 5_000;
+
+/// Why the daemon could not serve.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DaemonError {
+    #[error("listening socket (descriptor {LISTENER_DESCRIPTOR}): {0}")]
+    Listener(io::Error),
+    #[error("{0}")]
+    Setup(io::Error),
+    #[error("serving: {0}")]
+    Serve(#[from] ttrpc::Error),
+}
+
+/// A boot's result as many may wait for it; errors are told more than once, so they are words.
+type Booted = Option<Result<Arc<Pod>, CallError>>;
+
+/// The state of the daemon.
+#[derive(Debug)]
+pub(crate) struct Daemon {
+    publisher: Publisher,
+    booted: watch::Sender<Booted>,
+    booting: AtomicBool,
+    ending: Notify,
+}
+
+impl Daemon {
+    /// Begins to boot the pod; a second call is refused.
+    pub(crate) fn boot(self: &Arc<Self>, request: Request) -> Result<(), CallError> {
+        if self.booting.swap(true, Ordering::SeqCst) {
+            return Err(CallError::AlreadyExists(format!("sandbox {}", request.id)));
+        }
+        let daemon = Arc::clone(self);
+        tokio::spawn(async move {
+            let booted = Pod::boot(request, daemon.publisher.clone()).await;
+            if let Err(error) = &booted {
+                error!(%error, "the pod cannot boot");
+            }
+            daemon.booted.send_replace(Some(booted));
+        });
+        Ok(())
+    }
+
+    /// The pod, as soon as it has booted.
+    pub(crate) async fn pod(&self) -> Result<Arc<Pod>, CallError> {
+        if !self.booting.load(Ordering::SeqCst) {
+            return Err(CallError::WrongState(
+                "the sandbox has not been created".to_owned(),
+            ));
+        }
+        let mut booted = self.booted.subscribe();
+        let known = booted.wait_for(Option::is_some).await;
+        match known.ok().and_then(|known| known.clone()) {
+            Some(Ok(pod)) => Ok(pod),
+            Some(Err(error)) => Err(error),
+            None => Err(CallError::Gone("the daemon is ending".to_owned())),
+        }
+    }
+
+    /// Ends pod and daemon when no container is left.
+    pub(crate) async fn shut_down_if_empty(&self) {
+        let pod = self.booted.borrow().clone();
+        match pod {
+            Some(Ok(pod)) if !pod.containers().is_empty() => {}
+            _ => self.shut_down().await,
+        }
+    }
+
+    /// Ends pod and daemon.
+    pub(crate) async fn shut_down(&self) {
+        if self.booting.load(Ordering::SeqCst) {
+            if let Ok(pod) = self.pod().await {
+                pod.tear_down().await;
+            }
+        }
+        self.ending.notify_one();
+    }
+}
+
+/// Runs the daemon in the current directory, which is the sandbox's bundle.
+pub(crate) fn run(args: &Args) -> Result<(), DaemonError> {
+    crate::log::to_containerd(args.debug);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(DaemonError::Setup)?;
+    runtime.block_on(serve(args))
+}
+
+async fn serve(args: &Args) -> Result<(), DaemonError> {
+    let listener = inherited_listener().map_err(DaemonError::Listener)?;
+    let socket = listener
+        .local_addr()
+        .ok()
+        .and_then(|address| address.as_pathname().map(PathBuf::from));
+    let address = env::var(TTRPC_ADDRESS).unwrap_or_default();
+    let (publisher, publishing) = Publisher::start(address, args.namespace.clone());
+    let daemon = Arc::new(Daemon {
+        publisher,
+        booted: watch::Sender::new(None),
+        booting: AtomicBool::new(false),
+        ending: Notify::new(),
+    });
+    let bundle_path = env::current_dir().map_err(DaemonError::Setup)?;
+    if let Ok(bundle) = Bundle::read(&bundle_path) {
+        boot_from(&daemon, args, bundle);
+    }
+    let mut server = Server::new()
+        .add_listener(accepting(listener))
+        .register_service(task_service::services(&daemon))
+        .register_service(sandbox_service::services(&daemon));
+    server.start().await?;
+    let mut terminated = signal(SignalKind::terminate()).map_err(DaemonError::Setup)?;
+    tokio::select! {
+        () = daemon.ending.notified() => {}
+        // containerd's own shims ignore SIGTERM as well: a service manager stopping containerd must not end pods.
+        () = async { while terminated.recv().await.is_some() { info!("SIGTERM is ignored: pods outlive containerd") } } => {}
+    }
+    if let Some(socket) = socket {
+        let _ = fs::remove_file(socket);
+    }
+    server.disconnect().await;
+    drop(server);
+    drop(daemon);
+    let _ = timeout(Duration::from_millis(LAST_EVENTS_MS), publishing).await;
+    Ok(())
+}
+
+fn boot_from(daemon: &Arc<Daemon>, args: &Args, bundle: Bundle) {
+    let request = Request {
+        id: args.id.clone(),
+        network_namespace: bundle.network_namespace(),
+        annotations: bundle.annotations(),
+        bundle: Some(bundle),
+    };
+    if let Err(error) = daemon.boot(request) {
+        error!(%error, "the pod cannot boot");
+    }
+}
+
+fn inherited_listener() -> io::Result<StdListener> {
+    let listener = pericarp_sys::process::take_listener(LISTENER_DESCRIPTOR)?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+fn accepting(listener: StdListener) -> Listener {
+    let listener = UnixListener::from_std(listener);
+    Listener::new(stream::unfold(listener, |listener| async move {
+        let accepted = match &listener {
+            Ok(listener) => listener.accept().await.map(|(stream, _)| stream),
+            Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
+        };
+        Some((accepted, listener))
+    }))
+}

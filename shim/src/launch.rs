@@ -1,0 +1,394 @@
+//! Starts the VMM of a pod and describes the machine to it.
+//!
+//! The shim opens everything: KVM, guest memory, kernel, image, sockets. The VMM receives descriptors and opens nothing.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Read},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::{fs::PermissionsExt, net::UnixListener},
+    },
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+use nix::{
+    fcntl::{FcntlArg, SealFlag, fcntl},
+    sys::{
+        memfd::{MFdFlags, memfd_create},
+        socket::{AddressFamily, SockFlag, SockType, socketpair},
+    },
+};
+use pericarp_protocol::{
+    AGENT_PORT, GUEST_CID,
+    machine::{
+        Balloon, Blk, CONTROL_DESCRIPTOR, Console, CpuMode, Descriptor, Device, DeviceKind,
+        FieldError, Fs, List, Machine as Description, Net, Nothing, PageKind, Pmem, Request, Rng,
+        Text, Vsock, VsockPort,
+    },
+};
+use pericarp_runtime_config::{CpuModel, HugePages, Settings, Sizing};
+use tokio::net::UnixStream;
+
+use crate::{
+    child::Watched,
+    errors::CallError,
+    journal::{Entry, Journal},
+    machine_client::Machine,
+    network::Attachment,
+    share,
+};
+
+/// Images of pmem end at multiples of this.
+const PMEM_ALIGNMENT_BYTES: u64 = 2 << 20;
+
+/// Everything a machine is started from.
+#[derive(Debug)]
+pub(crate) struct Launch<'a> {
+    /// The pod's settings.
+    pub(crate) settings: &'a Settings,
+    /// Its size.
+    pub(crate) sizing: Sizing,
+    /// The sandbox's state directory.
+    pub(crate) state: &'a Path,
+    /// Where its processes live.
+    pub(crate) cgroups: Arc<Vec<File>>,
+    /// The VMM's end of the file-system daemon's socket.
+    pub(crate) file_system: OwnedFd,
+    /// The pod's interfaces.
+    pub(crate) interfaces: Vec<Attachment>,
+}
+
+/// A machine that was told to run.
+#[derive(Debug)]
+pub(crate) struct Launched {
+    /// Control of it.
+    pub(crate) machine: Machine,
+    /// Its process.
+    pub(crate) process: Watched,
+    /// The connection that the agent will speak on.
+    pub(crate) agent: UnixStream,
+    /// Path of the socket that reaches the guest's ports.
+    pub(crate) vsock: PathBuf,
+    /// What the guest's kernel says.
+    pub(crate) console: OwnedFd,
+}
+
+fn host(object: impl std::fmt::Display) -> impl FnOnce(io::Error) -> CallError {
+    move |error| CallError::host(object, error)
+}
+
+fn field(error: FieldError) -> CallError {
+    CallError::Invalid(format!("machine description: {error}"))
+}
+
+/// Starts the VMM, describes the machine and lets it run. The guest boots while the caller goes on.
+pub(crate) async fn launch(
+    launch: Launch<'_>,
+    journal: &mut Journal,
+) -> Result<Launched, CallError> {
+    let settings = launch.settings;
+    let id = claim_user(settings, journal)?;
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
+        .map_err(|error| CallError::host("control socket of the VMM", error))?;
+    let binary = &settings.paths.vmm;
+    let log = File::create(launch.state.join("vmm.log")).map_err(host("vmm.log"))?;
+    let mut command = Command::new(binary);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::from(log))
+        .env_clear();
+    let descriptors = vec![(theirs.as_raw_fd(), CONTROL_DESCRIPTOR)];
+    let process = Watched::spawn(command, descriptors, Arc::clone(&launch.cgroups))
+        .map_err(host(format!("VMM {}", binary.display())))?;
+    drop(theirs);
+    journal
+        .note(&Entry::Process {
+            pid: process.pid,
+            start: process.start,
+        })
+        .map_err(host("journal"))?;
+    let limit = Duration::from_millis(settings.timeouts.rpc_ms);
+    let machine = Machine::new(ours, limit).map_err(host("control socket of the VMM"))?;
+
+    let (description, opened) = describe(settings, launch.sizing, id)?;
+    machine.request(Request::Start(description), opened).await?;
+    let (console, console_writer) =
+        nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK)
+            .map_err(|error| CallError::host("pipe of the guest's log", error))?;
+    let vsock = launch.state.join("vsock.sock");
+    let (agent, agent_theirs) = UnixStream::pair().map_err(host("socket of the agent"))?;
+    let agent_theirs = OwnedFd::from(
+        agent_theirs
+            .into_std()
+            .map_err(host("socket of the agent"))?,
+    );
+    let mut devices = vec![
+        console_device(console_writer)?,
+        image_device(&settings.paths.image)?,
+        vsock_device(&vsock, agent_theirs)?,
+        file_system_device(launch.file_system)?,
+        plain_device(
+            "rng",
+            DeviceKind::Rng(Rng {
+                limit: Default::default(),
+            }),
+        )?,
+        plain_device(
+            "balloon",
+            DeviceKind::Balloon(Balloon {
+                deflate_on_oom: true,
+                free_page_reporting: settings.vm.free_page_reporting,
+            }),
+        )?,
+    ];
+    for attachment in launch.interfaces {
+        devices.push(interface_device(attachment)?);
+    }
+    for (device, descriptors) in devices {
+        machine.add_device(device, descriptors).await?;
+    }
+    machine
+        .request(Request::Run(Nothing {}), Vec::new())
+        .await?;
+    Ok(Launched {
+        machine,
+        process,
+        agent,
+        vsock,
+        console,
+    })
+}
+
+fn open(path: &Path) -> Result<OwnedFd, CallError> {
+    File::open(path)
+        .map(OwnedFd::from)
+        .map_err(host(path.display()))
+}
+
+fn at(position: u8) -> Descriptor {
+    Descriptor { position }
+}
+
+/// The first free of the VMMs' user ids, held by a file of its number.
+fn claim_user(settings: &Settings, journal: &mut Journal) -> Result<u32, CallError> {
+    let dir = settings.paths.run_dir.join(".users");
+    fs::create_dir_all(&dir).map_err(host(dir.display()))?;
+    let count = settings.security.vmm_uid_count;
+    let first = std::process::id() % count;
+    for step in 0..count {
+        let number = (first + step) % count;
+        let path = dir.join(number.to_string());
+        match OpenOptions::new().write(true).create_new(true).open(&path) {
+            Ok(_) => {
+                journal
+                    .note(&Entry::Path { path })
+                    .map_err(host("journal"))?;
+                return Ok(settings.security.vmm_uid_base + number);
+            }
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(CallError::host(path.display(), error)),
+        }
+    }
+    Err(CallError::Host(format!(
+        "all {count} user ids of VMMs are taken (security.vmm_uid_count): remove stale files from {}",
+        dir.display()
+    )))
+}
+
+fn guest_memory(settings: &Settings, bytes: u64) -> Result<(OwnedFd, PageKind), CallError> {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let (extra, pages) = match settings.vm.huge_pages {
+        HugePages::Size2Mib => (
+            MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
+            PageKind::Huge2M,
+        ),
+        HugePages::Size1Gib => (
+            MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB,
+            PageKind::Huge1G,
+        ),
+        HugePages::None => (MFdFlags::empty(), PageKind::Base),
+    };
+    let failed = |error: nix::Error| CallError::host("guest memory", error);
+    let memory = memfd_create("pericarp-guest", flags | extra).map_err(failed)?;
+    let length = i64::try_from(bytes).map_err(|error| CallError::host("guest memory", error))?;
+    nix::unistd::ftruncate(&memory, length).map_err(failed)?;
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&memory, FcntlArg::F_ADD_SEALS(seals)).map_err(failed)?;
+    Ok((memory, pages))
+}
+
+fn describe(
+    settings: &Settings,
+    sizing: Sizing,
+    user: u32,
+) -> Result<(Description, Vec<OwnedFd>), CallError> {
+    let (memory, pages) = guest_memory(settings, sizing.memory_bytes)?;
+    let kvm = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .map_err(|error| CallError::host("/dev/kvm (run `pericarp check`)", error))?;
+    let mut opened = vec![OwnedFd::from(kvm), memory, open(&settings.paths.kernel)?];
+    let mut initramfs = Vec::new();
+    if let Some(path) = &settings.paths.initramfs {
+        opened.push(open(path)?);
+        initramfs.push(at(3));
+    }
+    let features: Vec<String> = settings
+        .vm
+        .cpu_features
+        .iter()
+        .map(|feature| format!("{}{}", if feature.shown { '+' } else { '-' }, feature.name))
+        .collect();
+    let vcpus = u16::try_from(sizing.vcpus)
+        .map_err(|_| CallError::Invalid(format!("vcpus: {}", sizing.vcpus)))?;
+    let description = Description {
+        vcpus,
+        vcpus_max: vcpus,
+        memory_bytes: sizing.memory_bytes,
+        memory_max_bytes: sizing.memory_bytes,
+        pages,
+        cpu: cpu_mode(settings.vm.cpu_model)?,
+        cpu_features: Text::new("vm.cpu_features", features.join(",")).map_err(field)?,
+        kvm: at(0),
+        memory: at(1),
+        kernel: at(2),
+        initramfs: List::new("initramfs", initramfs).map_err(field)?,
+        command_line: Text::new("kernel.extra_parameters", command_line(settings))
+            .map_err(field)?,
+        uid: user,
+        gid: user,
+    };
+    Ok((description, opened))
+}
+
+fn cpu_mode(model: CpuModel) -> Result<CpuMode, CallError> {
+    match model {
+        CpuModel::Host => Ok(CpuMode::Host),
+        CpuModel::V2 => Ok(CpuMode::BaselineV2),
+        CpuModel::V3 => Ok(CpuMode::BaselineV3),
+        CpuModel::V4 => Err(CallError::Unimplemented("vm.cpu_model x86-64-v4")),
+    }
+}
+
+fn command_line(settings: &Settings) -> String {
+    let mut words = vec!["quiet panic=-1 pci=noearly 8250.nr_uarts=0 console=hvc0"];
+    if settings.paths.initramfs.is_none() {
+        words.push(
+            "root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro init=/sbin/pericarp-agent",
+        );
+    }
+    if !settings.kernel.extra_parameters.is_empty() {
+        words.push(&settings.kernel.extra_parameters);
+    }
+    words.join(" ")
+}
+
+type Described = (Device, Vec<OwnedFd>);
+
+fn plain_device(name: &str, kind: DeviceKind) -> Result<Described, CallError> {
+    Ok((
+        Device {
+            name: Text::new("name", name).map_err(field)?,
+            kind,
+        },
+        Vec::new(),
+    ))
+}
+
+fn console_device(output: OwnedFd) -> Result<Described, CallError> {
+    let (device, _) = plain_device("console", DeviceKind::Console(Console { output: at(0) }))?;
+    Ok((device, vec![output]))
+}
+
+fn image_device(path: &Path) -> Result<Described, CallError> {
+    let file = File::open(path).map_err(host(path.display()))?;
+    let length = file.metadata().map_err(host(path.display()))?.len();
+    let size_bytes = length.next_multiple_of(PMEM_ALIGNMENT_BYTES);
+    let (device, _) = plain_device(
+        "image",
+        DeviceKind::Pmem(Pmem {
+            file: at(0),
+            size_bytes,
+        }),
+    )?;
+    Ok((device, vec![file.into()]))
+}
+
+fn vsock_device(path: &Path, agent: OwnedFd) -> Result<Described, CallError> {
+    let listener = UnixListener::bind(path).map_err(host(path.display()))?;
+    listener
+        .set_nonblocking(true)
+        .map_err(host(path.display()))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(host(path.display()))?;
+    let ports = vec![VsockPort {
+        port: AGENT_PORT,
+        socket: at(1),
+    }];
+    let vsock = Vsock {
+        cid: GUEST_CID,
+        listener: at(0),
+        ports: List::new("ports", ports).map_err(field)?,
+    };
+    let (device, _) = plain_device("vsock", DeviceKind::Vsock(vsock))?;
+    Ok((device, vec![listener.into(), agent]))
+}
+
+fn file_system_device(socket: OwnedFd) -> Result<Described, CallError> {
+    let tag = Text::new("tag", share::TAG).map_err(field)?;
+    let (device, _) = plain_device(
+        "shared",
+        DeviceKind::Fs(Fs {
+            tag,
+            socket: at(0),
+            queues: 1,
+        }),
+    )?;
+    Ok((device, vec![socket]))
+}
+
+fn interface_device(attachment: Attachment) -> Result<Described, CallError> {
+    let pairs = u8::try_from(attachment.taps.len()).unwrap_or(u8::MAX);
+    let vhosts = u8::try_from(attachment.vhosts.len()).unwrap_or(u8::MAX);
+    let net = Net {
+        mac: attachment.mac,
+        mtu: u16::try_from(attachment.mtu).unwrap_or(u16::MAX),
+        taps: List::new("taps", (0..pairs).map(at).collect()).map_err(field)?,
+        vhosts: List::new(
+            "vhosts",
+            (pairs..pairs.saturating_add(vhosts)).map(at).collect(),
+        )
+        .map_err(field)?,
+        offloads: true,
+        receive_limit: attachment.receive_limit,
+        transmit_limit: attachment.transmit_limit,
+    };
+    let (device, _) = plain_device(&format!("net-{}", attachment.index), DeviceKind::Net(net))?;
+    let descriptors = attachment
+        .taps
+        .into_iter()
+        .chain(attachment.vhosts)
+        .collect();
+    Ok((device, descriptors))
+}
+
+/// A disk for a container.
+pub(crate) fn disk_device(name: &str, file: OwnedFd, blk: Blk) -> Result<Described, CallError> {
+    let (device, _) = plain_device(name, DeviceKind::Blk(blk))?;
+    Ok((device, vec![file]))
+}
+
+/// Random bytes for the guest's first entropy.
+pub(crate) fn entropy() -> Result<Vec<u8>, CallError> {
+    let mut bytes = vec![0; 64];
+    File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut bytes))
+        .map_err(host("/dev/urandom"))?;
+    Ok(bytes)
+}

@@ -1,0 +1,442 @@
+//! The pod: one VM, its containers, and everything on the host that is theirs.
+//!
+//! ```text
+//! daemon starts ──> boot: settings, state directory, cgroup, shared directory, network, VMM ──> agent greets ──> configured
+//!                     │ fails: everything undone, every call answers why
+//!                     v
+//!            containers come and go (container.rs) ──> Shutdown, none left ──> tear_down ──> process ends
+//!                     │
+//!                     └─ VMM or guest ends: every process ends with 137, calls answer why
+//! ```
+//!
+//! What must be undone is in the journal before it is done, so that `delete` can do the same after `kill -9`.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs::{self, File},
+    io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use pericarp_protocol::guest::{
+    ConfigureSandboxRequest, SharedDirectory as SharedSource, Storage, storage::Source,
+};
+use pericarp_runtime_config::{Config, Demand, HostCapacity, PodConfig, Sizing};
+use tokio::{io::AsyncReadExt, net::unix::pipe, sync::watch};
+use tracing::{info, warn};
+
+use crate::{
+    agent_client::{Agent, agent_call},
+    bundle::Bundle,
+    cgroup,
+    child::Watched,
+    container::Container,
+    errors::CallError,
+    events::Publisher,
+    journal::{self, Entry, Journal},
+    launch::{Launch, Launched, entropy, launch},
+    machine_client::Machine,
+    network,
+    process::{Exit, LOST_STATUS},
+    share::{self, SharedDirectory},
+    spec,
+};
+
+/// Bytes of the guest's log that are kept for a diagnosis.
+const GUEST_LOG_BYTES_MAX: u64 = 1 << 20;
+
+/// What a pod is made from.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Request {
+    /// The sandbox's id.
+    pub(crate) id: String,
+    /// Its bundle, unless it came by the sandbox service.
+    pub(crate) bundle: Option<Bundle>,
+    /// Its network namespace.
+    pub(crate) network_namespace: Option<PathBuf>,
+    /// Its annotations.
+    pub(crate) annotations: HashMap<String, String>,
+}
+
+/// A pod whose VM runs.
+#[derive(Debug)]
+pub(crate) struct Pod {
+    /// The sandbox's id.
+    pub(crate) id: String,
+    /// Its settings.
+    pub(crate) config: PodConfig,
+    /// Its state directory.
+    pub(crate) state: PathBuf,
+    /// The VMM.
+    pub(crate) machine: Machine,
+    /// The agent.
+    pub(crate) agent: Agent,
+    /// The VMM's process.
+    pub(crate) vmm: Watched,
+    /// The directory shared with the guest.
+    pub(crate) shared: SharedDirectory,
+    /// Events to containerd.
+    pub(crate) publisher: Publisher,
+    /// Containers by id.
+    pub(crate) containers: Mutex<HashMap<String, Arc<Container>>>,
+    /// When it was ready.
+    pub(crate) ready_at: SystemTime,
+    exit: watch::Sender<Option<Exit>>,
+    next_stream: AtomicU64,
+}
+
+impl Pod {
+    /// Boots a pod. On failure nothing is left.
+    pub(crate) async fn boot(
+        request: Request,
+        publisher: Publisher,
+    ) -> Result<Arc<Self>, CallError> {
+        let config = configure(&request)?;
+        let state = config.settings.paths.run_dir.join(&request.id);
+        match Self::boot_in(&request, config, &state, publisher).await {
+            Ok(pod) => Ok(pod),
+            Err(error) => {
+                undo(state).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn boot_in(
+        request: &Request,
+        config: PodConfig,
+        state: &Path,
+        publisher: Publisher,
+    ) -> Result<Arc<Self>, CallError> {
+        let settings = &config.settings;
+        let sizing = size(request, &config)?;
+        let failed = |error| CallError::host(state.display(), error);
+        fs::create_dir_all(state).map_err(failed)?;
+        let mut journal = Journal::open(state).map_err(failed)?;
+        let cgroups = Arc::new(make_cgroups(request, &mut journal)?);
+        let shared = SharedDirectory::make(state, &mut journal).map_err(failed)?;
+        let (daemon, file_system) = shared.serve(state, settings, Arc::clone(&cgroups))?;
+        journal
+            .note(&Entry::Process {
+                pid: daemon.pid,
+                start: daemon.start,
+            })
+            .map_err(failed)?;
+        let attached =
+            network::attach(request.network_namespace.as_deref(), settings, &mut journal).await?;
+        let launched = launch(
+            Launch {
+                settings,
+                sizing,
+                state,
+                cgroups,
+                file_system,
+                interfaces: attached.interfaces,
+            },
+            &mut journal,
+        );
+        let Launched {
+            machine,
+            process,
+            agent,
+            vsock,
+            console,
+        } = launched.await?;
+        tokio::spawn(keep_guest_log(console, state.join("guest.log")));
+        let ready = Duration::from_millis(settings.timeouts.agent_ready_ms);
+        let call = Duration::from_millis(settings.timeouts.rpc_ms);
+        let (agent, hello) = tokio::select! {
+            greeted = Agent::greet(agent, vsock, ready, call) => greeted?,
+            how = process.ended() => return Err(vmm_failed(state, &machine.ended().await, &how)),
+        };
+        info!(
+            kernel = hello.kernel_release,
+            agent = hello.agent_version,
+            boot_us = hello.ready_us,
+            "the guest is ready"
+        );
+        let pod = Arc::new(Self {
+            id: request.id.clone(),
+            state: state.to_owned(),
+            machine,
+            agent,
+            vmm: process,
+            shared,
+            publisher,
+            containers: Mutex::default(),
+            ready_at: SystemTime::now(),
+            exit: watch::Sender::new(None),
+            next_stream: AtomicU64::new(1),
+            config,
+        });
+        let sandbox = pod.sandbox_request(request, attached.guest)?;
+        agent_call!(pod.agent, configure_sandbox, &sandbox)?;
+        tokio::spawn(watch_end(Arc::clone(&pod)));
+        Ok(pod)
+    }
+
+    fn sandbox_request(
+        &self,
+        request: &Request,
+        network: network::GuestNetwork,
+    ) -> Result<ConfigureSandboxRequest, CallError> {
+        let spec = request.bundle.as_ref().map(|bundle| &bundle.spec);
+        let linux = spec.and_then(|spec| spec.linux().as_ref());
+        let mut shared = Storage::new();
+        shared.mount_point = spec::GUEST_SHARED.to_owned();
+        shared.source = Some(Source::SharedDirectory(SharedSource {
+            tag: share::TAG.to_owned(),
+            ..Default::default()
+        }));
+        Ok(ConfigureSandboxRequest {
+            sandbox_id: self.id.clone(),
+            hostname: spec
+                .and_then(|spec| spec.hostname().clone())
+                .unwrap_or_default(),
+            interfaces: network.interfaces,
+            routes: network.routes,
+            neighbours: network.neighbours,
+            sysctls: linux
+                .and_then(|linux| linux.sysctl().clone())
+                .unwrap_or_default(),
+            entropy: entropy()?,
+            wall_clock_ns: nanoseconds(SystemTime::now()),
+            storages: vec![shared],
+            share_pid_namespace: false,
+            ..Default::default()
+        })
+    }
+
+    /// A number for a stream that no other stream of this sandbox has.
+    pub(crate) fn stream_number(&self) -> u64 {
+        self.next_stream.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The PID that containerd is told for everything in the VM.
+    pub(crate) fn pid(&self) -> u32 {
+        u32::try_from(self.vmm.pid).unwrap_or_default()
+    }
+
+    /// Containers at this moment.
+    pub(crate) fn containers(&self) -> Vec<Arc<Container>> {
+        self.containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .cloned()
+            .collect()
+    }
+
+    /// The container called `id`.
+    pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>, CallError> {
+        let containers = self
+            .containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        containers
+            .get(id)
+            .cloned()
+            .ok_or_else(|| CallError::NotFound(format!("container {id}")))
+    }
+
+    /// How the sandbox ended, if it has.
+    pub(crate) fn exit(&self) -> Option<Exit> {
+        *self.exit.borrow()
+    }
+
+    /// Waits for the end of the sandbox.
+    pub(crate) async fn ended(&self) -> Exit {
+        let mut exit = self.exit.subscribe();
+        let known = exit
+            .wait_for(Option::is_some)
+            .await
+            .ok()
+            .and_then(|exit| *exit);
+        known.unwrap_or_else(|| Exit::now(LOST_STATUS))
+    }
+
+    /// Ends the VM; what is on the host stays until [`Self::tear_down`].
+    pub(crate) async fn stop(&self) {
+        self.exit
+            .send_if_modified(|exit| exit.is_none() && exit.replace(Exit::now(0)).is_none());
+        self.machine.shut_down().await;
+        self.vmm.kill();
+        self.vmm.ended().await;
+    }
+
+    /// Ends the VM and removes everything of the pod.
+    pub(crate) async fn tear_down(&self) {
+        self.stop().await;
+        undo(self.state.clone()).await;
+    }
+}
+
+/// Undoes the journal of a sandbox; what is left over is reported by the journal itself.
+async fn undo(state: PathBuf) {
+    let undone = tokio::task::spawn_blocking(move || journal::undo(&state)).await;
+    if let Ok(Err(error)) = undone {
+        warn!(%error, "something of the sandbox is left");
+    }
+}
+
+fn configure(request: &Request) -> Result<PodConfig, CallError> {
+    if let Some(bundle) = &request.bundle {
+        spec::check(&bundle.spec)?;
+    }
+    let config = Config::load(None, true).map_err(|error| CallError::Host(error.to_string()))?;
+    let annotations: BTreeMap<String, String> = request.annotations.clone().into_iter().collect();
+    config
+        .for_pod(&annotations)
+        .map_err(|error| CallError::Invalid(error.to_string()))
+}
+
+fn size(request: &Request, config: &PodConfig) -> Result<Sizing, CallError> {
+    let annotations: BTreeMap<String, String> = request.annotations.clone().into_iter().collect();
+    let mut demand = Demand::from_annotations(&annotations)
+        .map_err(|error| CallError::Invalid(error.to_string()))?;
+    if demand == Demand::default() {
+        demand = request.bundle.as_ref().map(own_demand).unwrap_or_default();
+    }
+    let host = HostCapacity {
+        cpus: online_cpus(),
+        memory_bytes: host_memory(),
+    };
+    Sizing::of(&config.settings.vm, &demand, host)
+        .map_err(|error| CallError::Invalid(error.to_string()))
+}
+
+/// What a container that is its own sandbox asks for.
+fn own_demand(bundle: &Bundle) -> Demand {
+    let resources = bundle
+        .spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.resources().as_ref());
+    let Some(resources) = resources else {
+        return Demand::default();
+    };
+    let positive = |value: Option<i64>| {
+        value
+            .and_then(|value| u64::try_from(value).ok())
+            .filter(|value| *value > 0)
+    };
+    let cpu = resources.cpu().as_ref();
+    let sandbox = bundle.role() == crate::bundle::Role::Sandbox;
+    if sandbox {
+        // A pause container's own numbers are its own, not the pod's.
+        return Demand::default();
+    }
+    Demand {
+        cpu_quota_us: cpu.and_then(|cpu| positive(cpu.quota())),
+        cpu_period_us: cpu.and_then(|cpu| cpu.period()),
+        cpu_shares: None,
+        memory_limit_bytes: resources
+            .memory()
+            .as_ref()
+            .and_then(|memory| positive(memory.limit())),
+    }
+}
+
+fn online_cpus() -> u32 {
+    let count = nix::unistd::sysconf(nix::unistd::SysconfVar::_NPROCESSORS_ONLN)
+        .ok()
+        .flatten();
+    count
+        .and_then(|count| u32::try_from(count).ok())
+        .unwrap_or(1)
+}
+
+fn host_memory() -> u64 {
+    nix::sys::sysinfo::sysinfo()
+        .map(|info| info.ram_total())
+        .unwrap_or(u64::MAX)
+}
+
+fn make_cgroups(request: &Request, journal: &mut Journal) -> Result<Vec<File>, CallError> {
+    let linux = request
+        .bundle
+        .as_ref()
+        .and_then(|bundle| bundle.spec.linux().as_ref());
+    let Some(path) = linux.and_then(|linux| linux.cgroups_path().clone()) else {
+        return Ok(Vec::new());
+    };
+    let mut files = Vec::new();
+    for directory in cgroup::directories(&path) {
+        let failed =
+            |error: io::Error| CallError::host(format!("cgroup {}", directory.display()), error);
+        journal
+            .note(&Entry::Cgroup {
+                path: directory.clone(),
+            })
+            .map_err(failed)?;
+        files.push(cgroup::make(&directory).map_err(failed)?);
+    }
+    Ok(files)
+}
+
+/// A VMM that ends before the agent speaks has said why on its own stderr or in its last words.
+fn vmm_failed(state: &Path, last_words: &str, how: &str) -> CallError {
+    let log = fs::read_to_string(state.join("vmm.log")).unwrap_or_default();
+    let line = log.lines().last().unwrap_or_default();
+    CallError::Gone(
+        format!("the VM did not boot: {last_words} ({how}) {line}")
+            .trim_end()
+            .to_owned(),
+    )
+}
+
+async fn keep_guest_log(console: OwnedFd, path: PathBuf) {
+    let (Ok(mut reader), Ok(file)) = (pipe::Receiver::from_owned_fd(console), File::create(&path))
+    else {
+        return;
+    };
+    let mut file = tokio::fs::File::from_std(file);
+    let mut left = GUEST_LOG_BYTES_MAX;
+    let mut buffer = vec![0; 4096];
+    while let Ok(count) = reader.read(&mut buffer).await {
+        if count == 0 {
+            break;
+        }
+        let keep = usize::try_from(left).unwrap_or(usize::MAX).min(count);
+        left = left.saturating_sub(keep as u64);
+        let bytes = buffer.get(..keep).unwrap_or_default();
+        // Past the bound the log is read on and dropped, so that the guest never waits for it.
+        if tokio::io::AsyncWriteExt::write_all(&mut file, bytes)
+            .await
+            .is_err()
+        {
+            left = 0;
+        }
+        let _ = tokio::io::AsyncWriteExt::flush(&mut file).await;
+    }
+}
+
+/// The end of the VM is the end of every process in it.
+async fn watch_end(pod: Arc<Pod>) {
+    let reason = pod.machine.ended().await;
+    pod.vmm.kill();
+    pod.exit
+        .send_if_modified(|exit| exit.is_none() && exit.replace(Exit::now(LOST_STATUS)).is_none());
+    for container in pod.containers() {
+        if container.lost(&pod).await {
+            warn!(
+                container = container.id,
+                reason, "a container ended with its VM"
+            );
+        }
+    }
+}
+
+/// Nanoseconds since the epoch.
+pub(crate) fn nanoseconds(time: SystemTime) -> i64 {
+    let since = time
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
+    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,266 @@
+//! The pod's shared directory and the daemon that serves it to the guest (virtio-fs).
+//!
+//! ```text
+//! <state>/shared                    a mount of its own with shared propagation
+//! <state>/shared/<container>/rootfs the container's root file system
+//! <state>/shared/<container>/mount-<n>  a volume, file or directory
+//! ```
+//!
+//! virtiofsd runs in a mount namespace that is a slave of ours, so what is mounted here later appears there. It sees this
+//! directory and nothing else. It ends when the VMM closes the vhost-user connection.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::net::{UnixListener, UnixStream},
+    },
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::Arc,
+};
+
+use containerd_shim_protos::api::Mount;
+use nix::mount::{MsFlags, mount};
+use pericarp_runtime_config::Settings;
+
+use crate::{
+    child::Watched,
+    errors::CallError,
+    journal::{Entry, Journal, unmount},
+    spec::Share,
+};
+
+/// The tag by which the guest mounts it.
+pub(crate) const TAG: &str = "pericarp";
+
+/// The shared directory of a pod.
+#[derive(Debug, Clone)]
+pub(crate) struct SharedDirectory {
+    path: PathBuf,
+}
+
+impl SharedDirectory {
+    /// Makes it beneath the sandbox's state directory.
+    pub(crate) fn make(state: &Path, journal: &mut Journal) -> io::Result<Self> {
+        let path = state.join("shared");
+        journal.note(&Entry::Mount { path: path.clone() })?;
+        fs::create_dir_all(&path)?;
+        bind(&path, &path, false)?;
+        propagate(&path, MsFlags::MS_PRIVATE)?;
+        propagate(&path, MsFlags::MS_SHARED)?;
+        Ok(Self { path })
+    }
+
+    fn container(&self, id: &str) -> PathBuf {
+        self.path.join(id)
+    }
+
+    /// Mounts a container's root file system as the snapshotter described it, or binds a directory that is ready.
+    pub(crate) fn mount_rootfs(
+        &self,
+        id: &str,
+        mounts: &[Mount],
+        ready: Option<&Path>,
+    ) -> Result<(), CallError> {
+        let target = self.container(id).join("rootfs");
+        fs::create_dir_all(&target).map_err(|error| CallError::host(target.display(), error))?;
+        if mounts.is_empty() {
+            let Some(ready) = ready else {
+                return Err(CallError::Invalid(
+                    "rootfs: neither mounts nor root.path name one".to_owned(),
+                ));
+            };
+            bind(ready, &target, true).map_err(|error| {
+                CallError::host(format!("root file system {}", ready.display()), error)
+            })?;
+        }
+        for described in mounts {
+            mount_described(described, &target).map_err(|error| {
+                CallError::host(format!("root file system of container {id}"), error)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Shares files and directories with a container.
+    pub(crate) fn add(&self, id: &str, shares: &[Share]) -> Result<(), CallError> {
+        for share in shares {
+            self.add_one(id, share).map_err(|error| {
+                CallError::host(format!("sharing {}", share.source.display()), error)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn add_one(&self, id: &str, share: &Share) -> io::Result<()> {
+        let target = self.container(id).join(&share.name);
+        if share.source.is_dir() {
+            fs::create_dir_all(&target)?;
+        } else {
+            if let Some(parent) = target.parent() {
+                fs::create_dir_all(parent)?;
+            }
+            File::create(&target)?;
+        }
+        bind(&share.source, &target, share.recursive)?;
+        // Mounts that appear in the source later come along, and nothing goes back.
+        propagate(&target, MsFlags::MS_SLAVE)?;
+        propagate(&target, MsFlags::MS_SHARED)?;
+        if share.read_only {
+            let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+            mount(None::<&str>, &target, None::<&str>, flags, None::<&str>)?;
+        }
+        Ok(())
+    }
+
+    /// Takes everything of a container away. Absent is fine.
+    pub(crate) fn remove(&self, id: &str) -> io::Result<()> {
+        let container = self.container(id);
+        let entries = match fs::read_dir(&container) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        for entry in entries {
+            let entry = entry?;
+            unmount(&entry.path())?;
+            if entry.file_type()?.is_dir() {
+                fs::remove_dir(entry.path())?;
+            } else {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        fs::remove_dir(&container)
+    }
+
+    /// Starts the daemon and gives the VMM's end of its socket.
+    pub(crate) fn serve(
+        &self,
+        state: &Path,
+        settings: &Settings,
+        cgroups: Arc<Vec<File>>,
+    ) -> Result<(Watched, OwnedFd), CallError> {
+        let path = state.join("virtiofsd.sock");
+        let failed = |error| CallError::host(path.display(), error);
+        let listener = UnixListener::bind(&path).map_err(failed)?;
+        let socket = UnixStream::connect(&path).map_err(failed)?;
+        fs::remove_file(&path).map_err(failed)?;
+        let binary = &settings.paths.virtiofsd;
+        let mut command = Command::new(binary);
+        command
+            .arg("--fd=3")
+            .arg(format!("--shared-dir={}", self.path.display()))
+            .arg(format!("--cache={}", settings.storage.virtiofs_cache))
+            .arg(format!(
+                "--thread-pool-size={}",
+                settings.storage.virtiofs_threads
+            ))
+            .args([
+                "--sandbox=namespace",
+                "--announce-submounts",
+                "--xattr",
+                "--inode-file-handles=never",
+            ])
+            .args(["--log-level=error"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let watched =
+            Watched::spawn(command, vec![(listener.as_raw_fd(), 3)], cgroups).map_err(|error| {
+                CallError::host(format!("file-system daemon {}", binary.display()), error)
+            })?;
+        Ok((watched, socket.into()))
+    }
+}
+
+fn bind(source: &Path, target: &Path, recursive: bool) -> io::Result<()> {
+    let recursion = if recursive {
+        MsFlags::MS_REC
+    } else {
+        MsFlags::empty()
+    };
+    Ok(mount(
+        Some(source),
+        target,
+        None::<&str>,
+        MsFlags::MS_BIND | recursion,
+        None::<&str>,
+    )?)
+}
+
+fn propagate(target: &Path, kind: MsFlags) -> io::Result<()> {
+    Ok(mount(
+        None::<&str>,
+        target,
+        None::<&str>,
+        kind | MsFlags::MS_REC,
+        None::<&str>,
+    )?)
+}
+
+/// Mounts one entry of containerd's list at `target`.
+fn mount_described(described: &Mount, target: &Path) -> io::Result<()> {
+    let (flags, data) = split_options(&described.options);
+    if described.type_ == "bind" || flags.contains(MsFlags::MS_BIND) {
+        bind(
+            Path::new(&described.source),
+            target,
+            flags.contains(MsFlags::MS_REC),
+        )?;
+        if flags.contains(MsFlags::MS_RDONLY) {
+            let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+            mount(None::<&str>, target, None::<&str>, flags, None::<&str>)?;
+        }
+        return Ok(());
+    }
+    let data = data.join(",");
+    mount(
+        Some(described.source.as_str()),
+        target,
+        Some(described.type_.as_str()),
+        flags,
+        (!data.is_empty()).then_some(data.as_str()),
+    )?;
+    Ok(())
+}
+
+/// mount(8)'s words that are flags of mount(2), and the rest, which is the file system's own.
+fn split_options(options: &[String]) -> (MsFlags, Vec<&str>) {
+    let mut flags = MsFlags::empty();
+    let mut data = Vec::new();
+    for option in options {
+        match option.as_str() {
+            "ro" => flags |= MsFlags::MS_RDONLY,
+            "rw" => flags &= !MsFlags::MS_RDONLY,
+            "nosuid" => flags |= MsFlags::MS_NOSUID,
+            "nodev" => flags |= MsFlags::MS_NODEV,
+            "noexec" => flags |= MsFlags::MS_NOEXEC,
+            "noatime" => flags |= MsFlags::MS_NOATIME,
+            "nodiratime" => flags |= MsFlags::MS_NODIRATIME,
+            "relatime" => flags |= MsFlags::MS_RELATIME,
+            "sync" => flags |= MsFlags::MS_SYNCHRONOUS,
+            "bind" => flags |= MsFlags::MS_BIND,
+            "rbind" => flags |= MsFlags::MS_BIND | MsFlags::MS_REC,
+            other => data.push(other),
+        }
+    }
+    (flags, data)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_flags_or_data() {
+        let words = ["ro", "lowerdir=/a:/b", "rbind"].map(str::to_owned);
+        let (flags, data) = split_options(&words);
+        assert_eq!(
+            flags,
+            MsFlags::MS_RDONLY | MsFlags::MS_BIND | MsFlags::MS_REC
+        );
+        assert_eq!(data, ["lowerdir=/a:/b"]);
+    }
+}

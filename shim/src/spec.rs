@@ -1,0 +1,413 @@
+//! From the OCI specification that containerd wrote for this host to the one that the agent builds in the guest.
+//!
+//! Three things happen to a part of it:
+//! - it holds in the guest as it stands (capabilities, limits, seccomp, most mounts): kept;
+//! - it names something of the host that the guest gets in another way (bind mounts, namespaces of the pod): translated;
+//! - it cannot hold in a VM (host namespaces, host devices, hooks on the host): refused, naming the field.
+
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{
+    LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, Mount, Spec,
+};
+
+use crate::errors::CallError;
+
+/// Where the shared directory is mounted in the guest.
+pub(crate) const GUEST_SHARED: &str = "/run/pericarp/shared";
+/// Where the pod's shared memory is in the guest.
+const GUEST_SHM: &str = "/dev/shm";
+/// Devices that every Linux has and that are not the host's hardware: the guest makes its own.
+const PSEUDO_DEVICES: [&str; 9] = [
+    "/dev/null",
+    "/dev/zero",
+    "/dev/full",
+    "/dev/tty",
+    "/dev/random",
+    "/dev/urandom",
+    "/dev/fuse",
+    "/dev/net/tun",
+    "/dev/console",
+];
+
+/// A directory or file of the host that the guest gets by the shared directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Share {
+    /// On the host.
+    pub(crate) source: PathBuf,
+    /// Name beneath the container's part of the shared directory.
+    pub(crate) name: String,
+    /// Submounts come along.
+    pub(crate) recursive: bool,
+    /// The host itself refuses writes.
+    pub(crate) read_only: bool,
+}
+
+/// The specification for the guest and what must be shared before.
+#[derive(Debug)]
+pub(crate) struct Translated {
+    /// For the agent.
+    pub(crate) spec: Spec,
+    /// What to share, in the order of the mounts.
+    pub(crate) shares: Vec<Share>,
+    /// The container joins the pod's PID namespace.
+    pub(crate) sandbox_pid_namespace: bool,
+}
+
+fn invalid(field: &str, reason: &str) -> CallError {
+    CallError::Invalid(format!("{field}: {reason}"))
+}
+
+/// Refuses what no VM can give. Runs before anything is started.
+pub(crate) fn check(spec: &Spec) -> Result<(), CallError> {
+    let has = |kind| {
+        let namespaces = spec
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.namespaces().as_ref());
+        namespaces.is_some_and(|list| list.iter().any(|namespace| namespace.typ() == kind))
+    };
+    for (kind, field, pod_field) in [
+        (LinuxNamespaceType::Network, "network", "hostNetwork"),
+        (LinuxNamespaceType::Pid, "pid", "hostPID"),
+        (LinuxNamespaceType::Ipc, "ipc", "hostIPC"),
+    ] {
+        if !has(kind) {
+            return Err(invalid(
+                &format!("linux.namespaces: no {field} namespace (pod field {pod_field})"),
+                "a pod in a VM cannot have the host's: leave the field out or use another RuntimeClass",
+            ));
+        }
+    }
+    if let Some(hooks) = spec.hooks() {
+        let host_hooks = [
+            (
+                "hooks.prestart",
+                hooks.prestart().as_ref().map_or(0, Vec::len),
+            ),
+            (
+                "hooks.createRuntime",
+                hooks.create_runtime().as_ref().map_or(0, Vec::len),
+            ),
+        ];
+        for (field, count) in host_hooks {
+            if count > 0 {
+                return Err(invalid(
+                    field,
+                    "hooks on the host cannot reach a container in a VM",
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Translates the specification of container `id`. `host_of` tells what a mount's source is on the host.
+pub(crate) fn translate(
+    mut spec: Spec,
+    id: &str,
+    root: &Path,
+    source_kind: impl Fn(&Path) -> SourceKind,
+) -> Result<Translated, CallError> {
+    check(&spec)?;
+    let mut shares = Vec::new();
+    let mounts = spec.mounts_mut().take().unwrap_or_default();
+    let mut kept = Vec::with_capacity(mounts.len());
+    for mount in mounts {
+        kept.push(translate_mount(mount, id, &mut shares, &source_kind)?);
+    }
+    spec.set_mounts(Some(kept));
+    if let Some(spec_root) = spec.root_mut() {
+        spec_root.set_path(root.to_owned());
+    }
+    spec.set_hooks(None);
+    spec.set_annotations(None);
+    let sandbox_pid_namespace = translate_linux(&mut spec)?;
+    translate_process(&mut spec);
+    Ok(Translated {
+        spec,
+        shares,
+        sandbox_pid_namespace,
+    })
+}
+
+/// What a bind mount's source is on the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum SourceKind {
+    Missing,
+    Directory,
+    File,
+    BlockDevice,
+    CharacterDevice,
+    SharedMemory,
+}
+
+/// Looks at the host.
+pub(crate) fn source_kind(path: &Path) -> SourceKind {
+    use std::os::unix::fs::FileTypeExt;
+    // containerd keeps a pod's shared memory in a directory of this name on a tmpfs of its own.
+    if path.ends_with("shm")
+        && (path.starts_with("/run/containerd") || path == Path::new("/dev/shm"))
+    {
+        return SourceKind::SharedMemory;
+    }
+    match std::fs::metadata(path) {
+        Err(_) => SourceKind::Missing,
+        Ok(metadata) if metadata.is_dir() => SourceKind::Directory,
+        Ok(metadata) if metadata.file_type().is_block_device() => SourceKind::BlockDevice,
+        Ok(metadata) if metadata.file_type().is_char_device() => SourceKind::CharacterDevice,
+        Ok(_) => SourceKind::File,
+    }
+}
+
+fn translate_mount(
+    mut mount: Mount,
+    id: &str,
+    shares: &mut Vec<Share>,
+    source_kind: &impl Fn(&Path) -> SourceKind,
+) -> Result<Mount, CallError> {
+    let options = mount.options().clone().unwrap_or_default();
+    let bind = mount.typ().as_deref() == Some("bind")
+        || options
+            .iter()
+            .any(|option| option == "bind" || option == "rbind");
+    if !bind {
+        return Ok(mount);
+    }
+    let destination = mount.destination().clone();
+    let field = format!("mounts[{}].source", destination.display());
+    let Some(source) = mount.source().clone() else {
+        return Err(invalid(&field, "a bind mount needs one"));
+    };
+    let kind = source_kind(&source);
+    if kind == SourceKind::SharedMemory && destination == Path::new("/dev/shm") {
+        mount.set_source(Some(GUEST_SHM.into()));
+        return Ok(mount);
+    }
+    match kind {
+        SourceKind::Missing => {
+            return Err(invalid(
+                &field,
+                &format!("{} does not exist on the host", source.display()),
+            ));
+        }
+        SourceKind::BlockDevice | SourceKind::CharacterDevice if !is_pseudo(&source) => {
+            let reason = format!(
+                "{} is a device of the host that is not passed through",
+                source.display()
+            );
+            return Err(invalid(&field, &reason));
+        }
+        SourceKind::CharacterDevice | SourceKind::BlockDevice => return Ok(mount),
+        _ => {}
+    }
+    let name = format!("mount-{}", shares.len());
+    mount.set_source(Some(guest_path(id, &name)));
+    shares.push(Share {
+        source,
+        name,
+        recursive: options.iter().any(|option| option == "rbind"),
+        read_only: options
+            .iter()
+            .any(|option| option == "ro" || option == "rro"),
+    });
+    Ok(mount)
+}
+
+fn is_pseudo(path: &Path) -> bool {
+    PSEUDO_DEVICES
+        .iter()
+        .any(|device| path == Path::new(device))
+}
+
+/// The path in the guest of a share of container `id`.
+pub(crate) fn guest_path(id: &str, name: &str) -> PathBuf {
+    Path::new(GUEST_SHARED).join(id).join(name)
+}
+
+fn translate_linux(spec: &mut Spec) -> Result<bool, CallError> {
+    let Some(linux) = spec.linux_mut() else {
+        return Ok(false);
+    };
+    let mut sandbox_pid_namespace = false;
+    let mut namespaces = Vec::new();
+    for namespace in linux.namespaces().clone().unwrap_or_default() {
+        let joined = namespace.path().is_some();
+        match namespace.typ() {
+            // The guest's first network namespace is the pod's.
+            LinuxNamespaceType::Network => {}
+            // So are its IPC and UTS namespaces, when the container shares them with the pod.
+            LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts if joined => {}
+            LinuxNamespaceType::Pid if joined => sandbox_pid_namespace = true,
+            kind => {
+                let mut own = LinuxNamespace::default();
+                own.set_typ(kind);
+                namespaces.push(own);
+            }
+        }
+    }
+    linux.set_namespaces(Some(namespaces));
+    linux.set_cgroups_path(None);
+    linux.set_intel_rdt(None);
+    linux.set_mount_label(None);
+    for device in linux.devices().iter().flatten() {
+        check_device(device)?;
+    }
+    if let Some(resources) = linux.resources_mut() {
+        if let Some(cpu) = resources.cpu_mut() {
+            // CPU and node numbers are the host's; the VMM's threads are bound to them there.
+            cpu.set_cpus(None);
+            cpu.set_mems(None);
+        }
+    }
+    Ok(sandbox_pid_namespace)
+}
+
+fn check_device(device: &LinuxDevice) -> Result<(), CallError> {
+    let pseudo = is_pseudo(device.path()) && device.typ() != LinuxDeviceType::B;
+    if pseudo || device.typ() == LinuxDeviceType::P {
+        return Ok(());
+    }
+    Err(invalid(
+        &format!("linux.devices[{}]", device.path().display()),
+        "a device of the host that is not passed through (for privileged pods set \
+         privileged_without_host_devices = true in containerd's runtime handler)",
+    ))
+}
+
+fn translate_process(spec: &mut Spec) {
+    if let Some(process) = spec.process_mut() {
+        translate_process_fields(process);
+    }
+}
+
+/// Labels of security modules of the host name policies that the guest does not have.
+pub(crate) fn translate_process_fields(process: &mut oci_spec::runtime::Process) {
+    process.set_apparmor_profile(None);
+    process.set_selinux_label(None);
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn spec(value: serde_json::Value) -> Spec {
+        serde_json::from_value(value).unwrap()
+    }
+
+    fn namespaces() -> serde_json::Value {
+        json!([
+            {"type": "pid"}, {"type": "network", "path": "/var/run/netns/x"}, {"type": "ipc", "path": "/proc/1/ns/ipc"},
+            {"type": "uts", "path": "/proc/1/ns/uts"}, {"type": "mount"}, {"type": "cgroup"}
+        ])
+    }
+
+    fn container(mounts: serde_json::Value) -> Spec {
+        spec(json!({
+            "ociVersion": "1.2.0", "root": {"path": "rootfs"}, "mounts": mounts,
+            "linux": {"namespaces": namespaces(), "cgroupsPath": "/x", "resources": {"cpu": {"cpus": "0-3", "quota": 5}}}
+        }))
+    }
+
+    #[test]
+    fn pods_namespaces_become_the_guests() {
+        let result = translate(container(json!([])), "c", Path::new("/r"), |_| {
+            SourceKind::Missing
+        })
+        .unwrap();
+        let linux = result.spec.linux().as_ref().unwrap();
+        let kinds: Vec<_> = linux
+            .namespaces()
+            .as_ref()
+            .unwrap()
+            .iter()
+            .map(LinuxNamespace::typ)
+            .collect();
+        assert_eq!(
+            kinds,
+            [
+                LinuxNamespaceType::Pid,
+                LinuxNamespaceType::Mount,
+                LinuxNamespaceType::Cgroup
+            ]
+        );
+        assert!(!result.sandbox_pid_namespace);
+        assert!(linux.cgroups_path().is_none());
+        let cpu = linux.resources().as_ref().unwrap().cpu().as_ref().unwrap();
+        assert_eq!((cpu.cpus().clone(), cpu.quota()), (None, Some(5)));
+        assert_eq!(result.spec.root().as_ref().unwrap().path(), Path::new("/r"));
+    }
+
+    #[test]
+    fn binds_are_shared_and_others_kept() {
+        let mounts = json!([
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev/shm", "type": "bind", "source": "/run/containerd/x/shm", "options": ["rbind"]},
+            {"destination": "/etc/hosts", "type": "bind", "source": "/var/lib/hosts", "options": ["rbind", "ro"]},
+            {"destination": "/data", "type": "bind", "source": "/srv", "options": ["bind"]}
+        ]);
+        let kind = |path: &Path| match path.to_str() {
+            Some("/run/containerd/x/shm") => SourceKind::SharedMemory,
+            Some("/var/lib/hosts") => SourceKind::File,
+            _ => SourceKind::Directory,
+        };
+        let result = translate(container(mounts), "c", Path::new("/r"), kind).unwrap();
+        let sources: Vec<_> = result
+            .spec
+            .mounts()
+            .as_ref()
+            .unwrap()
+            .iter()
+            .map(|m| m.source().clone().unwrap())
+            .collect();
+        let expected = [
+            "proc",
+            "/dev/shm",
+            "/run/pericarp/shared/c/mount-0",
+            "/run/pericarp/shared/c/mount-1",
+        ]
+        .map(PathBuf::from);
+        assert_eq!(sources, expected);
+        assert!(result.shares[0].read_only && result.shares[0].recursive);
+        assert!(!result.shares[1].read_only && !result.shares[1].recursive);
+    }
+
+    #[test]
+    fn refusals_name_the_field() {
+        for (missing, text) in [
+            ("network", "hostNetwork"),
+            ("pid", "hostPID"),
+            ("ipc", "hostIPC"),
+        ] {
+            let mut list = namespaces();
+            list.as_array_mut()
+                .unwrap()
+                .retain(|n| n["type"] != missing);
+            let error = check(&spec(
+                json!({"ociVersion": "1.2.0", "linux": {"namespaces": list}}),
+            ))
+            .unwrap_err();
+            assert!(error.to_string().contains(text), "{error}");
+        }
+        let device = json!([{"destination": "/dev/kvm", "type": "bind", "source": "/dev/kvm", "options": ["bind"]}]);
+        let error = translate(container(device), "c", Path::new("/r"), |_| {
+            SourceKind::CharacterDevice
+        })
+        .unwrap_err();
+        assert!(
+            error.to_string().contains("mounts[/dev/kvm].source"),
+            "{error}"
+        );
+        let mut with_hook = container(json!([]));
+        with_hook
+            .set_hooks(serde_json::from_value(json!({"prestart": [{"path": "/bin/x"}]})).unwrap());
+        assert!(
+            check(&with_hook)
+                .unwrap_err()
+                .to_string()
+                .contains("hooks.prestart")
+        );
+    }
+}

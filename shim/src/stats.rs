@@ -1,0 +1,233 @@
+//! The agent's counters in the types that containerd understands: cgroup v2's `Metrics` (containerd/cgroups
+//! `cgroup2/stats/metrics.proto`), whatever the host's own cgroup version is, because the guest's is 2.
+
+use std::collections::HashMap;
+
+use containerd_shim_protos::{
+    cgroups_v2::metrics::{
+        CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, NetworkStat,
+        PSIData, PSIStats, PidsStat,
+    },
+    protobuf::{Message, well_known_types::any::Any},
+};
+use pericarp_protocol::guest::{Pressure, PressureLine, StatsResponse};
+use protobuf::MessageField;
+
+/// What containerd looks up to decode the value.
+const TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
+
+/// Converts the counters of one container.
+pub(crate) fn metrics(stats: &StatsResponse) -> Any {
+    let metrics = Metrics {
+        pids: Some(PidsStat {
+            current: stats.pids_current,
+            limit: stats.pids_limit,
+            ..Default::default()
+        })
+        .into(),
+        cpu: Some(cpu(stats)).into(),
+        memory: Some(memory(stats)).into(),
+        memory_events: Some(memory_events(stats)).into(),
+        io: Some(io(stats)).into(),
+        hugetlb: stats
+            .huge_pages
+            .iter()
+            .map(|pages| HugeTlbStat {
+                current: pages.usage_bytes,
+                max: pages.peak_bytes,
+                pagesize: pages.page_size.clone(),
+                failcnt: pages.failures,
+                ..Default::default()
+            })
+            .collect(),
+        network: stats
+            .networks
+            .iter()
+            .map(|network| NetworkStat {
+                name: network.name.clone(),
+                rx_bytes: network.rx_bytes,
+                rx_packets: network.rx_packets,
+                rx_errors: network.rx_errors,
+                rx_dropped: network.rx_dropped,
+                tx_bytes: network.tx_bytes,
+                tx_packets: network.tx_packets,
+                tx_errors: network.tx_errors,
+                tx_dropped: network.tx_dropped,
+                ..Default::default()
+            })
+            .collect(),
+        ..Default::default()
+    };
+    let mut any = Any::new();
+    any.type_url = TYPE_URL.to_owned();
+    any.value = metrics.write_to_bytes().unwrap_or_default();
+    any
+}
+
+fn pressure(pressure: &MessageField<Pressure>) -> MessageField<PSIStats> {
+    let Some(pressure) = pressure.as_ref() else {
+        return MessageField::none();
+    };
+    Some(PSIStats {
+        some: line(&pressure.some),
+        full: line(&pressure.full),
+        ..Default::default()
+    })
+    .into()
+}
+
+fn line(line: &MessageField<PressureLine>) -> MessageField<PSIData> {
+    let Some(line) = line.as_ref() else {
+        return MessageField::none();
+    };
+    // Percent times 100 on the wire; far below the 2^53 that a double holds exactly.
+    let percent = |value: u64| f64::from(u32::try_from(value).unwrap_or(u32::MAX)) / 100.0;
+    Some(PSIData {
+        avg10: percent(line.avg10),
+        avg60: percent(line.avg60),
+        avg300: percent(line.avg300),
+        total: line.total_us,
+        ..Default::default()
+    })
+    .into()
+}
+
+fn cpu(stats: &StatsResponse) -> CPUStat {
+    let cpu = &stats.cpu;
+    CPUStat {
+        usage_usec: cpu.usage_us,
+        user_usec: cpu.user_us,
+        system_usec: cpu.system_us,
+        nr_periods: cpu.periods,
+        nr_throttled: cpu.throttled_periods,
+        throttled_usec: cpu.throttled_us,
+        psi: pressure(&cpu.pressure),
+        ..Default::default()
+    }
+}
+
+fn memory(stats: &StatsResponse) -> MemoryStat {
+    let memory = &stats.memory;
+    let stat = |name: &str| get(&memory.stat, name);
+    MemoryStat {
+        anon: stat("anon"),
+        file: stat("file"),
+        kernel_stack: stat("kernel_stack"),
+        slab: stat("slab"),
+        sock: stat("sock"),
+        shmem: stat("shmem"),
+        file_mapped: stat("file_mapped"),
+        file_dirty: stat("file_dirty"),
+        file_writeback: stat("file_writeback"),
+        anon_thp: stat("anon_thp"),
+        inactive_anon: stat("inactive_anon"),
+        active_anon: stat("active_anon"),
+        inactive_file: stat("inactive_file"),
+        active_file: stat("active_file"),
+        unevictable: stat("unevictable"),
+        slab_reclaimable: stat("slab_reclaimable"),
+        slab_unreclaimable: stat("slab_unreclaimable"),
+        pgfault: stat("pgfault"),
+        pgmajfault: stat("pgmajfault"),
+        workingset_refault: stat("workingset_refault_anon") + stat("workingset_refault_file"),
+        workingset_activate: stat("workingset_activate_anon") + stat("workingset_activate_file"),
+        workingset_nodereclaim: stat("workingset_nodereclaim"),
+        pgrefill: stat("pgrefill"),
+        pgscan: stat("pgscan"),
+        pgsteal: stat("pgsteal"),
+        pgactivate: stat("pgactivate"),
+        pgdeactivate: stat("pgdeactivate"),
+        pglazyfree: stat("pglazyfree"),
+        pglazyfreed: stat("pglazyfreed"),
+        thp_fault_alloc: stat("thp_fault_alloc"),
+        thp_collapse_alloc: stat("thp_collapse_alloc"),
+        usage: memory.usage_bytes,
+        usage_limit: memory.limit_bytes,
+        swap_usage: memory.swap_usage_bytes,
+        swap_limit: memory.swap_limit_bytes,
+        max_usage: memory.peak_bytes,
+        psi: pressure(&memory.pressure),
+        ..Default::default()
+    }
+}
+
+fn memory_events(stats: &StatsResponse) -> MemoryEvents {
+    let event = |name: &str| get(&stats.memory.events, name);
+    MemoryEvents {
+        low: event("low"),
+        high: event("high"),
+        max: event("max"),
+        oom: event("oom"),
+        oom_kill: event("oom_kill"),
+        oom_group_kill: event("oom_group_kill"),
+        ..Default::default()
+    }
+}
+
+fn io(stats: &StatsResponse) -> IOStat {
+    let usage = stats
+        .io
+        .iter()
+        .map(|device| IOEntry {
+            major: device.major,
+            minor: device.minor,
+            rbytes: device.read_bytes,
+            wbytes: device.write_bytes,
+            rios: device.read_operations,
+            wios: device.write_operations,
+            ..Default::default()
+        })
+        .collect();
+    IOStat {
+        usage,
+        psi: pressure(&stats.io_pressure),
+        ..Default::default()
+    }
+}
+
+fn get(table: &HashMap<String, u64>, name: &str) -> u64 {
+    table.get(name).copied().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use pericarp_protocol::guest::{CpuStats, MemoryStats};
+
+    use super::*;
+
+    #[test]
+    fn counters_arrive_under_containerds_names() {
+        let stats = StatsResponse {
+            cpu: Some(CpuStats {
+                usage_us: 5,
+                pressure: Some(Pressure {
+                    some: Some(PressureLine {
+                        avg10: 150,
+                        ..Default::default()
+                    })
+                    .into(),
+                    ..Default::default()
+                })
+                .into(),
+                ..Default::default()
+            })
+            .into(),
+            memory: Some(MemoryStats {
+                usage_bytes: 7,
+                stat: [("inactive_file".to_owned(), 3)].into(),
+                events: [("oom_kill".to_owned(), 1)].into(),
+                ..Default::default()
+            })
+            .into(),
+            pids_current: 2,
+            ..Default::default()
+        };
+        let any = metrics(&stats);
+        assert_eq!(any.type_url, TYPE_URL);
+        let metrics = Metrics::parse_from_bytes(&any.value).unwrap();
+        assert_eq!((metrics.cpu.usage_usec, metrics.pids.current), (5, 2));
+        assert!((metrics.cpu.psi.some.avg10 - 1.5).abs() < 1e-9);
+        assert_eq!((metrics.memory.usage, metrics.memory.inactive_file), (7, 3));
+        assert_eq!(metrics.memory_events.oom_kill, 1);
+    }
+}
