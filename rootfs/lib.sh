@@ -1,7 +1,8 @@
 # What the recipes of this folder share: the cache, locks, and one way to fail. Sourced by bash.
 
 CACHE=${PERICARP_CACHE:-$HOME/.cache/pericarp}
-GUEST=$CACHE/guest # where the newest results stand under stable names
+GUEST=$CACHE/guest                                               # newest results, stable names
+OUT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/out # links to them, for this checkout
 
 # fail WHAT DO [LOG]: one line that says what, where the log is and what to do; exit status 1.
 fail() {
@@ -19,11 +20,14 @@ need() {
         fail "$1 is missing and $2 cannot be installed" "Install $2 by hand" "$log"
 }
 
-# publish FILE NAME: points the stable name at a finished file, in one step.
+# publish FILE NAME FOLDER...: points a stable name in each folder at a finished file, in one step.
 publish() {
-    mkdir -p "$GUEST"
-    ln -sfn "$1" "$GUEST/.$2.$$"
-    mv -T "$GUEST/.$2.$$" "$GUEST/$2"
+    local file=$1 name=$2 folder
+    for folder in "${@:3}"; do
+        mkdir -p "$folder"
+        ln -sfn "$file" "$folder/.$name.$$"
+        mv -T "$folder/.$name.$$" "$folder/$name"
+    done
 }
 
 # step MESSAGE LOG COMMAND...: runs a long command into a log; on a terminal or not, one line at start and end.
