@@ -1,0 +1,395 @@
+//! The connection, the sandbox, its network and its storages, against the real agent.
+
+mod common;
+
+use common::{Guest, deadline, refusal};
+use pericarp_protocol::{
+    GUEST_PROTOCOL_MAJOR,
+    guest::{
+        BindSource, ConfigureSandboxRequest, Empty, Interface, Overlay, Route, Scratch,
+        SetClockRequest, StatsRequest, Storage, UpdateNetworkRequest, storage::Source,
+    },
+};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use ttrpc::Code;
+
+fn storage(mount_point: &str, source: Source) -> Storage {
+    Storage {
+        mount_point: mount_point.to_owned(),
+        source: Some(source),
+        ..Default::default()
+    }
+}
+
+#[tokio::test]
+async fn the_hello_names_version_and_times() {
+    let Some(guest) = Guest::start().await else {
+        return;
+    };
+    assert_eq!(guest.hello.protocol_major, GUEST_PROTOCOL_MAJOR);
+    assert!(guest.hello.ready_us >= guest.hello.started_us && guest.hello.started_us > 0);
+    assert!(!guest.hello.kernel_release.is_empty());
+}
+
+#[tokio::test]
+async fn a_sandbox_is_configured_once() {
+    let Some(guest) = Guest::start().await else {
+        return;
+    };
+    let bad = ConfigureSandboxRequest {
+        sandbox_id: "a/b".to_owned(),
+        ..Default::default()
+    };
+    let (code, text) = refusal(guest.client.configure_sandbox(deadline(), &bad).await);
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(text.starts_with("sandbox_id"), "{text}");
+
+    // A failure half-way leaves nothing behind, so the host may try again.
+    let mut request = ConfigureSandboxRequest {
+        sandbox_id: "sandbox".to_owned(),
+        hostname: "pod".to_owned(),
+        entropy: vec![7; 100],
+        shm_size_bytes: 1 << 20,
+        storages: vec![
+            storage("/run/pericarp/a", Source::Scratch(Scratch::default())),
+            storage("/etc/b", Source::Scratch(Scratch::default())),
+        ],
+        ..Default::default()
+    };
+    request
+        .sysctls
+        .insert("net.ipv4.ip_forward".to_owned(), "1".to_owned());
+    let (code, text) = refusal(guest.client.configure_sandbox(deadline(), &request).await);
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(text.starts_with("mount_point"), "{text}");
+    request.storages.pop();
+    guest
+        .client
+        .configure_sandbox(deadline(), &request)
+        .await
+        .unwrap();
+    let (code, _) = refusal(guest.client.configure_sandbox(deadline(), &request).await);
+    assert_eq!(code, Code::FAILED_PRECONDITION);
+
+    let root = format!("/proc/{}/root", guest.agent_pid());
+    let mounts = std::fs::read_to_string(format!("{root}/proc/1/mountinfo")).unwrap();
+    let shm = mounts
+        .lines()
+        .find(|line| line.contains(" /run/pericarp/shm "))
+        .unwrap();
+    assert!(
+        shm.contains("size=1024k") && shm.contains("nosuid,nodev,noexec"),
+        "{shm}"
+    );
+}
+
+#[tokio::test]
+async fn unknown_sysctls_are_refused() {
+    let Some(guest) = Guest::start().await else {
+        return;
+    };
+    for name in ["../../etc/passwd", "kernel.no_such_thing"] {
+        let mut request = ConfigureSandboxRequest {
+            sandbox_id: "sandbox".to_owned(),
+            ..Default::default()
+        };
+        request.sysctls.insert(name.to_owned(), "1".to_owned());
+        let (_, text) = refusal(guest.client.configure_sandbox(deadline(), &request).await);
+        assert!(text.contains(name), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn storages_nest_and_go_again() {
+    let Some(guest) = Guest::configured().await else {
+        return;
+    };
+    let add = async |one: &Storage| guest.client.add_storage(deadline(), one).await;
+    let disk = storage(
+        "/run/pericarp/disk",
+        Source::Scratch(Scratch {
+            size_bytes: 8 << 20,
+            mode: 0o755,
+            ..Default::default()
+        }),
+    );
+    add(&disk).await.unwrap();
+    assert_eq!(refusal(add(&disk).await).0, Code::ALREADY_EXISTS);
+
+    let root = format!("/proc/{}/root", guest.agent_pid());
+    for layer in ["one", "two"] {
+        let path = format!("{root}/run/pericarp/disk/{layer}");
+        std::fs::create_dir(&path).unwrap();
+        std::fs::write(format!("{path}/file"), layer).unwrap();
+    }
+    let overlay = storage(
+        "/run/pericarp/merged",
+        Source::Overlay(Overlay {
+            lower: vec![
+                "/run/pericarp/disk/two".to_owned(),
+                "/run/pericarp/disk/one".to_owned(),
+            ],
+            upper: "/run/pericarp/disk/upper".to_owned(),
+            work: "/run/pericarp/disk/work".to_owned(),
+            ..Default::default()
+        }),
+    );
+    add(&overlay).await.unwrap();
+    let merged = format!("{root}/run/pericarp/merged/file");
+    assert_eq!(std::fs::read_to_string(&merged).unwrap(), "two");
+    std::fs::write(&merged, "changed").unwrap();
+    let upper = format!("{root}/run/pericarp/disk/upper/file");
+    assert_eq!(std::fs::read_to_string(upper).unwrap(), "changed");
+
+    let mut bind = storage(
+        "/run/pericarp/bound",
+        Source::Bind(BindSource {
+            path: "/run/pericarp/disk/one/file".to_owned(),
+            ..Default::default()
+        }),
+    );
+    bind.options = vec!["ro".to_owned()];
+    add(&bind).await.unwrap();
+    let bound = format!("{root}/run/pericarp/bound");
+    assert_eq!(std::fs::read_to_string(&bound).unwrap(), "one");
+    assert!(std::fs::write(&bound, "x").is_err());
+
+    let before = guest
+        .client
+        .diagnostics(deadline(), &Empty::new())
+        .await
+        .unwrap()
+        .mounts;
+    for one in [&bind, &overlay, &disk] {
+        guest.client.remove_storage(deadline(), one).await.unwrap();
+    }
+    assert_eq!(
+        refusal(guest.client.remove_storage(deadline(), &disk).await).0,
+        Code::NOT_FOUND
+    );
+    let after = guest
+        .client
+        .diagnostics(deadline(), &Empty::new())
+        .await
+        .unwrap()
+        .mounts;
+    assert_eq!(after + 3, before);
+    assert!(!std::fs::exists(format!("{root}/run/pericarp/merged")).unwrap());
+}
+
+#[tokio::test]
+async fn storages_stay_beneath_their_folder() {
+    let Some(guest) = Guest::configured().await else {
+        return;
+    };
+    let root = format!("/proc/{}/root", guest.agent_pid());
+    std::os::unix::fs::symlink("/etc", format!("{root}/run/pericarp/link")).unwrap();
+    for (bad, field) in [
+        (
+            storage("/run/pericarp/link/x", Source::Scratch(Scratch::default())),
+            "mount_point",
+        ),
+        (
+            storage("/run/pericarp/../x", Source::Scratch(Scratch::default())),
+            "mount_point",
+        ),
+        (
+            storage(
+                "/run/pericarp/x",
+                Source::Bind(BindSource {
+                    path: "/run/pericarp/link".to_owned(),
+                    ..Default::default()
+                }),
+            ),
+            "bind.path",
+        ),
+    ] {
+        let (code, text) = refusal(guest.client.add_storage(deadline(), &bad).await);
+        assert_eq!(code, Code::INVALID_ARGUMENT, "{text}");
+        assert!(text.starts_with(field), "{text}");
+    }
+    let mut bad = storage("/run/pericarp/x", Source::Scratch(Scratch::default()));
+    bad.options = vec!["no_such_option".to_owned()];
+    let (code, text) = refusal(guest.client.add_storage(deadline(), &bad).await);
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(text.contains("no_such_option"), "{text}");
+}
+
+#[tokio::test]
+async fn interfaces_are_found_by_address_renamed_and_routed() {
+    let Some(guest) = Guest::start().await else {
+        return;
+    };
+    let pid = guest.agent_pid().to_string();
+    let in_guest = |arguments: &str| {
+        let output = std::process::Command::new("nsenter")
+            .args(["-t", &pid, "-n", "ip"])
+            .args(arguments.split(' '))
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{arguments}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    in_guest("link add veth0 address 02:00:00:00:00:01 type veth peer name far");
+    in_guest("link set far up");
+    let interface = Interface {
+        name: "eth0".to_owned(),
+        mac_address: "02:00:00:00:00:01".to_owned(),
+        mtu: 1400,
+        addresses: vec!["10.88.0.5/16".to_owned(), "fd00::5/64".to_owned()],
+        ..Default::default()
+    };
+    let route = |destination: &str, gateway: &str, flags: u32| Route {
+        destination: destination.to_owned(),
+        gateway: gateway.to_owned(),
+        device: "eth0".to_owned(),
+        flags,
+        ..Default::default()
+    };
+    let request = ConfigureSandboxRequest {
+        sandbox_id: "sandbox".to_owned(),
+        interfaces: vec![interface.clone()],
+        routes: vec![
+            route("0.0.0.0/0", "169.254.1.1", 4),
+            Route {
+                scope: 253,
+                metric: 7,
+                mtu: 1300,
+                ..route("192.0.2.0/24", "", 0)
+            },
+            route("::/0", "fd00::1", 0),
+        ],
+        ..Default::default()
+    };
+    guest
+        .client
+        .configure_sandbox(deadline(), &request)
+        .await
+        .unwrap();
+    let addresses = in_guest("address show dev eth0");
+    for part in ["mtu 1400", "10.88.0.5/16 brd 10.88.255.255", "fd00::5/64"] {
+        assert!(addresses.contains(part), "{part}: {addresses}");
+    }
+    assert!(!addresses.contains("tentative"), "{addresses}");
+    let routes = in_guest("route show");
+    for part in [
+        "default via 169.254.1.1 dev eth0 proto static onlink",
+        "192.0.2.0/24 dev eth0",
+    ] {
+        assert!(routes.contains(part), "{part}: {routes}");
+    }
+    assert!(routes.contains("scope link metric 7 mtu 1300"), "{routes}");
+    assert!(in_guest("-6 route show").contains("default via fd00::1"));
+    assert!(in_guest("link show lo").contains("LOOPBACK,UP"));
+
+    // Again, and a second time: nothing is in the way.
+    let update = UpdateNetworkRequest {
+        interfaces: vec![interface],
+        routes: request.routes,
+        ..Default::default()
+    };
+    guest
+        .client
+        .update_network(deadline(), &update)
+        .await
+        .unwrap();
+    let bad = UpdateNetworkRequest {
+        interfaces: vec![Interface {
+            name: "eth1".to_owned(),
+            mac_address: "02:00:00:00:00:99".to_owned(),
+            ..Default::default()
+        }],
+        ..Default::default()
+    };
+    let (code, text) = refusal(guest.client.update_network(deadline(), &bad).await);
+    assert_eq!(code, Code::FAILED_PRECONDITION);
+    assert!(text.contains("02:00:00:00:00:99"), "{text}");
+}
+
+#[tokio::test]
+async fn ports_of_the_pod_are_forwarded() {
+    let Some(guest) = Guest::configured().await else {
+        return;
+    };
+    let pid = guest.agent_pid().to_string();
+    let mut listener = std::process::Command::new("nsenter")
+        .args([
+            "-t",
+            &pid,
+            "-n",
+            "busybox",
+            "nc",
+            "-l",
+            "-p",
+            "8080",
+            "-s",
+            "127.0.0.1",
+            "-e",
+            "cat",
+        ])
+        .spawn()
+        .unwrap();
+    // The listener needs a moment to listen; each refusal is an answer, not a guess.
+    let (answer, mut stream) = loop {
+        let (answer, stream) = guest.connect("tcp 127.0.0.1 8080\n").await;
+        if answer == "ok\n" {
+            break (answer, stream);
+        }
+        assert!(answer.contains("refused"), "{answer}");
+    };
+    assert_eq!(answer, "ok\n");
+    stream.write_all(b"through").await.unwrap();
+    stream.shutdown().await.unwrap();
+    let mut echoed = String::new();
+    stream.read_to_string(&mut echoed).await.unwrap();
+    assert_eq!(echoed, "through");
+    listener.wait().unwrap();
+    let (answer, _) = guest.connect("tcp 127.0.0.1 1\n").await;
+    assert!(
+        answer.starts_with("error ") && answer.contains("127.0.0.1:1"),
+        "{answer}"
+    );
+}
+
+#[tokio::test]
+async fn bad_stream_headers_are_refused() {
+    let Some(guest) = Guest::start().await else {
+        return;
+    };
+    let long = format!("{}\n", "x".repeat(300));
+    for header in ["process 0\n", "hello\n", long.as_str()] {
+        let (answer, _) = guest.connect(header).await;
+        assert!(answer.starts_with("error "), "{header:?}: {answer:?}");
+    }
+    let (answer, _first) = guest.connect("process 7\n").await;
+    assert_eq!(answer, "ok\n");
+    let (answer, _) = guest.connect("process 7\n").await;
+    assert!(answer.contains("already waits"), "{answer}");
+}
+
+#[tokio::test]
+async fn the_guest_tells_about_itself() {
+    let Some(guest) = Guest::configured().await else {
+        return;
+    };
+    let found = guest
+        .client
+        .diagnostics(deadline(), &Empty::new())
+        .await
+        .unwrap();
+    assert!(found.agent_rss_bytes > 0 && found.agent_open_descriptors > 0 && found.mounts > 0);
+    let stats = guest
+        .client
+        .stats(deadline(), &StatsRequest::default())
+        .await
+        .unwrap();
+    assert!(stats.networks.iter().any(|network| network.name == "lo"));
+    let bad = SetClockRequest {
+        wall_clock_ns: -1,
+        ..Default::default()
+    };
+    assert_eq!(
+        refusal(guest.client.set_clock(deadline(), &bad).await).0,
+        Code::INVALID_ARGUMENT
+    );
+}
