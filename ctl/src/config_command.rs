@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use pericarp_runtime_config::reference::{example, reference};
-use pericarp_runtime_config::{Config, KEYS};
+use pericarp_runtime_config::{Config, KEYS, LoadError};
 
 use crate::cli::{ConfigArguments, ConfigCommand};
 
@@ -31,7 +31,15 @@ fn check(
     flavour: Option<&str>,
     out: &mut impl Write,
 ) -> Result<ExitCode> {
-    let mut config = Config::load(file, true)?;
+    let mut config = match Config::load(file, true) {
+        Ok(config) => config,
+        // One line each, `file:line:column: ...`, as editors understand it.
+        Err(error @ LoadError::Invalid { .. }) => {
+            writeln!(out, "{error}")?;
+            return Ok(ExitCode::FAILURE);
+        }
+        Err(error) => return Err(error.into()),
+    };
     if let Some(name) = flavour {
         config = config.with_flavour(name)?;
     }
@@ -76,5 +84,17 @@ mod tests {
         );
         assert_eq!(text.lines().count(), KEYS.len());
         assert!(check(Some(&file), true, Some("y"), &mut Vec::new()).is_err());
+        std::fs::write(&file, "vcpus = 3").unwrap();
+        let mut out = Vec::new();
+        assert_eq!(
+            check(Some(&file), false, None, &mut out).unwrap(),
+            ExitCode::FAILURE
+        );
+        let start = format!("{}:1:1: `vcpus`: unknown key", file.display());
+        assert!(
+            out.starts_with(start.as_bytes()),
+            "{}",
+            String::from_utf8_lossy(&out)
+        );
     }
 }
