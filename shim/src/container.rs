@@ -13,8 +13,8 @@ use std::{
 use containerd_shim_protos::{
     api::{CreateTaskRequest, ExecProcessRequest},
     events::task::{
-        TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskPaused,
-        TaskResumed, TaskStart,
+        TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM,
+        TaskPaused, TaskResumed, TaskStart,
     },
     topics,
 };
@@ -403,16 +403,33 @@ async fn watch(pod: Arc<Pod>, id: String, process: Arc<Process>) {
         .wait_process(ttrpc::context::Context::default(), &request)
         .await;
     let exit = match waited {
-        Ok(response) => Exit {
-            status: response.exit_status,
-            at: exited_at(response.exited_at_ns),
-        },
+        Ok(response) => {
+            // containerd marks the container as killed for its memory only when it is told before the end.
+            if response.oom_killed && process.exec_id.is_empty() {
+                out_of_memory(&pod, &id).await;
+            }
+            Exit {
+                status: response.exit_status,
+                at: exited_at(response.exited_at_ns),
+            }
+        }
         Err(error) => {
             debug!(%error, process = process.name, "the agent cannot tell how a process ended");
             Exit::now(LOST_STATUS)
         }
     };
     ended(&pod, &id, &process, exit).await;
+}
+
+/// Tells containerd that something in the container was killed for its memory.
+pub(crate) async fn out_of_memory(pod: &Pod, id: &str) {
+    let event = TaskOOM {
+        container_id: id.to_owned(),
+        ..Default::default()
+    };
+    pod.publisher
+        .publish(topics::TASK_OOM_EVENT_TOPIC, Box::new(event))
+        .await;
 }
 
 /// The guest's clock is not trusted further than to order ends in the past.

@@ -21,6 +21,7 @@ mod log;
 mod machine_client;
 mod network;
 mod pod;
+mod port_forward;
 mod process;
 mod sandbox_service;
 mod share;

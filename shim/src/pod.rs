@@ -25,7 +25,8 @@ use std::{
 };
 
 use pericarp_protocol::guest::{
-    ConfigureSandboxRequest, SharedDirectory as SharedSource, Storage, storage::Source,
+    ConfigureSandboxRequest, EventsRequest, SharedDirectory as SharedSource, Storage, event,
+    storage::Source,
 };
 use pericarp_runtime_config::{Config, Demand, HostCapacity, PodConfig, Sizing};
 use tokio::{io::AsyncReadExt, net::unix::pipe, sync::watch};
@@ -36,13 +37,13 @@ use crate::{
     bundle::Bundle,
     cgroup,
     child::Watched,
-    container::Container,
+    container::{self, Container},
     errors::CallError,
     events::Publisher,
     journal::{self, Entry, Journal},
     launch::{Launch, Launched, entropy, launch},
     machine_client::Machine,
-    network,
+    network, port_forward,
     process::{Exit, LOST_STATUS},
     share::{self, SharedDirectory},
     spec,
@@ -177,7 +178,11 @@ impl Pod {
         });
         let sandbox = pod.sandbox_request(request, attached.guest)?;
         agent_call!(pod.agent, configure_sandbox, &sandbox)?;
+        if let Some(namespace) = &request.network_namespace {
+            port_forward::start(namespace, &pod.agent);
+        }
         tokio::spawn(watch_end(Arc::clone(&pod)));
+        tokio::spawn(pass_events(Arc::clone(&pod)));
         Ok(pod)
     }
 
@@ -414,6 +419,31 @@ async fn keep_guest_log(console: OwnedFd, path: PathBuf) {
             left = 0;
         }
         let _ = tokio::io::AsyncWriteExt::flush(&mut file).await;
+    }
+}
+
+/// Passes the agent's events on. The stream ends with the guest.
+async fn pass_events(pod: Arc<Pod>) {
+    let subscribed = pod
+        .agent
+        .client()
+        .events(ttrpc::context::Context::default(), &EventsRequest::new())
+        .await;
+    let Ok(mut events) = subscribed else { return };
+    while let Ok(event) = events.recv().await {
+        match event.event {
+            // The guest names the container, so it is believed only if there is one.
+            Some(event::Event::OutOfMemory(oom)) if pod.container(&oom.container_id).is_ok() => {
+                container::out_of_memory(&pod, &oom.container_id).await;
+            }
+            Some(event::Event::DeviceGone(device)) => {
+                warn!(
+                    pci_address = device.pci_address,
+                    "a device of the guest is gone"
+                );
+            }
+            _ => {}
+        }
     }
 }
 

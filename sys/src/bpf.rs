@@ -106,7 +106,7 @@ fn attachment(
 
 /// # Safety
 /// Pointers in `attributes` point to live memory as `command` wants it.
-unsafe fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<RawFd> {
+pub(crate) unsafe fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<RawFd> {
     // SAFETY: the structure lives through the call and its true size is given; for what it points to, the caller answers.
     let result = unsafe {
         libc::syscall(

@@ -32,3 +32,5 @@ pub mod terminal;
 pub mod vsock;
 
 pub mod tun;
+pub mod startup;
+pub mod sk_lookup;

@@ -83,7 +83,6 @@ pub(crate) struct Attached {
 /// What the setup on its own thread needs to know.
 #[derive(Debug, Clone)]
 struct Plan {
-    namespace: PathBuf,
     queues: u32,
     vhost: bool,
     receive_limit: RateLimit,
@@ -120,7 +119,6 @@ pub(crate) async fn attach(
         ..RateLimit::default()
     };
     let plan = Plan {
-        namespace: namespace.to_owned(),
         queues: settings.network.queues,
         vhost: settings.network.vhost,
         receive_limit: limit(settings.network.receive_kbit_per_s),
