@@ -6,7 +6,7 @@ fn pericarp(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_pericarp"))
         .args(arguments)
         .output()
-        .unwrap()
+        .expect("cargo has built the command for this test")
 }
 
 #[test]
