@@ -166,20 +166,20 @@ impl<'m> Buffers<'m> {
         }
     }
 
-    /// Takes the first `count` bytes (or all when there are fewer) off, as buffers of their own.
-    pub(crate) fn split_front(&mut self, count: usize) -> Self {
-        let mut front = Self::default();
-        let mut rest = count;
+    /// The `count` bytes (or as many as there are) behind the first `skip`, without consuming anything.
+    pub(crate) fn view(&self, skip: usize, count: usize) -> Self {
+        let mut view = Self::default();
+        let (mut skip, mut rest) = (skip, count);
         for range in self.ranges() {
-            if rest == 0 {
-                break;
+            let behind = skip.min(range.len());
+            skip -= behind;
+            let taken = rest.min(range.len() - behind);
+            if taken > 0 {
+                view.push(range.subslice(behind, taken).expect("inside the range"));
             }
-            let taken = rest.min(range.len());
-            front.push(range.subslice(0, taken).expect("at most the length"));
             rest -= taken;
         }
-        self.advance(count);
-        front
+        view
     }
 
     /// Copies out and consumes up to `bytes.len()` bytes; returns how many.

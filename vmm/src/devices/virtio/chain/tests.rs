@@ -70,22 +70,35 @@ fn hostile_chains_are_errors() {
 }
 
 #[test]
-fn split_and_advance_keep_count() {
+fn views_and_advances_keep_count() {
     let sum = |buffers: &Buffers<'_>| buffers.ranges().iter().map(VolatileSlice::len).sum();
-    for cut in 0..=12 {
-        let (mut driver, mut queue) = driver();
-        driver.queues[0]
-            .offer(&[Part::Write(BUFFERS, 5), Part::Write(BUFFERS + 64, 5)])
-            .unwrap();
-        let mut back = pop(&mut queue, &driver.memory).unwrap().unwrap().writable;
-        let mut front = back.split_front(cut);
-        let expected = cut.min(10);
-        assert_eq!((front.len(), sum(&front)), (expected, expected));
-        assert_eq!((back.len(), sum(&back)), (10 - expected, 10 - expected));
-        front.advance(3);
+    let (mut driver, mut queue) = driver();
+    driver.queues[0]
+        .offer(&[Part::Write(BUFFERS, 5), Part::Write(BUFFERS + 64, 5)])
+        .unwrap();
+    let whole = pop(&mut queue, &driver.memory).unwrap().unwrap().writable;
+    for (skip, count, expected) in (0..=12)
+        .flat_map(|skip| (0..=12).map(move |count| (skip, count)))
+        .map(|(skip, count): (usize, usize)| (skip, count, count.min(10 - skip.min(10))))
+    {
+        let mut view = whole.view(skip, count);
+        assert_eq!(
+            (view.len(), sum(&view)),
+            (expected, expected),
+            "{skip} {count}"
+        );
+        view.advance(3);
         let expected = expected.saturating_sub(3);
-        assert_eq!((front.len(), sum(&front)), (expected, expected));
+        assert_eq!(
+            (view.len(), sum(&view)),
+            (expected, expected),
+            "{skip} {count}"
+        );
     }
+    assert_eq!((whole.len(), sum(&whole)), (10, 10));
+    assert_eq!(whole.view(3, 4).write(b"abcd"), 4);
+    assert_eq!(driver.get(BUFFERS + 3, 2), b"ab");
+    assert_eq!(driver.get(BUFFERS + 64, 2), b"cd");
 }
 
 #[test]
