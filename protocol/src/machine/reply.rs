@@ -97,13 +97,13 @@ wire_struct! {
         exits_interrupted: u64,
         /// Interrupts that devices raised by message.
         interrupts: u64,
-        /// Resident memory of the VMM's process, guest memory included.
-        resident_bytes: u64,
+        /// The most memory that the VMM's process had resident, guest memory included.
+        resident_peak_bytes: u64,
         /// Guest memory that the host holds (of the memfd).
         guest_resident_bytes: u64,
         /// vCPUs that may run.
         vcpus: u64,
-        /// Memory that the guest has: boot memory, and what is plugged, less the balloon.
+        /// Boot memory; what is plugged and what the balloon holds are counters of those devices.
         memory_bytes: u64,
     }
 }
