@@ -6,6 +6,7 @@ CMD ?= crictl version
 FLAVOUR ?= default
 TARGET = $(or $(CARGO_TARGET_DIR),target)
 CACHE = $(or $(PERICARP_CACHE),$(HOME)/.cache/pericarp)
+VIRTIOFSD = $(firstword $(wildcard $(CACHE)/node/virtiofsd-*/virtiofsd))
 NODE = cargo run --quiet --package pericarp-tests --bin node --
 
 .PHONY: help
@@ -68,6 +69,7 @@ demo: ## a pod in its own VM, step by step, in a test node
 install: ## copy what was built to DESTDIR/PREFIX (PREFIX=/usr)
 	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(TARGET)/release/containerd-shim-pericarp-v2 $(TARGET)/release/pericarp
 	install -D -m 755 -t $(DESTDIR)$(PREFIX)/libexec/pericarp $(TARGET)/release/pericarp-vmm
+	install -D -m 755 -t $(DESTDIR)$(PREFIX)/libexec/pericarp $(VIRTIOFSD)
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/pericarp $(CACHE)/guest/vmlinux $(CACHE)/guest/guest.erofs
 
 .PHONY: clean
