@@ -11,7 +11,10 @@ use pericarp_tests::node::{Builder, paths};
 /// Processes whose command line names `text`.
 fn processes_that_name(text: &str) -> Vec<String> {
     let mut found = Vec::new();
-    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+    for entry in std::fs::read_dir("/proc")
+        .expect("/proc is there")
+        .flatten()
+    {
         let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&line).replace('\0', " ");
         if line.contains("qemu-system") && line.contains(text) {
@@ -22,7 +25,7 @@ fn processes_that_name(text: &str) -> Vec<String> {
 }
 
 fn mounts() -> String {
-    std::fs::read_to_string("/proc/self/mounts").unwrap()
+    std::fs::read_to_string("/proc/self/mounts").expect("/proc is there")
 }
 
 /// A killed process is gone when its parent has waited for it; that is another thread's work.

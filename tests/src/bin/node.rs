@@ -54,7 +54,7 @@ enum Verb {
     /// What runs in the node itself.
     #[command(hide = true)]
     Inside {
-        /// `init` or `serve`.
+        /// `init`, `init-here` or `serve`.
         role: String,
     },
 }
@@ -129,8 +129,9 @@ fn run(verb: Verb) -> Result<ExitCode> {
         }
         Verb::Inside { role } => match role.as_str() {
             "init" => inside::init::run().map(|()| ExitCode::SUCCESS),
+            "init-here" => inside::init::run_here().map(|()| ExitCode::SUCCESS),
             "serve" => inside::serve::run().map(|()| ExitCode::SUCCESS),
-            other => bail!("`inside {other}` is neither `init` nor `serve`"),
+            other => bail!("`inside {other}` is none of `init`, `init-here`, `serve`"),
         },
     }
 }

@@ -164,7 +164,7 @@ impl Builder {
         };
         let set_up = SetUp {
             results: results.clone(),
-            mount_results: machine.is_own() && kind == Kind::Qemu,
+            is_machine: kind == Kind::Qemu,
             path: search_path()?,
             image_layout: Some(images::best()?.layout()),
             install: installed,

@@ -128,6 +128,13 @@ impl Frame {
 pub enum Request {
     /// Make the node ready: once, before anything else.
     SetUp(SetUp),
+    /// Write a small text file, with the folders above it.
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Its content.
+        text: String,
+    },
     /// Run a command to its end.
     Run(Command),
     /// Start a service and answer when it is ready.
@@ -141,8 +148,8 @@ pub enum Request {
 pub struct SetUp {
     /// Folder shared writable with the test, at the same path on both sides.
     pub results: PathBuf,
-    /// Whether `results` must be mounted (QEMU) or is already there (host).
-    pub mount_results: bool,
+    /// Whether the node is a machine of its own (QEMU) or namespaces of this computer.
+    pub is_machine: bool,
     /// Search path of every command.
     pub path: String,
     /// Image layout that the registry serves.

@@ -116,24 +116,18 @@ impl Containerd {
             Version::V17 => config_1(&containerd.socket(), name, &cni.to_string_lossy()),
         };
         let path = format!("/etc/{name}/config.toml");
-        node.write(&path, config.as_bytes())?;
-        node.write(
-            &format!("{CNI_FOLDER}/10-node.conflist"),
-            CNI_CONFIG.as_bytes(),
-        )?;
+        node.write(&path, &config)?;
+        node.write(&format!("{CNI_FOLDER}/10-node.conflist"), CNI_CONFIG)?;
         let hosts = format!(
-            "[host.\"http://{}\"]\n  capabilities = [\"pull\", \"resolve\"]\n",
+            "server = \"http://{0}\"\n[host.\"http://{0}\"]\n  capabilities = [\"pull\", \"resolve\"]\n",
             registry::ADDRESS
         );
-        node.write(
-            &format!("{CERTS_FOLDER}/_default/hosts.toml"),
-            hosts.as_bytes(),
-        )?;
+        node.write(&format!("{CERTS_FOLDER}/_default/hosts.toml"), &hosts)?;
         let crictl = format!(
             "runtime-endpoint: unix://{}\ntimeout: 120\n",
             containerd.socket()
         );
-        node.write(CRICTL_CONFIG, crictl.as_bytes())?;
+        node.write(CRICTL_CONFIG, &crictl)?;
         // Its own shim for runc comes first in its PATH.
         let search = node.shell("echo -n $PATH")?;
         let program = folder.join("containerd").to_string_lossy().into_owned();
@@ -169,7 +163,7 @@ impl Containerd {
     pub fn run_pod(&self, node: &Node, handler: &str, config: &serde_json::Value) -> Result<Pod> {
         let name = config["metadata"]["name"].as_str().unwrap_or("pod");
         let path = format!("/run/pods/{}/{name}.json", self.version.name());
-        node.write(&path, config.to_string().as_bytes())?;
+        node.write(&path, &config.to_string())?;
         let id = self.crictl_text(node, &["runp", "--runtime", handler, &path])?;
         Ok(Pod { id, config: path })
     }
@@ -183,7 +177,7 @@ impl Containerd {
     ) -> Result<String> {
         let name = config["metadata"]["name"].as_str().unwrap_or("container");
         let path = format!("{}.{name}.json", pod.config);
-        node.write(&path, config.to_string().as_bytes())?;
+        node.write(&path, &config.to_string())?;
         let id = self.crictl_text(node, &["create", &pod.id, &path, &pod.config])?;
         self.crictl_text(node, &["start", &id])?;
         Ok(id)

@@ -35,17 +35,17 @@ impl Kubernetes {
     pub(super) fn start(node: &Node, containerd: &Containerd) -> Result<Self> {
         component("kubernetes")?.built()?;
         component("etcd")?.built()?;
-        node.write(KUBECONFIG, KUBECONFIG_TEXT.as_bytes())?;
+        node.write(KUBECONFIG, KUBECONFIG_TEXT)?;
         node.write(
             &format!("{FOLDER}/tokens.csv"),
-            b"token,admin,admin,system:masters\n",
+            "token,admin,admin,system:masters\n",
         )?;
         node.shell(&format!(
             "openssl ecparam -name prime256v1 -genkey -noout -out {FOLDER}/sa.key
              openssl ec -in {FOLDER}/sa.key -pubout -out {FOLDER}/sa.pub 2>/dev/null"
         ))?;
         let kubelet = kubelet_config(&containerd.socket());
-        node.write(&format!("{FOLDER}/kubelet.yaml"), kubelet.as_bytes())?;
+        node.write(&format!("{FOLDER}/kubelet.yaml"), &kubelet)?;
         start(node, "etcd", etcd())?;
         start(node, "kube-apiserver", api_server())?;
         start(node, "kubelet", kubelet_command())?;

@@ -15,14 +15,24 @@ pub const KERNEL_VARIABLE: &str = "PERICARP_KERNEL";
 /// The guest image (EROFS).
 pub const IMAGE_VARIABLE: &str = "PERICARP_GUEST_IMAGE";
 
-/// Where the node has its binaries.
-pub const BINARY_FOLDER: &str = "/usr/local/bin";
+/// Where the node has what containerd and people start, as `make install` puts it.
+pub const BINARY_FOLDER: &str = "/usr/bin";
+
+/// Where the node has what only the shim starts.
+pub const LIBEXEC_FOLDER: &str = "/usr/libexec/pericarp";
 
 /// Where the node has kernel and image.
 pub const SHARE_FOLDER: &str = "/usr/share/pericarp";
 
 /// Programs of the build that go to the node when they are there.
-const PROGRAMS: [&str; 3] = ["containerd-shim-pericarp-v2", "pericarp-vmm", "pericarp"];
+const PROGRAMS: [(&str, &str); 3] = [
+    (SHIM, BINARY_FOLDER),
+    ("pericarp", BINARY_FOLDER),
+    ("pericarp-vmm", LIBEXEC_FOLDER),
+];
+
+/// The shim, whose presence says which build is meant.
+const SHIM: &str = "containerd-shim-pericarp-v2";
 
 /// Guest kernel and guest image, where they are built.
 #[derive(Debug, Clone, Default)]
@@ -40,7 +50,7 @@ pub fn build_folder() -> Result<PathBuf> {
     }
     let profile = paths::profile()?;
     let release = profile.with_file_name("release");
-    let has_shim = release.join(PROGRAMS[0]).exists();
+    let has_shim = release.join(SHIM).exists();
     Ok(if has_shim { release } else { profile })
 }
 
@@ -62,12 +72,8 @@ pub fn guest_files() -> GuestFiles {
 pub(super) fn find() -> Result<Vec<(PathBuf, PathBuf, u32)>> {
     let mut files = Vec::new();
     let build = build_folder()?;
-    for program in PROGRAMS {
-        files.push((
-            build.join(program),
-            Path::new(BINARY_FOLDER).join(program),
-            0o755,
-        ));
+    for (program, folder) in PROGRAMS {
+        files.push((build.join(program), Path::new(folder).join(program), 0o755));
     }
     let guest = guest_files();
     let share = Path::new(SHARE_FOLDER);
@@ -84,7 +90,11 @@ pub(super) fn find() -> Result<Vec<(PathBuf, PathBuf, u32)>> {
     let virtiofsd = super::deps::component("virtiofsd")?
         .folder()?
         .join("virtiofsd");
-    files.push((virtiofsd, Path::new(BINARY_FOLDER).join("virtiofsd"), 0o755));
+    files.push((
+        virtiofsd,
+        Path::new(LIBEXEC_FOLDER).join("virtiofsd"),
+        0o755,
+    ));
     files.retain(|(source, _, _)| source.exists());
     for (source, _, _) in &mut files {
         *source = source.canonicalize()?;

@@ -37,6 +37,9 @@ impl std::fmt::Debug for Node {
     }
 }
 
+/// Time that the writing of a small file gets.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// How many commands the history names.
 const HISTORY_MAX: usize = 1000;
 
@@ -110,14 +113,14 @@ impl Node {
         Ok(())
     }
 
-    /// Writes a file in the node, with the folders above it.
-    pub fn write(&self, path: &str, bytes: &[u8]) -> Result<()> {
-        let script = "mkdir -p \"$(dirname \"$1\")\" && cat >\"$1\"";
-        let command = Command::new("sh").args(["-c", script, "sh", path]);
-        let mut bytes = bytes;
-        let output = self.run_with(&command, Some(&mut bytes), None)?;
-        output.checked(&format!("write {path}"))?;
-        Ok(())
+    /// Writes a small text file in the node, with the folders above it.
+    pub fn write(&self, path: &str, text: &str) -> Result<()> {
+        let request = Request::Write {
+            path: PathBuf::from(path),
+            text: text.to_owned(),
+        };
+        let output = self.control.request(&request, None, None, WRITE_TIMEOUT)?;
+        output.checked(&format!("write {path}")).map(|_| ())
     }
 
     /// Reads a text file of the node.

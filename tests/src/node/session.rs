@@ -6,7 +6,7 @@
 //! QEMU's command line.
 
 use std::ops::Deref;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
 
@@ -16,11 +16,13 @@ use super::{Builder, Node, paths};
 /// process.
 static SHARED: Mutex<Option<&'static Node>> = Mutex::new(None);
 
-/// A test's time with the node.
+/// A test's time with the node. One test has it at a time, so that each can compare the whole node
+/// before and after.
 #[derive(Debug)]
 pub struct Session {
     node: &'static Node,
     test: String,
+    _alone: MutexGuard<'static, Option<&'static Node>>,
 }
 
 /// Gives a test the shared node, and boots it for the first; `builder` is used by the first alone.
@@ -42,6 +44,7 @@ pub fn session(test: &str, builder: impl FnOnce() -> Builder) -> Result<Session>
     Ok(Session {
         node,
         test: test.to_owned(),
+        _alone: shared,
     })
 }
 

@@ -61,8 +61,8 @@ impl ImageSet {
         self.folder.join("layout")
     }
 
-    /// The archive that `ctr images import` takes: [`BUSYBOX`], [`PAUSE`] and, where it is built,
-    /// [`AGNHOST`].
+    /// The archive that `ctr images import` takes: [`BUSYBOX`] and [`PAUSE`]. All else is pulled
+    /// when it is asked for: checksums are slow in the node.
     #[must_use]
     pub fn archive(&self) -> PathBuf {
         self.folder.join("images.tar")

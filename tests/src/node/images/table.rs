@@ -62,7 +62,6 @@ pub(super) const IMAGES: &[Image] = &[
         entrypoint: &["/agnhost"],
         command: &["pause"],
         names: &[("agnhost", "*")],
-        archive: super::AGNHOST,
         ..BUSYBOX
     },
     Image {

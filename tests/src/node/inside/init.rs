@@ -13,7 +13,7 @@ const PORTS: &str = "/sys/class/virtio-ports";
 /// Name of the control channel's port, as QEMU is told.
 pub const PORT_NAME: &str = "pericarp.node";
 
-/// Runs until the server ends, then powers the node off. Returns only on an error.
+/// Runs until the server ends, then powers the machine off. Returns only on an error.
 pub fn run() -> Result<()> {
     let result = serve();
     if let Err(error) = &result {
@@ -26,6 +26,11 @@ pub fn run() -> Result<()> {
     }
 }
 
+/// PID 1 of a PID namespace of this computer: the control channel is its own input and output.
+pub fn run_here() -> Result<()> {
+    supervise(Stdio::inherit(), Stdio::inherit())
+}
+
 fn serve() -> Result<()> {
     let port = std::fs::File::options()
         .read(true)
@@ -35,11 +40,16 @@ fn serve() -> Result<()> {
     let input = port
         .try_clone()
         .context("cannot share the control channel")?;
+    supervise(Stdio::from(input), Stdio::from(port))
+}
+
+/// Starts the server and reaps until it ends.
+fn supervise(input: Stdio, output: Stdio) -> Result<()> {
     let program = std::env::current_exe().context("cannot find the node program")?;
     // Of its own process group, so that a signal to the server's group does not reach PID 1.
     let mut server = Command::new(program);
     server.args(["inside", "serve"]).process_group(0);
-    server.stdin(Stdio::from(input)).stdout(Stdio::from(port));
+    server.stdin(input).stdout(output);
     let server = server.spawn().context("cannot start the node's server")?;
     let server = i32::try_from(server.id()).context("a process id that is none")?;
     loop {

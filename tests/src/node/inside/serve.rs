@@ -148,6 +148,7 @@ fn carry_out(
 ) -> Result<Exit> {
     match request {
         Request::SetUp(set_up) => setup::run(&set_up).map(|()| Exit::Code(0)),
+        Request::Write { path, text } => setup::write(&path, &text).map(|()| Exit::Code(0)),
         Request::Run(command) => process::run(id, &command, path, answers, input),
         Request::Start(service) => process::start_service(&service, path),
         Request::PowerOff => Ok(Exit::Code(0)),

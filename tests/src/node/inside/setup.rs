@@ -7,6 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use nix::mount::{MsFlags, mount};
 
+use super::own_root;
 use crate::node::channel::SetUp;
 use crate::node::images::registry;
 
@@ -37,11 +38,21 @@ const SYSCTLS: &[(&str, &str)] = &[
 
 /// Does everything that a [`SetUp`] says.
 pub(super) fn run(set_up: &SetUp) -> Result<()> {
-    if set_up.mount_results {
-        mounts(set_up)?;
-        cgroups()?;
-        network()?;
+    if !set_up.is_machine {
+        own_root::enter(&set_up.results)?;
     }
+    mounts()?;
+    if set_up.is_machine {
+        let results = set_up.results.to_string_lossy();
+        mount_at(
+            "9p",
+            "results",
+            &results,
+            "trans=virtio,version=9p2000.L,msize=512000",
+        )?;
+    }
+    cgroups()?;
+    network()?;
     for (source, destination, mode) in &set_up.install {
         install(source, destination, *mode)?;
     }
@@ -58,6 +69,12 @@ fn folder(path: &Path) -> Result<()> {
     std::fs::create_dir_all(path).with_context(|| format!("cannot make {}", path.display()))
 }
 
+/// Writes a text file, with the folders above it.
+pub(super) fn write(path: &Path, text: &str) -> Result<()> {
+    folder(path.parent().unwrap_or(Path::new("/")))?;
+    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
 fn mount_at(kind: &str, source: &str, at: &str, options: &str) -> Result<()> {
     folder(Path::new(at))?;
     let options = (!options.is_empty()).then_some(options);
@@ -65,7 +82,7 @@ fn mount_at(kind: &str, source: &str, at: &str, options: &str) -> Result<()> {
         .with_context(|| format!("cannot mount {kind} at {at}"))
 }
 
-fn mounts(set_up: &SetUp) -> Result<()> {
+fn mounts() -> Result<()> {
     mount_at("tmpfs", "tmpfs", "/run", "mode=755")?;
     mount_at("tmpfs", "tmpfs", "/dev/shm", "mode=1777")?;
     mount_at(
@@ -91,13 +108,6 @@ fn mounts(set_up: &SetUp) -> Result<()> {
         None::<&str>,
     )
     .context("cannot make the mounts of the node shared")?;
-    let results = set_up.results.to_string_lossy();
-    mount_at(
-        "9p",
-        "results",
-        &results,
-        "trans=virtio,version=9p2000.L,msize=512000",
-    )?;
     for link in ["fd", "stdin", "stdout", "stderr"] {
         let target = if link == "fd" {
             "/proc/self/fd".to_owned()

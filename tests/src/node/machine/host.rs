@@ -30,10 +30,6 @@ struct Host {
 }
 
 impl Machine for Host {
-    fn is_own(&self) -> bool {
-        true
-    }
-
     fn logs(&self) -> Vec<PathBuf> {
         vec![self.results.join(LOG)]
     }
@@ -63,7 +59,7 @@ pub fn start(boot: &BootFiles, results: &Path) -> Result<Started> {
     command
         .args(["--kill-child", "--mount-proc"])
         .arg(paths::node_program()?);
-    command.args(["inside", "serve"]);
+    command.args(["inside", "init-here"]);
     let log = File::create(results.join(LOG)).context("cannot make the node's log")?;
     command
         .stdin(Stdio::piped())

@@ -6,7 +6,7 @@ pub mod qemu;
 use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::process::{Child, ExitStatus};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -19,8 +19,6 @@ pub const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What a node runs on.
 pub trait Machine: Send + Sync {
-    /// Whether root file system and network are the node's own, to be set up from nothing.
-    fn is_own(&self) -> bool;
     /// Names of logs in the results folder.
     fn logs(&self) -> Vec<PathBuf>;
     /// Waits for its end, and makes it end when the time is over.
@@ -93,10 +91,7 @@ impl Kept {
     /// Waits for its end.
     pub fn wait(&self, timeout: Duration) -> Option<ExitStatus> {
         let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
-        match ended.recv_timeout(timeout) {
-            Ok(status) => Some(status),
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-        }
+        ended.recv_timeout(timeout).ok()
     }
 
     /// Kills the whole process group.

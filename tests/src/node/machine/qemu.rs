@@ -31,10 +31,6 @@ struct Qemu {
 }
 
 impl Machine for Qemu {
-    fn is_own(&self) -> bool {
-        true
-    }
-
     fn logs(&self) -> Vec<PathBuf> {
         let names = [SERIAL_LOG, QEMU_LOG, COMMAND_FILE];
         names.iter().map(|name| self.results.join(name)).collect()
