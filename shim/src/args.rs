@@ -37,6 +37,10 @@ pub(crate) struct Args {
     pub(crate) bundle: Option<PathBuf>,
     /// `-debug`.
     pub(crate) debug: bool,
+    /// `-config`: another configuration file, from the handler's options (`daemon` alone).
+    pub(crate) config: Option<PathBuf>,
+    /// `-flavour`: from the handler's options (`daemon` alone).
+    pub(crate) flavour: Option<String>,
 }
 
 /// What is wrong with a command line.
@@ -65,6 +69,8 @@ impl Args {
             publish_binary: String::new(),
             bundle: None,
             debug: false,
+            config: None,
+            flavour: None,
         };
         let mut action = None;
         let mut words = words.into_iter();
@@ -104,6 +110,8 @@ impl Args {
                 "address" => args.address = value,
                 "publish-binary" => args.publish_binary = value,
                 "bundle" => args.bundle = Some(value.into()),
+                "config" => args.config = Some(value.into()),
+                "flavour" => args.flavour = Some(value),
                 _ => {}
             }
         }

@@ -28,7 +28,8 @@ use std::{
     process::{Command, Stdio},
 };
 
-use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
+use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult, Extension};
+use pericarp_runtime_config::RuntimeOptions;
 use protobuf::Message;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -36,6 +37,7 @@ use sha2::{Digest, Sha256};
 use crate::{
     args::Args,
     bundle::{Bundle, Role},
+    options,
 };
 
 /// Where sockets live unless containerd says otherwise. Unix socket paths end at 108 bytes and the name is 64.
@@ -54,6 +56,8 @@ pub(crate) enum BootstrapError {
     Stdin(io::Error),
     #[error(transparent)]
     Bundle(#[from] crate::bundle::BundleError),
+    #[error(transparent)]
+    Options(#[from] crate::options::OptionsError),
     #[error(
         "sandbox {sandbox} of container {container} does not run: its socket {socket} refuses connections"
     )]
@@ -84,6 +88,7 @@ struct Call {
     dialect: Dialect,
     socket_dir: PathBuf,
     ttrpc_address: String,
+    options: RuntimeOptions,
 }
 
 /// Runs `start` in the current directory, which is the bundle.
@@ -142,6 +147,7 @@ fn read_call(args: &Args) -> Result<Call, BootstrapError> {
                 .socket_dir
                 .filter(|d| !d.is_empty())
                 .map_or_else(|| SOCKET_DIR.into(), Into::into),
+            options: extension_options(&params.extensions)?,
             ttrpc_address: params.containerd_ttrpc_address,
         });
     }
@@ -154,7 +160,18 @@ fn read_call(args: &Args) -> Result<Call, BootstrapError> {
         dialect,
         socket_dir: SOCKET_DIR.into(),
         ttrpc_address: env::var(TTRPC_ADDRESS).unwrap_or_default(),
+        options: options::of_stdin(&input)?,
     })
+}
+
+fn extension_options(extensions: &[Extension]) -> Result<RuntimeOptions, BootstrapError> {
+    for extension in extensions {
+        let options = options::of_any(&extension.value)?;
+        if options != RuntimeOptions::default() {
+            return Ok(options);
+        }
+    }
+    Ok(RuntimeOptions::default())
 }
 
 /// Older versions send their runtime options on stdin, which can parse as anything: the id tells.
@@ -252,6 +269,12 @@ fn spawn(args: &Args, call: &Call, listener: UnixListener) -> Result<(), Bootstr
     command.args(["-publish-binary", &args.publish_binary]);
     if args.debug {
         command.arg("-debug");
+    }
+    if let Some(path) = &call.options.config_path {
+        command.arg("-config").arg(path);
+    }
+    if let Some(flavour) = &call.options.flavour {
+        command.args(["-flavour", flavour]);
     }
     command
         .arg("daemon")

@@ -16,6 +16,7 @@ use std::{
 };
 
 use futures::stream;
+use pericarp_runtime_config::RuntimeOptions;
 use tokio::{
     net::UnixListener,
     signal::unix::{SignalKind, signal},
@@ -55,6 +56,10 @@ type Booted = Option<Result<Arc<Pod>, CallError>>;
 /// The state of the daemon.
 #[derive(Debug)]
 pub(crate) struct Daemon {
+    /// What the handler's options chose.
+    pub(crate) options: RuntimeOptions,
+    /// containerd's namespace.
+    pub(crate) namespace: String,
     publisher: Publisher,
     booted: watch::Sender<Booted>,
     booting: AtomicBool,
@@ -133,6 +138,11 @@ async fn serve(args: &Args) -> Result<(), DaemonError> {
     let address = env::var(TTRPC_ADDRESS).unwrap_or_default();
     let (publisher, publishing) = Publisher::start(address, args.namespace.clone());
     let daemon = Arc::new(Daemon {
+        options: RuntimeOptions {
+            config_path: args.config.clone(),
+            flavour: args.flavour.clone(),
+        },
+        namespace: args.namespace.clone(),
         publisher,
         booted: watch::Sender::new(None),
         booting: AtomicBool::new(false),
@@ -169,6 +179,8 @@ fn boot_from(daemon: &Arc<Daemon>, args: &Args, bundle: Bundle) {
         network_namespace: bundle.network_namespace(),
         annotations: bundle.annotations(),
         bundle: Some(bundle),
+        options: daemon.options.clone(),
+        namespace: args.namespace.clone(),
     };
     if let Err(error) = daemon.boot(request) {
         error!(%error, "the pod cannot boot");

@@ -155,11 +155,11 @@ impl Owner {
         loop {
             tokio::select! {
                 outgoing = requests.recv(), if open => match outgoing {
-                    Some(outgoing) => {
-                        if let Err(error) = self.send(outgoing).await {
-                            return self.reason(&format!("sending to the VMM: {error}"));
-                        }
-                    }
+                    // What the VMM said before it closed its end is still to be read: the end of the socket ends this.
+                    Some(outgoing) => if let Err(error) = self.send(outgoing).await {
+                        debug!(%error, "the VMM takes no more requests");
+                        open = false;
+                    },
                     None => open = false,
                 },
                 received = self.receive() => match received {

@@ -20,6 +20,7 @@ mod launch;
 mod log;
 mod machine_client;
 mod network;
+mod options;
 mod pod;
 mod port_forward;
 mod process;

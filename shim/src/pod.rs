@@ -28,7 +28,8 @@ use pericarp_protocol::guest::{
     ConfigureSandboxRequest, EventsRequest, SharedDirectory as SharedSource, Storage, event,
     storage::Source,
 };
-use pericarp_runtime_config::{Config, Demand, HostCapacity, PodConfig, Sizing};
+use pericarp_runtime_config::{Config, Demand, HostCapacity, PodConfig, RuntimeOptions, Sizing};
+use serde::Serialize;
 use tokio::{io::AsyncReadExt, net::unix::pipe, sync::watch};
 use tracing::{info, warn};
 
@@ -63,6 +64,10 @@ pub(crate) struct Request {
     pub(crate) network_namespace: Option<PathBuf>,
     /// Its annotations.
     pub(crate) annotations: HashMap<String, String>,
+    /// What the handler's options chose.
+    pub(crate) options: RuntimeOptions,
+    /// containerd's namespace.
+    pub(crate) namespace: String,
 }
 
 /// A pod whose VM runs.
@@ -162,6 +167,7 @@ impl Pod {
             boot_us = hello.ready_us,
             "the guest is ready"
         );
+        write_state(request, state, sizing, process.pid).map_err(failed)?;
         let pod = Arc::new(Self {
             id: request.id.clone(),
             state: state.to_owned(),
@@ -282,6 +288,40 @@ impl Pod {
     }
 }
 
+/// What `pericarp list` shows of a pod.
+#[derive(Debug, Serialize)]
+struct State<'a> {
+    namespace: &'a str,
+    name: Option<&'a str>,
+    state: &'static str,
+    vcpus: u32,
+    memory_bytes: u64,
+    shim_pid: u32,
+    vmm_pid: i32,
+}
+
+fn write_state(
+    request: &Request,
+    directory: &Path,
+    sizing: Sizing,
+    vmm_pid: i32,
+) -> io::Result<()> {
+    let annotation = |name: &str| request.annotations.get(name).map(String::as_str);
+    let state = State {
+        namespace: annotation("io.kubernetes.cri.sandbox-namespace").unwrap_or(&request.namespace),
+        name: annotation("io.kubernetes.cri.sandbox-name"),
+        state: "running",
+        vcpus: sizing.vcpus,
+        memory_bytes: sizing.memory_bytes,
+        shim_pid: std::process::id(),
+        vmm_pid,
+    };
+    // Readers see all of it or nothing.
+    let partial = directory.join("state.json.partial");
+    fs::write(&partial, serde_json::to_vec(&state)?)?;
+    fs::rename(partial, directory.join("state.json"))
+}
+
 /// Undoes the journal of a sandbox; what is left over is reported by the journal itself.
 async fn undo(state: PathBuf) {
     let undone = tokio::task::spawn_blocking(move || journal::undo(&state)).await;
@@ -294,7 +334,13 @@ fn configure(request: &Request) -> Result<PodConfig, CallError> {
     if let Some(bundle) = &request.bundle {
         spec::check(&bundle.spec)?;
     }
-    let config = Config::load(None, true).map_err(|error| CallError::Host(error.to_string()))?;
+    let loaded = Config::load(request.options.config_path.as_deref(), true);
+    let mut config = loaded.map_err(|error| CallError::Host(error.to_string()))?;
+    if let Some(flavour) = &request.options.flavour {
+        config = config
+            .with_flavour(flavour)
+            .map_err(|error| CallError::Host(error.to_string()))?;
+    }
     let annotations: BTreeMap<String, String> = request.annotations.clone().into_iter().collect();
     config
         .for_pod(&annotations)
@@ -430,7 +476,7 @@ async fn pass_events(pod: Arc<Pod>) {
         .events(ttrpc::context::Context::default(), &EventsRequest::new())
         .await;
     let Ok(mut events) = subscribed else { return };
-    while let Ok(event) = events.recv().await {
+    while let Ok(Some(event)) = events.recv().await {
         match event.event {
             // The guest names the container, so it is believed only if there is one.
             Some(event::Event::OutOfMemory(oom)) if pod.container(&oom.container_id).is_ok() => {

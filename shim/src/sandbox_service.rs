@@ -44,6 +44,8 @@ impl Sandbox for SandboxService {
             bundle: None,
             network_namespace: (!netns.is_empty()).then(|| netns.into()),
             annotations: request.annotations,
+            options: self.0.options.clone(),
+            namespace: self.0.namespace.clone(),
         })?;
         Ok(CreateSandboxResponse::new())
     }
