@@ -1,10 +1,12 @@
-//! Asynchronous reads, writes and maintenance of one file or block device, between it and guest memory.
+//! Asynchronous reads, writes and maintenance of one file or block device, between it and guest
+//! memory.
 //!
-//! io_uring where the kernel allows it; otherwise each operation is done at once, in the caller's thread, behind the same
-//! interface (`kernel.io_uring_disabled` is set on many hosts).
+//! io_uring where the kernel allows it; otherwise each operation is done at once, in the caller's
+//! thread, behind the same interface (`kernel.io_uring_disabled` is set on many hosts).
 //!
-//! The kernel writes to guest memory while an operation is under way. Each slot therefore keeps the mapping and the vectors
-//! alive until the kernel has answered, and [`DiskIo`] waits for all answers before it goes.
+//! The kernel writes to guest memory while an operation is under way. Each slot therefore keeps the
+//! mapping and the vectors alive until the kernel has answered, and [`DiskIo`] waits for all
+//! answers before it goes.
 
 use std::{
     io,
@@ -71,7 +73,8 @@ pub const PUNCH_HOLE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SI
 /// Make the range read as zeroes, keeping its space.
 pub const ZERO_RANGE: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
 
-/// An answer: the caller's token, and the bytes moved (0 for operations that move none) or the error.
+/// An answer: the caller's token, and the bytes moved (0 for operations that move none) or the
+/// error.
 pub type Completion = (u64, io::Result<usize>);
 
 /// What an operation under way needs to stay in place.
@@ -82,8 +85,8 @@ struct Slot {
     _memory: Arc<GuestMemoryMmap>,
 }
 
-// SAFETY: the pointers in `vectors` lead into mappings that `_memory` keeps alive, or to a static; nobody dereferences them
-// in this process but the kernel on behalf of the operation.
+// SAFETY: the pointers in `vectors` lead into mappings that `_memory` keeps alive, or to a static;
+// nobody dereferences them in this process but the kernel on behalf of the operation.
 unsafe impl Send for Slot {}
 
 enum Engine {
@@ -194,8 +197,8 @@ impl DiskIo {
                 let entry = entry(&self.file, operation, &slot.vectors).user_data(index as u64);
                 // SAFETY:
                 // - The entry names `self.file`, which lives as long as the ring.
-                // - Its vectors, and the memory that they lead to, stay in the slot until the kernel's answer is taken;
-                //   `drain` waits for that before either is dropped.
+                // - Its vectors, and the memory that they lead to, stay in the slot until the
+                //   kernel's answer is taken; `drain` waits for that before either is dropped.
                 let pushed = unsafe { ring.submission().push(&entry) };
                 if pushed.is_err() {
                     self.slots[index] = None;
@@ -222,7 +225,8 @@ impl DiskIo {
         match &self.engine {
             Engine::Ring(ring) => match ring.submit() {
                 Ok(_) => Ok(()),
-                // The kernel is short of memory or has answers to give first: they come by the eventfd.
+                // The kernel is short of memory or has answers to give first: they come by the
+                // eventfd.
                 Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
                 Err(error) => Err(error),
@@ -268,7 +272,8 @@ impl DiskIo {
                         || error.raw_os_error() == Some(libc::EBUSY)
                         || error.raw_os_error() == Some(libc::EAGAIN) => {}
                 Err(_) => {
-                    // The kernel may still write to memory of these slots: it must stay mapped for ever.
+                    // The kernel may still write to memory of these slots: it must stay mapped for
+                    // ever.
                     for slot in &mut self.slots {
                         std::mem::forget(slot.take());
                     }
@@ -336,7 +341,8 @@ fn direct(file: &OwnedFd, operation: Operation<'_>, vectors: &[libc::iovec]) -> 
     let rc = match operation {
         Operation::Read { offset, .. } => {
             let offset = position(offset)?;
-            // SAFETY: the vectors lead into guest memory that the caller's slot keeps mapped during the call.
+            // SAFETY: the vectors lead into guest memory that the caller's slot keeps mapped during
+            // the call.
             unsafe { libc::preadv(fd, vectors.as_ptr(), count, offset) }
         }
         Operation::Write {

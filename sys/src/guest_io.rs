@@ -1,7 +1,8 @@
-//! `readv` and `writev` straight to and from guest memory: no copy, and no reference to memory that the guest may change.
+//! `readv` and `writev` straight to and from guest memory: no copy, and no reference to memory that
+//! the guest may change.
 //!
-//! A [`Segment`] is what a guest names: an address and a length, not yet checked. [`vectors`] is the one place that turns
-//! segments into pointers, and refuses what is outside the guest's memory.
+//! A [`Segment`] is what a guest names: an address and a length, not yet checked. [`vectors`] is
+//! the one place that turns segments into pointers, and refuses what is outside the guest's memory.
 
 use std::{
     io,
@@ -25,8 +26,8 @@ pub struct Segment {
 /// Reads from `file` at its position into the segments, in their order.
 ///
 /// # Errors
-/// A segment lies outside guest memory (`EFAULT`), there are more than [`VECTORS_MAX`] vectors (`EINVAL`), or what `readv`
-/// answers.
+/// A segment lies outside guest memory (`EFAULT`), there are more than [`VECTORS_MAX`] vectors
+/// (`EINVAL`), or what `readv` answers.
 pub fn read(
     file: BorrowedFd<'_>,
     memory: &GuestMemoryMmap,
@@ -34,8 +35,10 @@ pub fn read(
 ) -> io::Result<usize> {
     let vectors = vectors(memory, segments)?;
     // SAFETY:
-    // - `vectors` holds pointer and length of ranges that lie inside mappings of `memory`, which the borrow keeps alive.
-    // - The kernel writes there as another party of shared memory: Rust code only reads it by volatile accesses.
+    // - `vectors` holds pointer and length of ranges that lie inside mappings of `memory`, which
+    //   the borrow keeps alive.
+    // - The kernel writes there as another party of shared memory: Rust code only reads it by
+    //   volatile accesses.
     let rc = unsafe { libc::readv(file.as_raw_fd(), vectors.as_ptr(), count(&vectors)) };
     usize::try_from(rc).map_err(|_| io::Error::last_os_error())
 }
@@ -55,7 +58,8 @@ pub fn write(
     usize::try_from(rc).map_err(|_| io::Error::last_os_error())
 }
 
-/// Turns segments into pointers. A segment that crosses from one region into an adjoining one becomes two vectors.
+/// Turns segments into pointers. A segment that crosses from one region into an adjoining one
+/// becomes two vectors.
 pub(crate) fn vectors(
     memory: &GuestMemoryMmap,
     segments: &[Segment],

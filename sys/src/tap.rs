@@ -1,5 +1,6 @@
-//! ioctls on a tap descriptor. All of them act through the descriptor alone, so they work from another network namespace
-//! and without any capability (Linux `drivers/net/tun.c`, `__tun_chr_ioctl`).
+//! ioctls on a tap descriptor. All of them act through the descriptor alone, so they work from
+//! another network namespace and without any capability (Linux `drivers/net/tun.c`,
+//! `__tun_chr_ioctl`).
 
 use std::{
     io,
@@ -28,8 +29,8 @@ pub struct TapKind {
     pub multi_queue: bool,
 }
 
-/// Opens a queue of the tap `name` in the caller's network namespace, and makes the tap when there is none. It carries a
-/// virtio-net header and is non-blocking. This alone needs CAP_NET_ADMIN.
+/// Opens a queue of the tap `name` in the caller's network namespace, and makes the tap when there
+/// is none. It carries a virtio-net header and is non-blocking. This alone needs CAP_NET_ADMIN.
 ///
 /// # Errors
 /// `/dev/net/tun` is missing, the name is too long, or the kernel refuses.

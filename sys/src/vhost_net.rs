@@ -15,8 +15,8 @@ struct VringFile {
     fd: i32,
 }
 
-/// Connects a ring of vhost-net (0 receives, 1 transmits) to a tap, or stops it with `None`: once this returns, the kernel
-/// touches the ring no more.
+/// Connects a ring of vhost-net (0 receives, 1 transmits) to a tap, or stops it with `None`: once
+/// this returns, the kernel touches the ring no more.
 ///
 /// # Errors
 /// The descriptor is no vhost-net, the ring is not set up, or the tap is none.
@@ -29,8 +29,9 @@ pub fn set_backend(
         index: ring,
         fd: tap.map_or(-1, |tap| tap.as_raw_fd()),
     };
-    // SAFETY: the kernel reads one `vhost_vring_file` from the pointer, which is valid for the call. Which memory it then
-    // touches was fixed by the ring addresses and the memory table set before.
+    // SAFETY: the kernel reads one `vhost_vring_file` from the pointer, which is valid for the
+    // call. Which memory it then touches was fixed by the ring addresses and the memory table set
+    // before.
     let rc = unsafe {
         libc::ioctl(
             vhost.as_raw_fd(),

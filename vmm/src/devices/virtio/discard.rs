@@ -1,8 +1,9 @@
-//! Gives pages of guest memory back to the host: for the balloon, for free page reporting and for pluggable memory.
+//! Gives pages of guest memory back to the host: for the balloon, for free page reporting and for
+//! pluggable memory.
 //!
-//! Guest memory is a shared mapping of a memfd, so only a hole in the file returns memory, and it does for every process that
-//! maps it. Nothing may be discarded while a device that is passed through has memory pinned: it would go on using the old
-//! pages while the guest sees new ones.
+//! Guest memory is a shared mapping of a memfd, so only a hole in the file returns memory, and it
+//! does for every process that maps it. Nothing may be discarded while a device that is passed
+//! through has memory pinned: it would go on using the old pages while the guest sees new ones.
 
 use std::{
     io,
@@ -57,8 +58,8 @@ pub(crate) enum DiscardError {
 }
 
 impl Discard {
-    /// Forbids discarding until the result is dropped. What is discarded at this moment is complete when it returns to the
-    /// event loop, which is where devices are added too.
+    /// Forbids discarding until the result is dropped. What is discarded at this moment is complete
+    /// when it returns to the event loop, which is where devices are added too.
     pub(crate) fn pin(&self) -> Pin {
         self.pins.fetch_add(1, Ordering::SeqCst);
         Pin {
@@ -112,8 +113,8 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// Guest memory on a memfd as the machine has it: two regions with a hole between them. The file tells how much of it
-    /// is resident.
+    /// Guest memory on a memfd as the machine has it: two regions with a hole between them. The
+    /// file tells how much of it is resident.
     pub(crate) fn memory(low_bytes: u64, high_start: u64, high_bytes: u64) -> (GuestMemory, File) {
         let file = File::from(memfd_create(c"guest", MFdFlags::MFD_CLOEXEC).unwrap());
         file.set_len(low_bytes + high_bytes).unwrap();

@@ -1,7 +1,8 @@
 //! Token buckets for bytes and operations, and the timer that says when to go on.
 //!
-//! A bucket may go into debt: whoever finds it above zero may spend any amount, and the debt is paid before the next spends.
-//! So a request larger than the bucket is late, never stuck, and the average holds.
+//! A bucket may go into debt: whoever finds it above zero may spend any amount, and the debt is
+//! paid before the next spends. So a request larger than the bucket is late, never stuck, and the
+//! average holds.
 //!
 //! Thread: the event loop. Descriptor held: one timerfd per limiter, made with the device.
 
@@ -17,7 +18,8 @@ use vmm_sys_util::timerfd::TimerFd;
 pub(crate) struct Rate {
     /// Tokens gained each second.
     pub(crate) per_second: u64,
-    /// Tokens that an idle bucket holds: what a burst may spend at once; zero means one second's worth.
+    /// Tokens that an idle bucket holds: what a burst may spend at once; zero means one second's
+    /// worth.
     pub(crate) burst: u64,
 }
 
@@ -52,7 +54,8 @@ const WAIT_MAX: Duration = Duration::from_secs(1);
 /// Never wait shorter than this, so that timers do not eat what they meter.
 const WAIT_MIN: Duration = Duration::from_millis(1);
 
-/// One bucket. The balance is counted in token-nanoseconds: tokens times 10^9, so that slow rates lose nothing to rounding.
+/// One bucket. The balance is counted in token-nanoseconds: tokens times 10^9, so that slow rates
+/// lose nothing to rounding.
 #[derive(Debug)]
 pub(crate) struct TokenBucket {
     rate: Rate,
@@ -180,8 +183,8 @@ impl RateLimiter {
         self.bytes.spend(bytes);
     }
 
-    /// The timer's descriptor was readable, or the wait is over for another reason. Never blocks: setting a timer clears
-    /// what it has counted.
+    /// The timer's descriptor was readable, or the wait is over for another reason. Never blocks:
+    /// setting a timer clears what it has counted.
     pub(crate) fn wait_ended(&mut self) {
         self.waiting = false;
         // A timer that cannot be cleared stays readable and costs a turn of the loop, no more.
@@ -219,7 +222,8 @@ mod tests {
     }
 
     proptest! {
-        /// Over any sequence of steps, no more is spent than burst + rate x time + one operation's overdraft.
+        /// Over any sequence of steps, no more is spent than burst + rate x time + one operation's
+        /// overdraft.
         #[test]
         fn average_holds(
             per_second in 1u64..1_000_000,

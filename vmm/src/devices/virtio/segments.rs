@@ -1,12 +1,14 @@
-//! Takes descriptor chains off a queue and turns them into checked segments (virtio 1.2 §2.7): guest addresses that a
-//! request under way may keep, where [`super::chain`] gives slices that borrow the memory.
+//! Takes descriptor chains off a queue and turns them into checked segments (virtio 1.2 §2.7):
+//! guest addresses that a request under way may keep, where [`super::chain`] gives slices that
+//! borrow the memory.
 //!
-//! `virtio-queue` ends a chain silently where it is malformed: a loop, an index past the table, a nested indirect table.
-//! A device must know, so this module tells a whole chain from a cut one, and refuses what the specification forbids:
-//! a device-readable descriptor after a writable one, an empty chain, and memory that is not the guest's.
+//! `virtio-queue` ends a chain silently where it is malformed: a loop, an index past the table, a
+//! nested indirect table. A device must know, so this module tells a whole chain from a cut one,
+//! and refuses what the specification forbids: a device-readable descriptor after a writable one,
+//! an empty chain, and memory that is not the guest's.
 //!
-//! Hostile guest: each chain is walked once, at most [`SEGMENTS_MAX`] descriptors far; any violation is an error that the
-//! device reports as broken.
+//! Hostile guest: each chain is walked once, at most [`SEGMENTS_MAX`] descriptors far; any
+//! violation is an error that the device reports as broken.
 
 use std::sync::{
     Arc,
@@ -17,7 +19,8 @@ use pericarp_sys::guest_io::{Segment, VECTORS_MAX};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
-/// The most descriptors of one chain: what `readv` takes in one call. The queue's size bounds it first (§2.7.5.3.1).
+/// The most descriptors of one chain: what `readv` takes in one call. The queue's size bounds it
+/// first (§2.7.5.3.1).
 pub(crate) const SEGMENTS_MAX: usize = 1024;
 
 const _: () = assert!(SEGMENTS_MAX <= VECTORS_MAX);
@@ -36,7 +39,8 @@ pub(crate) enum ChainError {
     /// The available index ran ahead of the queue, or the rings are not in memory.
     #[error("the available ring is unusable: {0}")]
     Ring(#[from] virtio_queue::Error),
-    /// A chain without a descriptor, or one that does not end: a loop, a bad index, a bad indirect table.
+    /// A chain without a descriptor, or one that does not end: a loop, a bad index, a bad indirect
+    /// table.
     #[error("descriptor chain {0} does not end properly")]
     Malformed(u16),
     /// More descriptors than the queue's size or [`SEGMENTS_MAX`].
@@ -184,8 +188,8 @@ pub(crate) fn part(segments: &[Segment], offset: usize, len: usize) -> Vec<Segme
     found
 }
 
-/// Puts several chains in the used ring and shows them to the driver all at once: a packet over several buffers must not
-/// be seen in part (§5.1.6.4.1).
+/// Puts several chains in the used ring and shows them to the driver all at once: a packet over
+/// several buffers must not be seen in part (§5.1.6.4.1).
 pub(crate) fn add_used_together(
     queue: &mut Queue,
     memory: &Arc<GuestMemoryMmap>,
@@ -210,8 +214,9 @@ pub(crate) fn add_used_together(
     Ok(queue.add_used(memory.as_ref(), *last_head, *last_len)?)
 }
 
-/// Whether the driver wants an interrupt for what was put in the used ring since the last one (§2.7.7, §2.7.10). To be used
-/// with [`add_used_together`], of which `virtio_queue`'s own count does not know.
+/// Whether the driver wants an interrupt for what was put in the used ring since the last one
+/// (§2.7.7, §2.7.10). To be used with [`add_used_together`], of which `virtio_queue`'s own count
+/// does not know.
 #[derive(Debug, Default)]
 pub(crate) struct Signals {
     signalled_at: u16,

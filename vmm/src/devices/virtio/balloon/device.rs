@@ -21,7 +21,8 @@ use crate::devices::virtio::{
 
 /// Entries of each queue. Reporting sends as many ranges at once as its queue has, up to 32.
 const QUEUE_SIZE: u16 = 128;
-/// Buffers served in one turn of the event loop: with full lists of scattered pages some 16,000 system calls.
+/// Buffers served in one turn of the event loop: with full lists of scattered pages some 16,000
+/// system calls.
 pub(super) const BATCH_MAX: usize = 16;
 
 /// `num_pages` and `actual`; the fields behind belong to features that are not offered (§5.5.4).
@@ -175,7 +176,8 @@ impl Balloon {
         }
         self.notify(position, used)?;
         if let Some(running) = &self.running {
-            // More may be waiting: another turn, behind all other devices. A failure leaves it to the driver's next kick.
+            // More may be waiting: another turn, behind all other devices. A failure leaves it to
+            // the driver's next kick.
             let _ = running.queues[position].kick.write(1);
         }
         Ok(())
@@ -254,7 +256,8 @@ impl Balloon {
         }
         self.figures = request::parse_statistics(&bytes);
         if let Some(running) = &mut self.running {
-            // A driver has one buffer; a second one takes the place of the first, which stays unused.
+            // A driver has one buffer; a second one takes the place of the first, which stays
+            // unused.
             running.figures_buffer = Some(chain);
         }
         Ok(())
@@ -370,7 +373,8 @@ impl VirtioDevice for Balloon {
         Ok(())
     }
 
-    /// The driver's own figures are those of its last answer; asking for the counters asks the driver for new ones.
+    /// The driver's own figures are those of its last answer; asking for the counters asks the
+    /// driver for new ones.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         let counters = &self.counters;
         let mut all = vec![

@@ -27,8 +27,8 @@ pub(crate) enum Role {
     Reporting,
 }
 
-/// The role of a queue: queues of features that were not negotiated are left out of the numbering, as Linux does
-/// (`drivers/virtio/virtio_pci_common.c`, `vp_find_vqs_msix`).
+/// The role of a queue: queues of features that were not negotiated are left out of the numbering,
+/// as Linux does (`drivers/virtio/virtio_pci_common.c`, `vp_find_vqs_msix`).
 pub(crate) fn role(queue: u16, features: u64) -> Option<Role> {
     let optional = [(F_STATS, Role::Statistics), (F_REPORTING, Role::Reporting)];
     match queue {
@@ -49,7 +49,8 @@ pub(crate) struct Run {
     pub(crate) len: u64,
 }
 
-/// Turns a list of little-endian page numbers into as few runs as possible. Bytes after the last whole number are ignored.
+/// Turns a list of little-endian page numbers into as few runs as possible. Bytes after the last
+/// whole number are ignored.
 pub(crate) fn runs(bytes: &[u8]) -> Vec<Run> {
     let mut pages: Vec<u32> = bytes
         .chunks_exact(4)
@@ -164,7 +165,10 @@ mod tests {
             wanted.dedup();
             let covered: Vec<u64> = runs(&bytes)
                 .iter()
-                .flat_map(|run| (0..run.len / PAGE_BYTES).map(|page| run.address / PAGE_BYTES + page))
+                .flat_map(|run| {
+                    let first = run.address / PAGE_BYTES;
+                    first..first + run.len / PAGE_BYTES
+                })
                 .collect();
             prop_assert_eq!(covered, wanted);
         }
@@ -174,7 +178,8 @@ mod tests {
             if let Some(run) = whole_pages(address, len) {
                 prop_assert!(run.address >= address);
                 prop_assert!(run.address + run.len <= address + len);
-                prop_assert!(run.address.is_multiple_of(PAGE_BYTES) && run.len.is_multiple_of(PAGE_BYTES));
+                prop_assert!(run.address.is_multiple_of(PAGE_BYTES));
+                prop_assert!(run.len.is_multiple_of(PAGE_BYTES));
                 prop_assert!(run.len > 0);
             }
         }

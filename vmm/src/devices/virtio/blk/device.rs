@@ -32,7 +32,8 @@ use crate::devices::virtio::{
 
 /// Entries of each queue.
 pub(crate) const QUEUE_SIZE: u16 = 256;
-/// Requests under way over all queues of a disk. Each costs at most a queue's length of segments, 10 KiB.
+/// Requests under way over all queues of a disk. Each costs at most a queue's length of segments,
+/// 10 KiB.
 pub(crate) const IN_FLIGHT_MAX: u16 = 128;
 /// Segments of one request: a queue's length without header and status.
 const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
@@ -64,7 +65,8 @@ struct UnderWay {
     queue: usize,
     chain: Chain,
     request: Request,
-    /// Data of a read or write, and how much of it is done: the kernel may do less than it was asked.
+    /// Data of a read or write, and how much of it is done: the kernel may do less than it was
+    /// asked.
     data: Vec<Segment>,
     done: u64,
 }
@@ -184,7 +186,8 @@ impl Blk {
         let _ = running.poller.remove(self.limiter.descriptor());
     }
 
-    /// Takes requests off all queues that may have some, as far as there is room and the limiter admits.
+    /// Takes requests off all queues that may have some, as far as there is room and the limiter
+    /// admits.
     fn serve(&mut self) -> Result<(), Broken> {
         let count = self
             .running
@@ -201,7 +204,8 @@ impl Blk {
         }
     }
 
-    /// As many requests as may be under way, then another queue's turn: what is left is announced by an answer.
+    /// As many requests as may be under way, then another queue's turn: what is left is announced
+    /// by an answer.
     fn serve_queue(&mut self, queue: usize) -> Result<(), ChainError> {
         let mut answered = false;
         for _ in 0..IN_FLIGHT_MAX {
@@ -285,7 +289,8 @@ impl Blk {
         }
     }
 
-    /// Gives a request, or what is left of it, to the kernel; true when it had to be answered with an error instead.
+    /// Gives a request, or what is left of it, to the kernel; true when it had to be answered with
+    /// an error instead.
     fn hand_over(&mut self, under_way: UnderWay) -> Result<bool, ChainError> {
         let durable = self.is_durable();
         let Some(running) = &mut self.running else {
@@ -370,8 +375,8 @@ impl Blk {
             }
         }
         if let Some(running) = &mut self.running {
-            for queue in 0..running.queues.len() {
-                if answered[queue] {
+            for (queue, answered) in answered.into_iter().enumerate() {
+                if answered {
                     signal(running, queue)?;
                 }
             }
@@ -411,7 +416,8 @@ impl Blk {
         let operation = Operation::WriteZeroData { offset, len };
         match self.disk_io.begin(slot as u64, &running.memory, operation) {
             Ok(()) => {
-                // From here on it is a write: its answer is a count of bytes, its data is not the guest's.
+                // From here on it is a write: its answer is a count of bytes, its data is not the
+                // guest's.
                 under_way.request = Request::Write { offset, len };
                 running.under_way[slot] = Some(under_way);
                 Ok(false)
@@ -424,7 +430,8 @@ impl Blk {
         }
     }
 
-    /// Whether a write is complete only when it is durable: also for a driver that knows no flush (§5.2.6.2).
+    /// Whether a write is complete only when it is durable: also for a driver that knows no flush
+    /// (§5.2.6.2).
     fn is_durable(&self) -> bool {
         let flushes = self
             .running
@@ -454,7 +461,8 @@ impl Blk {
         }
     }
 
-    /// Writes the status, which is the last writable byte (§5.2.6), and puts the chain in the used ring.
+    /// Writes the status, which is the last writable byte (§5.2.6), and puts the chain in the used
+    /// ring.
     fn answer(
         &mut self,
         queue: usize,

@@ -63,7 +63,8 @@ pub(crate) enum Error {
     Descriptor { name: String, source: io::Error },
 }
 
-/// Tells a regular file (true) from a block device (false), and checks that it is open as it must be.
+/// Tells a regular file (true) from a block device (false), and checks that it is open as it must
+/// be.
 pub(super) fn check_file(name: &str, file: &OwnedFd, read_only: bool) -> Result<bool, Error> {
     let kind = fstat(file).map(|stat| SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT);
     let is_file = match kind {
@@ -94,7 +95,8 @@ pub(super) fn size(file: impl AsFd) -> io::Result<u64> {
     Ok(bytes - bytes % SECTOR_BYTES)
 }
 
-/// Whether the file system can give back a range: asked about one past the end, where there is nothing to lose.
+/// Whether the file system can give back a range: asked about one past the end, where there is
+/// nothing to lose.
 pub(super) fn can_punch(file: &OwnedFd) -> bool {
     let Ok(end) = lseek64(file, 0, Whence::SeekEnd) else {
         return false;

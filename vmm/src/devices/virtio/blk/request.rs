@@ -84,7 +84,8 @@ pub(crate) enum Request {
     Nothing,
 }
 
-/// Checks a request: its header, the bytes of data in either direction, and for range requests the data itself.
+/// Checks a request: its header, the bytes of data in either direction, and for range requests the
+/// data itself.
 pub(crate) fn parse(
     header: &[u8; HEADER_BYTES],
     readable: u64,

@@ -90,7 +90,8 @@ impl Guest {
         guest
     }
 
-    /// Where request `slot` of a queue has its header and status; its data begins `at` bytes behind.
+    /// Where request `slot` of a queue has its header and status; its data begins `at` bytes
+    /// behind.
     fn slot(queue: usize, slot: u64) -> u64 {
         BUFFERS + queue as u64 * (8 << 20) + slot * 8192
     }

@@ -1,4 +1,5 @@
-//! Which blocks of the region are plugged, and what may be done to them: the policy of the device, without any I/O.
+//! Which blocks of the region are plugged, and what may be done to them: the policy of the device,
+//! without any I/O.
 
 use super::request::{Answer, State};
 
@@ -25,8 +26,8 @@ pub(crate) struct Range {
 }
 
 impl Blocks {
-    /// A region without a plugged block. The caller has checked the sizes: `region_bytes` is a multiple of `block_bytes`,
-    /// at most [`BLOCKS_MAX`] of them.
+    /// A region without a plugged block. The caller has checked the sizes: `region_bytes` is a
+    /// multiple of `block_bytes`, at most [`BLOCKS_MAX`] of them.
     pub(crate) fn new(start: u64, block_bytes: u64, region_bytes: u64) -> Self {
         let count = region_bytes / block_bytes;
         let words = usize::try_from(count.div_ceil(WORD_BITS)).expect("bounded by BLOCKS_MAX");
@@ -182,7 +183,8 @@ mod tests {
                 let range = blocks.range(START + first * BLOCK, count);
                 prop_assert_eq!(range.is_some(), inside);
                 let Some(range) = range else { continue };
-                prop_assert_eq!(blocks.extent(range), (START + first * BLOCK, u64::from(count) * BLOCK));
+                let extent = (START + first * BLOCK, u64::from(count) * BLOCK);
+                prop_assert_eq!(blocks.extent(range), extent);
                 let have = model.range(first..end).count() as u64;
                 match kind {
                     0 => {

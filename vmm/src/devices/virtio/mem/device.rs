@@ -31,7 +31,8 @@ pub(crate) struct Parameters {
     pub(crate) address: u64,
     /// Size of the region; a multiple of the block size.
     pub(crate) region_bytes: u64,
-    /// Granularity: a power of two, at least 2 MiB, and a multiple of the pages that back the memory.
+    /// Granularity: a power of two, at least 2 MiB, and a multiple of the pages that back the
+    /// memory.
     pub(crate) block_bytes: u64,
     /// What the driver should plug at the start.
     pub(crate) requested_bytes: u64,
@@ -45,7 +46,8 @@ pub(crate) enum Error {
     Block { name: String, block_bytes: u64 },
     /// The region is no whole number of blocks, is empty, wraps around, or has too many.
     #[error(
-        "memory {name}: {region_bytes} bytes at {address:#x} are not 1 to {BLOCKS_MAX} blocks of {block_bytes}"
+        "memory {name}: {region_bytes} bytes at {address:#x} are not 1 to {BLOCKS_MAX} blocks of \
+         {block_bytes}"
     )]
     Region {
         name: String,
@@ -171,7 +173,8 @@ impl Mem {
             ..
         }) = &self.running
         {
-            // More may be waiting: another turn, behind all other devices. A failure leaves it to the driver's next kick.
+            // More may be waiting: another turn, behind all other devices. A failure leaves it to
+            // the driver's next kick.
             let _ = active.kick.write(1);
         }
         Ok(())
@@ -245,7 +248,8 @@ impl Mem {
                 Ok(Answer::Ack)
             }
             Err(DiscardError::Pinned | DiscardError::Host { .. }) => Err(Answer::Busy),
-            // The machine gave a region that is not mapped; the driver's request was right all the same.
+            // The machine gave a region that is not mapped; the driver's request was right all the
+            // same.
             Err(DiscardError::Outside(_)) => Err(Answer::Error),
         }
     }
@@ -292,8 +296,8 @@ impl VirtioDevice for Mem {
         self.serve().map_err(|error| self.broken(error))
     }
 
-    /// Plugged blocks stay plugged: the next driver finds them in the configuration and unplugs what it does not know
-    /// (§5.15.5).
+    /// Plugged blocks stay plugged: the next driver finds them in the configuration and unplugs
+    /// what it does not know (§5.15.5).
     fn reset(&mut self) {
         self.running = None;
     }

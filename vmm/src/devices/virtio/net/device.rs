@@ -176,7 +176,8 @@ pub(crate) struct Net {
 }
 
 impl Net {
-    /// A card on `taps`, one queue pair each; with one vhost-net descriptor per tap the kernel moves the packets.
+    /// A card on `taps`, one queue pair each; with one vhost-net descriptor per tap the kernel
+    /// moves the packets.
     pub(crate) fn new(
         name: String,
         parameters: &Parameters,
@@ -281,7 +282,8 @@ impl Net {
             let _ = running.poller.remove(control.kick.as_raw_fd());
         }
         for index in 1..self.taps.len() {
-            // A queue that stays attached gets packets that nobody reads: the next activation tries again.
+            // A queue that stays attached gets packets that nobody reads: the next activation tries
+            // again.
             let _ = self.attach(index, false);
         }
     }
@@ -677,7 +679,8 @@ fn check(name: &str, parameters: &Parameters, taps: usize, vhosts: usize) -> Res
     Ok(())
 }
 
-/// Checks what the descriptors are, sets their header's size, and finds the offloads that the kernel knows.
+/// Checks what the descriptors are, sets their header's size, and finds the offloads that the
+/// kernel knows.
 fn set_up_taps(name: &str, taps: &[OwnedFd]) -> Result<u32, Error> {
     let several = taps.len() > 1;
     for (index, descriptor) in taps.iter().enumerate() {
@@ -712,7 +715,8 @@ fn set_up_taps(name: &str, taps: &[OwnedFd]) -> Result<u32, Error> {
     .into_iter()
     .find(|offloads| tap::set_offload(taps[0].as_fd(), *offloads).is_ok())
     .unwrap_or(0);
-    // Until a driver agrees, packets come finished. A refusal shows again, as an error, when one does.
+    // Until a driver agrees, packets come finished. A refusal shows again, as an error, when one
+    // does.
     let _ = tap::set_offload(taps[0].as_fd(), 0);
     Ok(offloads)
 }

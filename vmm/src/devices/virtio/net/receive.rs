@@ -1,8 +1,8 @@
 //! From the tap to the driver's receive queue.
 //!
-//! A packet is read straight into the driver's buffers when these hold the longest packet there can be. Otherwise it is
-//! read into memory of our own first, so that a packet longer than the buffers is not cut: it waits there until the driver
-//! brings more of them.
+//! A packet is read straight into the driver's buffers when these hold the longest packet there can
+//! be. Otherwise it is read into memory of our own first, so that a packet longer than the buffers
+//! is not cut: it waits there until the driver brings more of them.
 
 use std::{collections::VecDeque, io, os::fd::BorrowedFd};
 
@@ -22,8 +22,8 @@ use crate::devices::virtio::{
 /// Packets received in one turn of the event loop; the tap stays readable for the next one.
 pub(super) const BATCH_MAX: usize = 128;
 
-/// The most descriptors that a packet is read into directly. Half of what `readv` takes, as one that crosses from a memory
-/// region into the next counts twice.
+/// The most descriptors that a packet is read into directly. Half of what `readv` takes, as one
+/// that crosses from a memory region into the next counts twice.
 const IN_PLACE_SEGMENTS_MAX: usize = SEGMENTS_MAX / 2;
 
 /// Why receiving stopped for good.
@@ -133,7 +133,8 @@ impl Receiver {
             }
         }
         if self.held.is_some() {
-            // The tap may stay silent: come back for the held packet by the queue's own notification.
+            // The tap may stay silent: come back for the held packet by the queue's own
+            // notification.
             self.queue.kick.write(1).map_err(ReceiveError::Kick)?;
         }
         Ok(Next::Packet)
@@ -174,8 +175,8 @@ impl Receiver {
         Ok(())
     }
 
-    /// No more buffers may be taken: without mergeable buffers a packet gets one, and a driver that offers the same buffer
-    /// again and again must not make this grow.
+    /// No more buffers may be taken: without mergeable buffers a packet gets one, and a driver that
+    /// offers the same buffer again and again must not make this grow.
     fn is_full(&self) -> bool {
         let most = if self.mergeable {
             usize::from(self.queue.queue.size())
@@ -280,8 +281,8 @@ fn read_aside(turn: &Turn<'_>) -> Result<Option<Vec<u8>>, ReceiveError> {
     }
 }
 
-/// Tells "nothing to read" from "the interface is gone". EFAULT is what a tap answers whose interface was set down (Linux
-/// `tun_ring_recv`); the segments themselves were found in memory.
+/// Tells "nothing to read" from "the interface is gone". EFAULT is what a tap answers whose
+/// interface was set down (Linux `tun_ring_recv`); the segments themselves were found in memory.
 fn read_failed(error: &io::Error) -> Result<(), ReceiveError> {
     match error.raw_os_error() {
         Some(libc::EAGAIN | libc::EINTR | libc::EFAULT) => Ok(()),

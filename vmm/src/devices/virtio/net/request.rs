@@ -1,11 +1,13 @@
-//! What crosses between driver and card apart from packets: features, configuration, control commands. Pure functions.
+//! What crosses between driver and card apart from packets: features, configuration, control
+//! commands. Pure functions.
 
 use pericarp_sys::tap;
 
 /// Device ID (virtio 1.2 §5.1.1).
 pub(crate) const DEVICE_TYPE: u16 = 1;
 
-/// Queue pairs of one card. Linux' tap has 256; a pod's guest has up to 256 vCPUs but 16 pairs saturate a host's stack.
+/// Queue pairs of one card. Linux' tap has 256; a pod's guest has up to 256 vCPUs but 16 pairs
+/// saturate a host's stack.
 pub(crate) const PAIRS_MAX: u16 = 16;
 
 /// `struct virtio_net_hdr_v1` (§5.1.6): flags, segmentation kind, four lengths, number of buffers.
@@ -64,8 +66,8 @@ pub(crate) fn offload_features(offloads: u32) -> u64 {
         .fold(0, |features, (guest, host, _)| features | guest | host)
 }
 
-/// What to set on the tap once `features` are negotiated. Segmentation without checksums is refused by the tap, as it is
-/// by the specification (§5.1.3.1): it is left out.
+/// What to set on the tap once `features` are negotiated. Segmentation without checksums is refused
+/// by the tap, as it is by the specification (§5.1.3.1): it is left out.
 pub(crate) fn negotiated_offloads(features: u64) -> u32 {
     if features & F_GUEST_CSUM == 0 {
         return 0;

@@ -112,7 +112,8 @@ fn pseudo(udp_len: usize) -> u32 {
     sum(&len, sum(&addresses, 0))
 }
 
-/// A frame from the guest with its virtio-net header; the checksum is left to the host when `offload`.
+/// A frame from the guest with its virtio-net header; the checksum is left to the host when
+/// `offload`.
 fn frame(payload: &[u8], offload: bool) -> Vec<u8> {
     let mut frame = vec![0; HEADER_BYTES];
     frame.extend(HOST_MAC);
@@ -147,7 +148,8 @@ fn frame(payload: &[u8], offload: bool) -> Vec<u8> {
     frame
 }
 
-/// Payload of a packet that the guest received, its UDP checksum verified unless the header says it is not there.
+/// Payload of a packet that the guest received, its UDP checksum verified unless the header says it
+/// is not there.
 fn payload(packet: &[u8]) -> &[u8] {
     assert_eq!(packet[12..18], GUEST_MAC);
     let udp = &packet[UDP_OFFSET..];
@@ -651,7 +653,8 @@ fn interrupts_follow_the_event_index() {
         net.activate(activation).unwrap();
         guest.fill(0, 256);
         let socket = sockets();
-        // used_event is 0 at first: the first packet interrupts, the next ones do not until the driver asks again.
+        // used_event is 0 at first: the first packet interrupts, the next ones do not until the
+        // driver asks again.
         for _ in 0..5 {
             socket.send_to(&pattern(100, 0), (GUEST, PORT)).unwrap();
             while guest.driver.queues[0].take_used().is_none() {
@@ -857,7 +860,7 @@ fn a_gibibyte_each_way() {
                     assert!(patterns[..8].iter().any(|pattern| pattern == got));
                     received += 1;
                 }
-                net.queue_kicked(pair as u16 * 2).unwrap();
+                net.queue_kicked(u16::try_from(pair * 2).unwrap()).unwrap();
             }
         }
         println!("1 GiB to the guest: {:?}", start.elapsed());

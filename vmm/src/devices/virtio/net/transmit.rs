@@ -15,7 +15,8 @@ use crate::devices::virtio::{
     segments::{Chain, ChainError},
 };
 
-/// Packets sent in one turn of the event loop; what is left waits for the next turn, behind all other devices.
+/// Packets sent in one turn of the event loop; what is left waits for the next turn, behind all
+/// other devices.
 pub(super) const BATCH_MAX: usize = 256;
 
 /// Why sending stopped for good.

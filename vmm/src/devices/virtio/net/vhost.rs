@@ -1,7 +1,7 @@
 //! vhost-net: the kernel moves the packets of one queue pair.
 //!
-//! The kernel takes the rings' addresses in this process, so a ring that reached over the end of a memory region would let a
-//! guest write to the VMM's own memory: [`ring_config`] refuses it.
+//! The kernel takes the rings' addresses in this process, so a ring that reached over the end of a
+//! memory region would let a guest write to the VMM's own memory: [`ring_config`] refuses it.
 
 use std::{
     io,
@@ -163,7 +163,8 @@ impl Vhost {
         )
     }
 
-    /// Takes the rings back, with the position that the kernel reached: it touches guest memory no more.
+    /// Takes the rings back, with the position that the kernel reached: it touches guest memory no
+    /// more.
     pub(super) fn stop(&mut self, queues: &mut [Option<ActiveQueue>; 2]) {
         if !std::mem::take(&mut self.running) {
             return;
@@ -199,7 +200,8 @@ fn region(region: &impl GuestMemoryRegion) -> VhostUserMemoryRegionInfo {
 /// A ring's addresses; `None` when one of its three parts crosses the end of a memory region.
 fn ring_config(memory: &GuestMemoryMmap, queue: &Queue) -> Option<VringConfigData> {
     let size = usize::from(queue.size());
-    // §2.7: 16 bytes a descriptor; 2 bytes an available entry, 8 a used one, and 6 around each of them.
+    // §2.7: 16 bytes a descriptor; 2 bytes an available entry, 8 a used one, and 6 around each of
+    // them.
     let parts = [
         (queue.desc_table(), 16 * size),
         (queue.avail_ring(), 6 + 2 * size),
