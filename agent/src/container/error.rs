@@ -81,12 +81,18 @@ impl ContainerError {
 
     /// A mistake in the field `field` of the specification.
     pub(crate) fn invalid(field: impl ToString, reason: impl ToString) -> Self {
-        Self::InvalidSpec { field: field.to_string(), reason: reason.to_string() }
+        Self::InvalidSpec {
+            field: field.to_string(),
+            reason: reason.to_string(),
+        }
     }
 
     /// A call at the wrong time.
     pub(crate) fn state(expected: &str, found: &str) -> Self {
-        Self::WrongState { expected: expected.to_owned(), found: found.to_owned() }
+        Self::WrongState {
+            expected: expected.to_owned(),
+            found: found.to_owned(),
+        }
     }
 
     /// What a shell would answer for a program that could not be run.

@@ -18,15 +18,33 @@
 //! first process is a child of the agent itself (`CLONE_PARENT`), never of the helper.
 
 use std::{
-    os::fd::OwnedFd,
+    fs,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::{fs::MetadataExt, net::UnixStream},
+    },
     path::{Path, PathBuf},
 };
 
-use oci_spec::runtime::{LinuxDevice, LinuxResources, Process, Spec};
+use oci_spec::runtime::{Linux, LinuxDevice, LinuxNamespaceType, LinuxResources, Process, Spec};
+use pericarp_sys::{children, pidfd};
 
+mod cgroup;
 mod error;
+mod helper;
+mod launch;
+mod message;
+mod plan;
+mod seccomp;
 
+use cgroup::Cgroup;
 pub(crate) use error::ContainerError;
+use launch::{Luggage, Waiting};
+use message::{Job, Role};
+use plan::{
+    Afterwards, ExecPlan,
+    namespaces::{Namespaces, clone_flag},
+};
 
 /// The ends of its streams that a process gets; what is `None` becomes `/dev/null`. With a terminal none are given.
 #[derive(Debug, Default)]
@@ -58,100 +76,296 @@ pub(crate) struct CreateOptions {
     pub(crate) devices: Vec<LinuxDevice>,
 }
 
-/// One container.
+/// One container. Dropping it ends nothing: [`Container::delete`] does.
 #[derive(Debug)]
 pub(crate) struct Container {
-    cgroup: PathBuf,
+    pid: i32,
+    pidfd: OwnedFd,
+    /// The way to the first process until it is started.
+    waiting: Option<UnixStream>,
+    cgroup: Cgroup,
+    namespaces: Namespaces,
+    /// Of the specification; further processes take their filter and domain from it.
+    linux: Linux,
+    oom_score_adj: Option<i32>,
+    afterwards: Afterwards,
 }
 
 impl Container {
     /// Builds a container up to, and not including, the execution of its user's program.
     pub(crate) fn create(
-        _id: &str,
-        _spec: Spec,
-        _options: CreateOptions,
-        _stdio: Stdio,
+        id: &str,
+        spec: Spec,
+        mut options: CreateOptions,
+        stdio: Stdio,
     ) -> Result<(Self, Created), ContainerError> {
-        Err(ContainerError::state("implemented", "a skeleton"))
+        check_id(id)?;
+        let (plan, afterwards) = plan::of(id, &spec, &options)?;
+        let linux = spec.linux().clone().unwrap_or_default();
+        let cgroup = Cgroup::create(
+            &options.cgroup_parent,
+            id,
+            linux.resources().as_ref(),
+            &options.devices,
+        )?;
+        let mut luggage = Luggage::of(stdio);
+        if let Some(namespace) = options.sandbox_pid_namespace.take() {
+            luggage.add(Role::PidNamespace, namespace);
+        }
+        let limits = plan.process.limits.clone();
+        let namespaces = plan.namespaces.clone();
+        let job = Job::Container(Box::new(plan));
+        let waiting = match launch::build(job, luggage, (&cgroup, None), &limits) {
+            Ok(waiting) => waiting,
+            Err(error) => {
+                // The first error is the one to be told; a cgroup that stays is found by the next create of this id.
+                let _ = cgroup.remove();
+                return Err(error);
+            }
+        };
+        let Waiting {
+            pid,
+            pidfd,
+            socket,
+            terminal,
+        } = waiting;
+        let container = Self {
+            pid,
+            pidfd,
+            waiting: Some(socket),
+            cgroup,
+            namespaces,
+            linux,
+            oom_score_adj: spec.process().as_ref().and_then(Process::oom_score_adj),
+            afterwards,
+        };
+        Ok((container, Created { pid, terminal }))
     }
 
-    /// Lets the container's first process execute its program.
+    /// Lets the container's first process execute its program, then runs the `poststart` hooks.
     pub(crate) fn start(&mut self) -> Result<(), ContainerError> {
-        Err(ContainerError::state("implemented", "a skeleton"))
+        let socket = self.waiting.take().ok_or_else(|| {
+            let found = if self.has_ended() {
+                "stopped"
+            } else {
+                "running"
+            };
+            ContainerError::state("created", found)
+        })?;
+        launch::start(socket)?;
+        let mut hooks = self.afterwards.poststart.clone();
+        hooks.pid = self.pid;
+        launch::hooks(hooks).inspect_err(|_| {
+            // runtime.md, "Lifecycle": a poststart hook that fails ends the container, which then is deleted.
+            let _ = self.cgroup.kill();
+        })
     }
 
     /// Prepares a further process; it waits for [`Exec::start`].
     pub(crate) fn exec(
         &self,
-        _exec_id: &str,
-        _process: Process,
-        _console_size: Option<(u32, u32)>,
-        _stdio: Stdio,
+        exec_id: &str,
+        process: Process,
+        console_size: Option<(u32, u32)>,
+        stdio: Stdio,
     ) -> Result<(Exec, Created), ContainerError> {
-        Err(ContainerError::state("implemented", "a skeleton"))
+        check_id(exec_id)?;
+        if self.has_ended() {
+            return Err(ContainerError::state("running", "stopped"));
+        }
+        if self.cgroup.is_frozen() {
+            return Err(ContainerError::state("running", "paused"));
+        }
+        let mut process_plan = plan::process::of(&process, "process", &self.linux, console_size)?;
+        process_plan.stdio_owner = self.namespaces.outside_uid(process_plan.uid);
+        if process.oom_score_adj().is_none() {
+            process_plan.oom_score_adj = self.oom_score_adj.unwrap_or(0);
+        }
+        let limits = process_plan.limits.clone();
+        let mut luggage = Luggage::of(stdio);
+        let first = self
+            .pidfd
+            .try_clone()
+            .map_err(|error| ContainerError::kernel("keep", "the container's pidfd", &error))?;
+        luggage.add(Role::FirstProcess, first);
+        let plan = ExecPlan {
+            join: self.differing_namespaces()?,
+            process: process_plan,
+        };
+        let job = Job::Exec(Box::new(plan));
+        let waiting = launch::build(job, luggage, (&self.cgroup, Some(self.pid)), &limits)?;
+        let created = Created {
+            pid: waiting.pid,
+            terminal: waiting.terminal,
+        };
+        Ok((
+            Exec {
+                waiting: Some(waiting.socket),
+                pidfd: waiting.pidfd,
+            },
+            created,
+        ))
+    }
+
+    /// `CLONE_NEW*` of the namespaces in which the container is not the agent's: joining one's own is an error for some.
+    fn differing_namespaces(&self) -> Result<i32, ContainerError> {
+        const FILES: [(&str, LinuxNamespaceType); 8] = [
+            ("user", LinuxNamespaceType::User),
+            ("mnt", LinuxNamespaceType::Mount),
+            ("pid", LinuxNamespaceType::Pid),
+            ("net", LinuxNamespaceType::Network),
+            ("ipc", LinuxNamespaceType::Ipc),
+            ("uts", LinuxNamespaceType::Uts),
+            ("cgroup", LinuxNamespaceType::Cgroup),
+            ("time", LinuxNamespaceType::Time),
+        ];
+        let mut flags = 0;
+        for (file, kind) in FILES {
+            let identity = |process: &str| {
+                let path = format!("/proc/{process}/ns/{file}");
+                match fs::metadata(&path) {
+                    Ok(metadata) => Ok(Some((metadata.dev(), metadata.ino()))),
+                    // A kernel without this type of namespace.
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+                    Err(error) => Err(ContainerError::kernel("read", path, &error)),
+                }
+            };
+            if identity("self")? != identity(&self.pid.to_string())? {
+                flags |= clone_flag(kind);
+            }
+        }
+        // The number meant this container's process all the while only if it is still there.
+        if self.has_ended() {
+            return Err(ContainerError::state("running", "stopped"));
+        }
+        Ok(flags)
+    }
+
+    fn has_ended(&self) -> bool {
+        pidfd::wait_ended(self.pidfd.as_fd(), 0).unwrap_or(true)
     }
 
     /// Sends a signal to every process of the container; SIGKILL by `cgroup.kill`.
-    pub(crate) fn signal_all(&self, _signal: i32) -> Result<(), ContainerError> {
-        Ok(())
+    pub(crate) fn signal_all(&self, signal: i32) -> Result<(), ContainerError> {
+        if signal == libc::SIGKILL {
+            return self.cgroup.kill();
+        }
+        // Frozen, none of them forks away from under the list.
+        let was_frozen = self.cgroup.is_frozen();
+        if !was_frozen {
+            self.cgroup.freeze(true)?;
+        }
+        let mut outcome = Ok(());
+        for pid in self.cgroup.pids() {
+            match children::send_signal(pid, signal) {
+                Err(error) if error.raw_os_error() != Some(libc::ESRCH) => {
+                    let action = format!("send signal {signal} to");
+                    outcome = Err(ContainerError::kernel(
+                        &action,
+                        format!("process {pid}"),
+                        &error,
+                    ));
+                }
+                _ => {}
+            }
+        }
+        if !was_frozen {
+            self.cgroup.freeze(false)?;
+        }
+        outcome
     }
 
     /// Freezes every process; answers when they are frozen.
     pub(crate) fn pause(&self) -> Result<(), ContainerError> {
-        Ok(())
+        self.cgroup.freeze(true)
     }
 
     /// Thaws what [`Self::pause`] froze.
     pub(crate) fn resume(&self) -> Result<(), ContainerError> {
-        Ok(())
+        self.cgroup.freeze(false)
     }
 
     /// Changes the limits that `resources` names and leaves the others.
-    pub(crate) fn update(&self, _resources: LinuxResources) -> Result<(), ContainerError> {
+    pub(crate) fn update(&self, resources: LinuxResources) -> Result<(), ContainerError> {
+        self.cgroup.update(&resources)?;
+        if resources
+            .devices()
+            .as_ref()
+            .is_some_and(|devices| !devices.is_empty())
+        {
+            self.cgroup.set_devices(&resources)?;
+        }
         Ok(())
     }
 
     /// Every process of the container, in the agent's PID namespace.
     pub(crate) fn pids(&self) -> Vec<i32> {
-        Vec::new()
+        self.cgroup.pids()
     }
 
     /// Its cgroup's directory.
     pub(crate) fn cgroup(&self) -> &Path {
-        &self.cgroup
+        self.cgroup.path()
     }
 
     /// How often the kernel's OOM killer ended a process of this container.
     pub(crate) fn oom_kills(&self) -> u64 {
-        0
+        self.cgroup.oom_kills()
     }
 
     /// Whether SIGKILL to the first process ends all others, because it is PID 1 of a namespace of their own. When not,
     /// whoever sees it end must call [`Self::signal_all`].
     pub(crate) fn has_own_pid_namespace(&self) -> bool {
-        true
+        self.namespaces.is_new(LinuxNamespaceType::Pid)
     }
 
     /// Ends what is left of the container, removes its cgroup, and runs its `poststop` hooks.
     ///
     /// A container that runs is `WrongState`; one that was never started is ended.
     pub(crate) fn delete(self) -> Result<(), ContainerError> {
-        Ok(())
+        if self.waiting.is_none() && !self.has_ended() {
+            return Err(ContainerError::state("stopped", "running"));
+        }
+        self.cgroup.remove()?;
+        launch::hooks(self.afterwards.poststop)
     }
 }
 
 /// A process inside a container beside its first.
 #[derive(Debug)]
-pub(crate) struct Exec;
+pub(crate) struct Exec {
+    waiting: Option<UnixStream>,
+    pidfd: OwnedFd,
+}
 
 impl Exec {
     /// Lets the process execute its program.
     pub(crate) fn start(&mut self) -> Result<(), ContainerError> {
-        Ok(())
+        match self.waiting.take() {
+            Some(socket) => launch::start(socket),
+            None if pidfd::wait_ended(self.pidfd.as_fd(), 0).unwrap_or(true) => {
+                Err(ContainerError::state("created", "stopped"))
+            }
+            None => Err(ContainerError::state("created", "running")),
+        }
     }
 }
 
 /// What `pericarp-agent container-init` does: builds one process from the message on its standard input. Never returns.
 pub(crate) fn init_main() -> ! {
-    std::process::exit(1)
+    helper::main()
+}
+
+/// Ids become names of directories and keyrings.
+fn check_id(id: &str) -> Result<(), ContainerError> {
+    // NAME_MAX less room for what is put before or behind it.
+    const ID_BYTES_MAX: usize = 200;
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-+".contains(&byte);
+    let fits = (1..=ID_BYTES_MAX).contains(&id.len()) && !id.starts_with('.');
+    if !fits || !id.bytes().all(plain) {
+        let reason =
+            format!("{id:?} is not 1 to {ID_BYTES_MAX} of letters, digits, '.', '_', '-' and '+'");
+        return Err(ContainerError::invalid("container id", reason));
+    }
+    Ok(())
 }

@@ -1,0 +1,335 @@
+//! `linux.resources` as files of a cgroup and their values. Pure.
+//!
+//! The specification speaks of the first version of cgroups; the conversions to the second are those of runc 1.5
+//! (`opencontainers/cgroups`), so that a pod gets the same share here as there.
+
+use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
+
+use super::super::{error::ContainerError, plan};
+
+/// One file to be written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in super::super) struct Setting {
+    /// In the cgroup's directory.
+    pub(in super::super) file: String,
+    pub(in super::super) value: String,
+    /// The specification's field, for errors.
+    pub(in super::super) field: &'static str,
+    /// No error when the kernel has no such file, because the value says what is so then.
+    pub(in super::super) optional: bool,
+}
+
+fn setting(file: impl ToString, value: impl ToString, field: &'static str) -> Setting {
+    Setting {
+        file: file.to_string(),
+        value: value.to_string(),
+        field,
+        optional: false,
+    }
+}
+
+/// The period of cpu.max that the kernel starts with, in microseconds.
+const CPU_PERIOD_DEFAULT_US: u64 = 100_000;
+
+/// The files for `resources`; `exists` says whether the cgroup has a file.
+pub(in super::super) fn of(
+    resources: &LinuxResources,
+    exists: impl Fn(&str) -> bool,
+) -> Result<Vec<Setting>, ContainerError> {
+    let mut settings = Vec::new();
+    if let Some(cpu) = resources.cpu() {
+        cpu_settings(cpu, &mut settings)?;
+    }
+    if let Some(memory) = resources.memory() {
+        memory_settings(memory, &mut settings)?;
+    }
+    if let Some(pids) = resources.pids() {
+        // 0 is what callers say that set nothing; below it there is no limit.
+        match pids.limit() {
+            0 => {}
+            limit => settings.push(setting("pids.max", or_max(limit), "linux.resources.pids")),
+        }
+    }
+    if let Some(block_io) = resources.block_io() {
+        io_settings(block_io, &mut settings, &exists)?;
+    }
+    for limit in resources.hugepage_limits().iter().flatten() {
+        let size = limit.page_size();
+        if !size.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+            let reason = format!("{size:?} is no page size such as \"2MB\"");
+            return Err(ContainerError::invalid(
+                "linux.resources.hugepageLimits",
+                reason,
+            ));
+        }
+        let field = "linux.resources.hugepageLimits";
+        settings.push(setting(
+            format!("hugetlb.{size}.max"),
+            or_max(limit.limit()),
+            field,
+        ));
+        // Reservations count as well (hugetlb_cgroup); kernels before 5.7 have no such file.
+        let mut reserved = setting(
+            format!("hugetlb.{size}.rsvd.max"),
+            or_max(limit.limit()),
+            field,
+        );
+        reserved.optional = true;
+        settings.push(reserved);
+    }
+    if resources
+        .rdma()
+        .as_ref()
+        .is_some_and(|rdma| !rdma.is_empty())
+    {
+        let reason = "the guest's kernel has no RDMA";
+        return Err(ContainerError::invalid("linux.resources.rdma", reason));
+    }
+    if resources.network().is_some() {
+        let reason = "net_cls and net_prio exist in the first version of cgroups only";
+        return Err(ContainerError::invalid("linux.resources.network", reason));
+    }
+    // Last: what is named verbatim wins over what was converted.
+    settings.extend(unified(resources)?);
+    Ok(settings)
+}
+
+fn or_max(limit: i64) -> String {
+    if limit < 0 {
+        "max".to_owned()
+    } else {
+        limit.to_string()
+    }
+}
+
+fn unified(resources: &LinuxResources) -> Result<Vec<Setting>, ContainerError> {
+    let mut settings = Vec::new();
+    let entries = resources.unified().iter().flatten();
+    for (file, value) in entries {
+        plan::bounded(settings.len(), "linux.resources.unified")?;
+        // A controller's file and nothing else: no path, and none of cgroup's own, which would break the container's cage.
+        if file.contains('/') || !file.contains('.') || file.starts_with("cgroup.") {
+            let reason = format!("{file:?} is no file of a controller");
+            return Err(ContainerError::invalid("linux.resources.unified", reason));
+        }
+        for line in value.lines() {
+            settings.push(setting(file, line, "linux.resources.unified"));
+        }
+    }
+    settings.sort_by(|one, other| one.file.cmp(&other.file));
+    Ok(settings)
+}
+
+fn cpu_settings(cpu: &LinuxCpu, settings: &mut Vec<Setting>) -> Result<(), ContainerError> {
+    if let Some(idle) = cpu.idle() {
+        settings.push(setting("cpu.idle", idle, "linux.resources.cpu.idle"));
+    }
+    if let Some(weight) = cpu.shares().and_then(cpu_weight) {
+        // An idle cgroup has no weight, and the kernel refuses one.
+        if cpu.idle() != Some(1) {
+            settings.push(setting("cpu.weight", weight, "linux.resources.cpu.shares"));
+        }
+    }
+    if cpu.quota().is_some() || cpu.period().is_some() {
+        let quota = match cpu.quota() {
+            Some(quota) if quota > 0 => quota.to_string(),
+            _ => "max".to_owned(),
+        };
+        let period = cpu
+            .period()
+            .filter(|period| *period > 0)
+            .unwrap_or(CPU_PERIOD_DEFAULT_US);
+        settings.push(setting(
+            "cpu.max",
+            format!("{quota} {period}"),
+            "linux.resources.cpu.quota",
+        ));
+    }
+    if let Some(burst) = cpu.burst() {
+        settings.push(setting("cpu.max.burst", burst, "linux.resources.cpu.burst"));
+    }
+    let sets = [
+        ("cpuset.cpus", cpu.cpus(), "linux.resources.cpu.cpus"),
+        ("cpuset.mems", cpu.mems(), "linux.resources.cpu.mems"),
+    ];
+    for (file, list, field) in sets {
+        if let Some(list) = list.as_ref().filter(|list| !list.is_empty()) {
+            if plan::process::parse_cpu_list(list).is_none() {
+                return Err(ContainerError::invalid(
+                    field,
+                    format!("{list:?} is no list"),
+                ));
+            }
+            settings.push(setting(file, list, field));
+        }
+    }
+    Ok(())
+}
+
+/// Shares (2 to 262144, 1024 usual) as weight (1 to 10000, 100 usual).
+///
+/// A quadratic in the logarithm through the three pairs (2, 1), (1024, 100) and (262144, 10000), so that the usual value of
+/// one is the usual value of the other.
+pub(super) fn cpu_weight(shares: u64) -> Option<u64> {
+    match shares {
+        0 => None,
+        1..=2 => Some(1),
+        262_144.. => Some(10_000),
+        _ => {
+            #[expect(clippy::cast_precision_loss, reason = "shares are below 2^18 here")]
+            let log = (shares as f64).log2();
+            let exponent = (log * log + 125.0 * log) / 612.0 - 7.0 / 34.0;
+            let weight = 10f64.powf(exponent).ceil().clamp(1.0, 10_000.0);
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "clamped to 1..=10000"
+            )]
+            let weight = weight as u64;
+            Some(weight)
+        }
+    }
+}
+
+fn memory_settings(
+    memory: &LinuxMemory,
+    settings: &mut Vec<Setting>,
+) -> Result<(), ContainerError> {
+    let limit = memory.limit().filter(|limit| *limit != 0);
+    // First the swap when it becomes unlimited, then the memory: neither order can fail in this version of cgroups.
+    if let Some(swap) = memory_swap(memory.swap(), limit)? {
+        let mut swap = setting("memory.swap.max", swap, "linux.resources.memory.swap");
+        // A kernel without swap has no such file; no swap is what these two say.
+        swap.optional = swap.value == "max" || swap.value == "0";
+        settings.push(swap);
+    }
+    if let Some(limit) = limit {
+        settings.push(setting(
+            "memory.max",
+            or_max(limit),
+            "linux.resources.memory.limit",
+        ));
+    }
+    if let Some(reservation) = memory.reservation().filter(|reservation| *reservation != 0) {
+        let field = "linux.resources.memory.reservation";
+        settings.push(setting("memory.low", or_max(reservation), field));
+    }
+    Ok(())
+}
+
+/// The specification counts memory and swap together, the kernel swap alone.
+fn memory_swap(swap: Option<i64>, limit: Option<i64>) -> Result<Option<String>, ContainerError> {
+    let Some(swap) = swap.filter(|swap| *swap != 0) else {
+        return Ok(None);
+    };
+    if swap < 0 {
+        return Ok(Some("max".to_owned()));
+    }
+    let field = "linux.resources.memory.swap";
+    match limit {
+        None => Err(ContainerError::invalid(
+            field,
+            "needs linux.resources.memory.limit",
+        )),
+        Some(limit) if limit < 0 => Err(ContainerError::invalid(field, "memory is unlimited")),
+        Some(limit) if swap < limit => Err(ContainerError::invalid(
+            field,
+            "is below linux.resources.memory.limit",
+        )),
+        Some(limit) => Ok(Some((swap - limit).to_string())),
+    }
+}
+
+/// `memory.checkBeforeUpdate`: refuses a limit below what is in use.
+pub(in super::super) fn check_usage(
+    resources: &LinuxResources,
+    usage: impl FnOnce() -> Option<u64>,
+) -> Result<(), ContainerError> {
+    let Some(memory) = resources.memory() else {
+        return Ok(());
+    };
+    if memory.check_before_update() != Some(true) {
+        return Ok(());
+    }
+    let limit = memory.limit().and_then(|limit| u64::try_from(limit).ok());
+    match (limit, usage()) {
+        (Some(limit), Some(usage)) if limit > 0 && usage > limit => Err(ContainerError::invalid(
+            "linux.resources.memory.limit",
+            format!("{limit} is below the {usage} bytes in use"),
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn io_settings(
+    block_io: &LinuxBlockIo,
+    settings: &mut Vec<Setting>,
+    exists: &impl Fn(&str) -> bool,
+) -> Result<(), ContainerError> {
+    let bfq = exists("io.bfq.weight");
+    if let Some(weight) = block_io.weight().filter(|weight| *weight != 0) {
+        let field = "linux.resources.blockIO.weight";
+        if !(10..=1000).contains(&weight) {
+            return Err(ContainerError::invalid(
+                field,
+                format!("{weight} is not in 10 to 1000"),
+            ));
+        }
+        let setting = if bfq {
+            setting("io.bfq.weight", weight, field)
+        } else {
+            // 10 to 1000 as 1 to 10000.
+            let weight = 1 + (u64::from(weight) - 10) * 9999 / 990;
+            setting("io.weight", format!("default {weight}"), field)
+        };
+        settings.push(setting);
+    }
+    for device in block_io.weight_device().iter().flatten() {
+        let field = "linux.resources.blockIO.weightDevice";
+        if let Some(weight) = device.weight().filter(|weight| *weight != 0) {
+            let weight = if bfq {
+                u64::from(weight)
+            } else {
+                1 + (u64::from(weight).max(10) - 10) * 9999 / 990
+            };
+            let file = if bfq { "io.bfq.weight" } else { "io.weight" };
+            let value = format!("{}:{} {weight}", device.major(), device.minor());
+            settings.push(setting(file, value, field));
+        }
+    }
+    let throttles: [(&str, &Option<Vec<LinuxThrottleDevice>>, &'static str); 4] = [
+        (
+            "rbps",
+            block_io.throttle_read_bps_device(),
+            "linux.resources.blockIO.throttleReadBpsDevice",
+        ),
+        (
+            "wbps",
+            block_io.throttle_write_bps_device(),
+            "linux.resources.blockIO.throttleWriteBpsDevice",
+        ),
+        (
+            "riops",
+            block_io.throttle_read_iops_device(),
+            "linux.resources.blockIO.throttleReadIOPSDevice",
+        ),
+        (
+            "wiops",
+            block_io.throttle_write_iops_device(),
+            "linux.resources.blockIO.throttleWriteIOPSDevice",
+        ),
+    ];
+    for (key, devices, field) in throttles {
+        for device in devices.iter().flatten() {
+            // 0 takes a limit away, as in the first version.
+            let rate = if device.rate() == 0 {
+                "max".to_owned()
+            } else {
+                device.rate().to_string()
+            };
+            let value = format!("{}:{} {key}={rate}", device.major(), device.minor());
+            settings.push(setting("io.max", value, field));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,308 @@
+//! The cgroup of one container, in the unified hierarchy (Documentation/admin-guide/cgroup-v2.rst).
+//!
+//! ```text
+//! <parent>/<id>      limits and device rules of the container; its processes, unless it makes cgroups of its own beneath
+//! ```
+//!
+//! Written on the files themselves: reading and writing a dozen of them is less than what a library around them would be, and
+//! none of those at hand attaches device programs.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read},
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
+use oci_spec::runtime::{LinuxDevice, LinuxResources};
+use pericarp_sys::bpf;
+
+use super::error::ContainerError;
+
+pub(super) mod devices;
+pub(super) mod limits;
+#[cfg(test)]
+mod tests;
+
+/// How long processes may take to freeze or to be gone after SIGKILL. Only a process that sleeps in the kernel without
+/// being killable takes longer than milliseconds.
+const SETTLE_TIME: Duration = Duration::from_secs(10);
+
+/// Most processes that are listed, and cgroups that a container may have made beneath its own.
+const ENTRIES_MAX: usize = 1 << 16;
+
+/// Deepest nesting of cgroups that is walked; the kernel's own default (`cgroup.max.depth`) is unlimited.
+const DEPTH_MAX: usize = 64;
+
+/// A container's cgroup. Exists from [`Cgroup::create`] to [`Cgroup::remove`].
+#[derive(Debug)]
+pub(super) struct Cgroup {
+    path: PathBuf,
+    /// The attached device program; replaced when the rules change.
+    device_program: Mutex<Option<OwnedFd>>,
+    /// Devices that stay allowed whatever the rules of an update say.
+    added_devices: Vec<LinuxDevice>,
+}
+
+fn write(path: &Path, value: &str) -> Result<(), ContainerError> {
+    fs::write(path, value).map_err(|error| {
+        ContainerError::kernel("write", format!("{value:?} to {}", path.display()), &error)
+    })
+}
+
+impl Cgroup {
+    /// Makes the cgroup `name` beneath `parent` with the limits of `resources`.
+    pub(super) fn create(
+        parent: &Path,
+        name: &str,
+        resources: Option<&LinuxResources>,
+        added_devices: &[LinuxDevice],
+    ) -> Result<Self, ContainerError> {
+        delegate_controllers(parent)?;
+        let path = parent.join(name);
+        fs::create_dir(&path)
+            .map_err(|error| ContainerError::kernel("create", path.display(), &error))?;
+        let cgroup = Self {
+            path,
+            device_program: Mutex::new(None),
+            added_devices: added_devices.to_vec(),
+        };
+        let resources = resources.cloned().unwrap_or_default();
+        let made = cgroup
+            .update(&resources)
+            .and_then(|()| cgroup.set_devices(&resources));
+        if let Err(error) = made {
+            // Nothing ran in it yet, so this removes it for sure.
+            let _ = fs::remove_dir(&cgroup.path);
+            return Err(error);
+        }
+        Ok(cgroup)
+    }
+
+    /// Its directory.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Moves the process `pid` in. `first` is the container's first process when there is one: if the container has divided
+    /// its cgroup, no process may live in its root, and the new one goes where the first is.
+    pub(super) fn add(&self, pid: i32, first: Option<i32>) -> Result<(), ContainerError> {
+        let procs = self.path.join("cgroup.procs");
+        match fs::write(&procs, pid.to_string()) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                let home = first
+                    .and_then(|first| self.home_of(first))
+                    .ok_or_else(|| ContainerError::kernel("write", procs.display(), &error))?;
+                write(&home.join("cgroup.procs"), &pid.to_string())
+            }
+            Err(error) => Err(ContainerError::kernel("write", procs.display(), &error)),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// The cgroup of process `pid`, if that is within this one.
+    fn home_of(&self, pid: i32) -> Option<PathBuf> {
+        let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+        let home = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+        // The line shows the path from the root of the agent's view; ours ends with the same names.
+        let name = self.path.file_name()?.to_str()?;
+        let beneath = home.split_once(&format!("{name}/"))?.1;
+        let climbs = beneath.split('/').any(|part| part == "..");
+        (!climbs).then(|| self.path.join(beneath))
+    }
+
+    /// Applies the limits that `resources` names.
+    pub(super) fn update(&self, resources: &LinuxResources) -> Result<(), ContainerError> {
+        limits::check_usage(resources, || self.number("memory.current"))?;
+        for setting in limits::of(resources, |file| self.path.join(file).exists())? {
+            let path = self.path.join(&setting.file);
+            match fs::write(&path, &setting.value) {
+                Err(error) if setting.optional && error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => {
+                    let object = format!("{:?} to {}", setting.value, path.display());
+                    return Err(ContainerError::kernel(
+                        &format!("{}: write", setting.field),
+                        object,
+                        &error,
+                    ));
+                }
+                Ok(()) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Attaches the device rules of `resources`, then takes away those that were attached: between the two both must allow.
+    pub(super) fn set_devices(&self, resources: &LinuxResources) -> Result<(), ContainerError> {
+        let rules = devices::rules(
+            resources.devices().as_deref().unwrap_or_default(),
+            &self.added_devices,
+        )?;
+        let refused = |action: &str, error: &io::Error| {
+            ContainerError::kernel(
+                action,
+                format!("device rules of {}", self.path.display()),
+                error,
+            )
+        };
+        let program = bpf::load_device_program(&devices::program(&rules))
+            .map_err(|error| refused("load", &error))?;
+        let directory = File::open(&self.path).map_err(|error| refused("open", &error))?;
+        bpf::attach_device_program(directory.as_fd(), program.as_fd())
+            .map_err(|error| refused("attach", &error))?;
+        let mut attached = self
+            .device_program
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(old) = attached.replace(program) {
+            bpf::detach_device_program(directory.as_fd(), old.as_fd())
+                .map_err(|error| refused("detach", &error))?;
+        }
+        Ok(())
+    }
+
+    /// Every process within, up to a bound.
+    pub(super) fn pids(&self) -> Vec<i32> {
+        let mut pids = Vec::new();
+        for directory in self.tree() {
+            let text = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+            pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()));
+            if pids.len() >= ENTRIES_MAX {
+                break;
+            }
+        }
+        pids.truncate(ENTRIES_MAX);
+        pids
+    }
+
+    /// This cgroup and those beneath it, parents first.
+    fn tree(&self) -> Vec<PathBuf> {
+        let mut all = vec![(self.path.clone(), 0)];
+        let mut next = 0;
+        while next < all.len() && all.len() < ENTRIES_MAX {
+            let (directory, depth) = all[next].clone();
+            next += 1;
+            if depth >= DEPTH_MAX {
+                continue;
+            }
+            let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
+            let directories =
+                entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+            all.extend(directories.map(|entry| (entry.path(), depth + 1)));
+        }
+        all.into_iter().map(|(directory, _)| directory).collect()
+    }
+
+    /// Sends SIGKILL to every process, those being forked included.
+    pub(super) fn kill(&self) -> Result<(), ContainerError> {
+        write(&self.path.join("cgroup.kill"), "1")
+    }
+
+    /// Freezes or thaws every process, and waits until it is so.
+    pub(super) fn freeze(&self, frozen: bool) -> Result<(), ContainerError> {
+        let value = if frozen { "1" } else { "0" };
+        write(&self.path.join("cgroup.freeze"), value)?;
+        self.settled(&format!("frozen {value}"))
+    }
+
+    /// Whether [`Self::freeze`] froze it.
+    pub(super) fn is_frozen(&self) -> bool {
+        fs::read_to_string(self.path.join("cgroup.freeze")).is_ok_and(|text| text.trim() == "1")
+    }
+
+    /// Waits for a line of `cgroup.events`. The kernel tells of changes there by POLLPRI.
+    fn settled(&self, line: &str) -> Result<(), ContainerError> {
+        let path = self.path.join("cgroup.events");
+        let failed = |error: io::Error| ContainerError::kernel("read", path.display(), &error);
+        let until = Instant::now() + SETTLE_TIME;
+        loop {
+            let mut file = File::open(&path).map_err(failed)?;
+            let mut text = String::new();
+            file.read_to_string(&mut text).map_err(failed)?;
+            if text.lines().any(|present| present == line) {
+                return Ok(());
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(ContainerError::Helper {
+                    reason: format!("{} did not say {line:?} in time", path.display()),
+                });
+            }
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            match poll(
+                &mut [PollFd::new(file.as_fd(), PollFlags::POLLPRI)],
+                timeout,
+            ) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return Err(failed(error.into())),
+            }
+        }
+    }
+
+    fn number(&self, file: &str) -> Option<u64> {
+        fs::read_to_string(self.path.join(file))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
+    }
+
+    /// How often the OOM killer ended a process within.
+    pub(super) fn oom_kills(&self) -> u64 {
+        let text = fs::read_to_string(self.path.join("memory.events")).unwrap_or_default();
+        let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+        count
+            .and_then(|count| count.trim().parse().ok())
+            .unwrap_or(0)
+    }
+
+    /// Kills what is left within, waits until it is gone, and removes the cgroup with those beneath it.
+    pub(super) fn remove(&self) -> Result<(), ContainerError> {
+        if !self.path.exists() {
+            return Ok(());
+        }
+        self.kill()?;
+        self.settled("populated 0")?;
+        for directory in self.tree().iter().rev() {
+            match fs::remove_dir(directory) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => {
+                    return Err(ContainerError::kernel(
+                        "remove",
+                        directory.display(),
+                        &error,
+                    ));
+                }
+                Ok(()) => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Lets the children of `parent` have every controller that `parent` itself has.
+fn delegate_controllers(parent: &Path) -> Result<(), ContainerError> {
+    fs::create_dir_all(parent)
+        .map_err(|error| ContainerError::kernel("create", parent.display(), &error))?;
+    let path = parent.join("cgroup.controllers");
+    let controllers = fs::read_to_string(&path)
+        .map_err(|error| ContainerError::kernel("read", path.display(), &error))?;
+    let path = parent.join("cgroup.subtree_control");
+    let enabled = fs::read_to_string(&path)
+        .map_err(|error| ContainerError::kernel("read", path.display(), &error))?;
+    for controller in controllers.split_whitespace() {
+        if !enabled
+            .split_whitespace()
+            .any(|present| present == controller)
+        {
+            write(&path, &format!("+{controller}"))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,222 @@
+//! Everything of the guest that a container sees, opened before the helper leaves the guest's namespaces.
+//!
+//! Each is a mount attached nowhere yet: with its attributes set, its owners mapped, out of reach of the image. In a user
+//! namespace the container's side could do none of that.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{Read, Write},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::{fs::OpenOptionsExt, net::UnixStream},
+    },
+    path::Path,
+};
+
+use nix::{
+    mount::MsFlags,
+    sched::{CloneFlags, unshare},
+    sys::stat::{Mode, SFlag, makedev, mknodat},
+};
+use pericarp_sys::{
+    clone::{Forked, fork_sibling},
+    fscontext::{DetachedMount, FsContext},
+    mount_tree,
+};
+
+use super::{
+    super::{
+        error::ContainerError,
+        plan::{
+            ContainerPlan, IdMapping,
+            devices::DevicePlan,
+            mounts::{IdMap, MountPlan, Source},
+        },
+    },
+    Step, builder,
+};
+
+/// Mounts that wait to be attached.
+#[derive(Debug)]
+pub(super) struct Sources {
+    /// The root file system; taken once.
+    pub(super) rootfs: Option<DetachedMount>,
+    /// Bind mounts by their index among the plan's mounts.
+    pub(super) binds: BTreeMap<usize, DetachedMount>,
+    /// Device nodes by their index, when the container could not make them itself.
+    pub(super) devices: BTreeMap<usize, DetachedMount>,
+    /// For masking files.
+    pub(super) null: DetachedMount,
+    /// The guest's sysfs, for a container whose user namespace owns no network namespace.
+    pub(super) sysfs: Option<DetachedMount>,
+}
+
+impl Sources {
+    /// Opens what `plan` names.
+    pub(super) fn open(plan: &ContainerPlan) -> Result<Self, ContainerError> {
+        let rootfs = clone_tree(&plan.rootfs, true)
+            .step("open", format!("root.path {}", plan.rootfs.display()))?;
+        let mut binds = BTreeMap::new();
+        for (index, mount) in plan.mounts.iter().enumerate() {
+            if let Source::Bind { path, recursive } = &mount.source {
+                binds.insert(index, bind(plan, mount, path, *recursive)?);
+            }
+        }
+        let null = clone_tree(Path::new("/dev/null"), false).step("open", "/dev/null")?;
+        let is_sysfs = |mount: &MountPlan| matches!(&mount.source, Source::FileSystem { kind, .. } if kind == "sysfs");
+        let user = plan.namespaces.has_user_namespace();
+        let sysfs = (user && plan.mounts.iter().any(is_sysfs))
+            .then(|| clone_tree(Path::new("/sys"), true).step("open", "/sys"))
+            .transpose()?;
+        // Last: it hides the guest's /dev from here on.
+        let devices = if user {
+            device_nodes(plan)?
+        } else {
+            BTreeMap::new()
+        };
+        Ok(Self {
+            rootfs: Some(rootfs),
+            binds,
+            devices,
+            null,
+            sysfs,
+        })
+    }
+}
+
+fn clone_tree(path: &Path, recursive: bool) -> std::io::Result<DetachedMount> {
+    let place = File::options()
+        .read(true)
+        .custom_flags(libc::O_PATH)
+        .open(path)?;
+    DetachedMount::clone_of(place.as_fd(), recursive)
+}
+
+fn bind(
+    plan: &ContainerPlan,
+    mount: &MountPlan,
+    path: &str,
+    recursive: bool,
+) -> Result<DetachedMount, ContainerError> {
+    let object = || format!("{}.source {path}", mount.field);
+    let tree = clone_tree(Path::new(path), recursive).step("open", object())?;
+    if let Some(id_map) = &mount.id_map {
+        let namespace = mapped_namespace(plan, id_map)?;
+        mount_tree::map_ids(tree.as_fd(), namespace.as_fd(), id_map.recursive)
+            .step("map the ids of", object())?;
+    }
+    for (attributes, whole) in [
+        (mount.recursive_attributes, true),
+        (mount.attributes, false),
+    ] {
+        if !attributes.is_empty() {
+            tree.set_attributes(attributes.set, attributes.clear, whole)
+                .step("set the options of", object())?;
+        }
+    }
+    if mount
+        .propagation
+        .is_none_or(|propagation| propagation.kind != libc::MS_SHARED)
+    {
+        // The guest's later mounts show in the container, never the other way round.
+        mount_tree::set_propagation(tree.as_fd(), libc::MS_SLAVE, true)
+            .step("set the propagation of", object())?;
+    }
+    Ok(tree)
+}
+
+/// A user namespace with the mappings of `id_map`. It needs a process to exist in, which lives as long as its socket.
+fn mapped_namespace(plan: &ContainerPlan, id_map: &IdMap) -> Result<OwnedFd, ContainerError> {
+    let pick = |own: &[IdMapping], containers: &[IdMapping]| {
+        if own.is_empty() {
+            containers.to_vec()
+        } else {
+            own.to_vec()
+        }
+    };
+    let uid_mappings = pick(&id_map.uid_mappings, &plan.namespaces.uid_mappings);
+    let gid_mappings = pick(&id_map.gid_mappings, &plan.namespaces.gid_mappings);
+    let (near, mut far) = UnixStream::pair().step("create", "a socket pair")?;
+    let flags = i64::from(libc::CLONE_NEWUSER).cast_unsigned();
+    match fork_sibling(flags).step("create", "a user namespace for id-mapped mounts")? {
+        Forked::New => {
+            drop(near);
+            let _ = far.read(&mut [0]);
+            std::process::exit(0)
+        }
+        Forked::Caller { pid, .. } => {
+            drop(far);
+            builder::map_ids(pid, &uid_mappings, &gid_mappings)?;
+            let path = format!("/proc/{pid}/ns/user");
+            let namespace = File::open(&path).step("open", path)?;
+            (&near)
+                .write_all(&[0])
+                .step("write", "the process of a user namespace")?;
+            Ok(namespace.into())
+        }
+    }
+}
+
+/// Device nodes on a file system of the guest's: those on one of a user namespace's cannot be opened.
+///
+/// The file system hides `/dev` of a mount namespace that nobody but this helper is in, since only from a mount that is
+/// attached somewhere others can be cloned.
+fn device_nodes(plan: &ContainerPlan) -> Result<BTreeMap<usize, DetachedMount>, ContainerError> {
+    unshare(CloneFlags::CLONE_NEWNS).step("create", "a mount namespace for device nodes")?;
+    let none: Option<&str> = None;
+    nix::mount::mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none)
+        .step("set the propagation of", "/")?;
+    let context = FsContext::open(c"tmpfs").step("create", "a tmpfs for device nodes")?;
+    let tmpfs = context.mount(0).step("mount", "a tmpfs for device nodes")?;
+    let directory = tmpfs
+        .as_fd()
+        .try_clone_to_owned()
+        .step("keep", "a tmpfs for device nodes")?;
+    let target = File::open("/dev").step("open", "/dev")?;
+    tmpfs
+        .attach(target.as_fd())
+        .step("mount", "a tmpfs for device nodes")?;
+    let mut nodes = BTreeMap::new();
+    for (index, device) in plan.devices.iter().enumerate() {
+        let object = || format!("device {}", device.path);
+        let name = index.to_string();
+        make_node(
+            &directory,
+            &name,
+            device,
+            &plan.namespaces.uid_mappings,
+            &plan.namespaces.gid_mappings,
+        )
+        .step("create", object())?;
+        let flags = nix::fcntl::OFlag::O_PATH | nix::fcntl::OFlag::O_CLOEXEC;
+        let node = nix::fcntl::openat(&directory, name.as_str(), flags, Mode::empty())
+            .step("open", object())?;
+        let mount = DetachedMount::clone_of(node.as_fd(), false).step("clone", object())?;
+        nodes.insert(index, mount);
+    }
+    Ok(nodes)
+}
+
+fn make_node(
+    directory: &OwnedFd,
+    name: &str,
+    device: &DevicePlan,
+    uid_mappings: &[IdMapping],
+    gid_mappings: &[IdMapping],
+) -> nix::Result<()> {
+    let file_type = SFlag::from_bits_truncate(device.file_type);
+    let number = makedev(u64::from(device.major), u64::from(device.minor));
+    mknodat(
+        directory,
+        name,
+        file_type,
+        Mode::from_bits_truncate(device.mode),
+        number,
+    )?;
+    // An id that the namespace does not have stays the guest's root, which shows as nobody.
+    let uid = IdMapping::to_outside(uid_mappings, device.uid).unwrap_or(0);
+    let gid = IdMapping::to_outside(gid_mappings, device.gid).unwrap_or(0);
+    let flags = nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW;
+    nix::unistd::fchownat(directory, name, Some(uid.into()), Some(gid.into()), flags)
+}
