@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use pericarp_tests::node::builder::Kind;
 use pericarp_tests::node::{Builder, paths};
 
 /// Processes whose command line names `text`.
@@ -69,7 +70,7 @@ fn a_node_whose_memory_is_too_small_is_one_line_with_its_last_words() {
 }
 
 #[test]
-fn a_node_of_a_computer_without_usable_kvm_is_refused_truthfully() {
+fn an_unknown_device_is_one_line_with_the_known_ones() {
     let program = env!("CARGO_BIN_EXE_node");
     let output = Command::new(program)
         .args(["run", "--device", "floppy", "true"])
@@ -118,4 +119,18 @@ fn an_interrupted_run_leaves_no_process_and_no_mount() {
         assert_eq!(mounts(), before);
         std::fs::remove_dir_all(paths::results().join(results)).unwrap();
     }
+}
+
+#[test]
+fn this_computer_is_the_node_only_when_its_kvm_boots_a_stock_kernel() {
+    let boot = pericarp_tests::node::boot::prepare().unwrap();
+    let usable = pericarp_tests::node::machine::host::boots_stock_kernel(&boot);
+    let Err(reason) = usable else { return };
+    let builder = Builder::default().name("host").kind(Kind::Host);
+    let text = format!("{:#}", builder.boot().unwrap_err());
+    assert_eq!(text.lines().count(), 1, "{text}");
+    assert!(
+        text.contains(&format!("{reason:#}")) && text.contains("--host"),
+        "{text}"
+    );
 }

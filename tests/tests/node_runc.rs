@@ -112,7 +112,6 @@ fn any_registry_name_is_served_inside_the_node() {
         "quay.io/some/where/else/pause:9",
     ] {
         containerd.crictl_text(&node, &["pull", name]).unwrap();
-        containerd.crictl_text(&node, &["rmi", name]).unwrap();
     }
     let unknown = containerd
         .crictl_run(&node, &["pull", "docker.io/library/unknown:1"])

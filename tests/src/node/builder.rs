@@ -170,10 +170,10 @@ impl Builder {
             install: installed,
             vfio: Vec::new(),
         };
-        let request = Request::SetUp(set_up);
+        let request = Request::SetUp(set_up.clone());
         let output = control.request(&request, None, None, self.boot_timeout)?;
         output.checked("set-up of the node")?;
-        Ok(Node::new(control, machine, results))
+        Ok(Node::new(control, machine, set_up))
     }
 }
 

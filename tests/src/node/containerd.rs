@@ -129,13 +129,15 @@ impl Containerd {
         );
         node.write(CRICTL_CONFIG, &crictl)?;
         // Its own shim for runc comes first in its PATH.
-        let search = node.shell("echo -n $PATH")?;
         let program = folder.join("containerd").to_string_lossy().into_owned();
         node.start(&Service {
             name: name.to_owned(),
             command: Command::new(program)
                 .args(["--config", &path])
-                .env("PATH", format!("{}:{search}", folder.display()))
+                .env(
+                    "PATH",
+                    format!("{}:{}", folder.display(), node.search_path()),
+                )
                 .timeout_s(READY_TIMEOUT_S),
             log: node.results().join(format!("{name}.log")),
             notifies: true,

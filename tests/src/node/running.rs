@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::channel::{Command, Request, Service};
+use super::channel::{Command, Request, Service, SetUp};
 use super::control::{Control, Output, Sink};
 use super::machine::{Machine, POWER_OFF_TIMEOUT};
 use super::{Builder, Containerd, Kubernetes, Version};
@@ -24,6 +24,7 @@ pub struct Node {
     control: Control,
     machine: Arc<dyn Machine>,
     results: PathBuf,
+    search_path: String,
     history: Mutex<Vec<String>>,
     pub(super) containerds: Mutex<Vec<Containerd>>,
     pub(super) kubernetes: Mutex<Option<Kubernetes>>,
@@ -50,11 +51,12 @@ impl Node {
         Builder::default()
     }
 
-    pub(super) fn new(control: Control, machine: Arc<dyn Machine>, results: PathBuf) -> Self {
+    pub(super) fn new(control: Control, machine: Arc<dyn Machine>, set_up: SetUp) -> Self {
         Self {
             control,
             machine,
-            results,
+            results: set_up.results,
+            search_path: set_up.path,
             history: Mutex::default(),
             containerds: Mutex::default(),
             kubernetes: Mutex::default(),
@@ -65,6 +67,12 @@ impl Node {
     #[must_use]
     pub fn results(&self) -> &Path {
         &self.results
+    }
+
+    /// PATH of every command in the node.
+    #[must_use]
+    pub fn search_path(&self) -> &str {
+        &self.search_path
     }
 
     /// Runs a command to its end, whatever that is.
