@@ -34,3 +34,4 @@ pub mod vsock;
 pub mod tun;
 pub mod startup;
 pub mod sk_lookup;
+pub mod memory_file;

@@ -28,6 +28,9 @@ pub(crate) type GuestMemory = Arc<GuestMemoryMmap>;
 /// Readiness that a device waits for on a descriptor of its own, as epoll bits (`libc::EPOLLIN`, ...).
 pub(crate) type Readiness = u32;
 
+/// Bits of a device's own tokens: the transport and the event loop use the rest of the number.
+pub(crate) const TOKEN_BITS: u32 = 23;
+
 /// Adds and removes a device's own descriptors on the event loop. `token` is the device's own number for the descriptor and
 /// comes back in [`VirtioDevice::descriptor_ready`].
 pub(crate) trait Poller: Debug + Send + Sync {
@@ -127,7 +130,8 @@ pub(crate) trait VirtioDevice: Debug + Send {
     fn name(&self) -> String;
     /// The largest size of each queue; its length is the number of queues. Powers of two.
     fn queue_sizes(&self) -> &[u16];
-    /// Device features offered. The transport adds VERSION_1 and what else is its own.
+    /// Device features offered. The transport adds VERSION_1, INDIRECT_DESC and EVENT_IDX to them; a back end elsewhere
+    /// (vhost-user) that knows less must take them out of what it passes on.
     fn features(&self) -> u64;
     /// Reads device configuration. Bytes past the end read as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);

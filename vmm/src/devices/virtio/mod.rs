@@ -18,14 +18,15 @@
 //! | pmem | the file; the machine maps [`device::VirtioDevice::region_file`] |
 //! | console | the output |
 //! | rng | nothing |
-//! | balloon | nothing (the memory comes with the activation) |
-//! | mem | guest-physical start and size of its region, which is part of the guest's memory from the start |
+//! | balloon | [`discard::Discard`], one for the whole machine (the memory comes with the activation) |
+//! | mem | [`discard::Discard`]; guest-physical start and size of its region, which is part of the guest's memory from the start |
 
 pub(crate) mod balloon;
 pub(crate) mod blk;
 pub(crate) mod chain;
 pub(crate) mod console;
 pub(crate) mod device;
+pub(crate) mod discard;
 #[cfg(test)]
 pub(crate) mod driver;
 pub(crate) mod fs;
@@ -35,4 +36,5 @@ pub(crate) mod pmem;
 pub(crate) mod rate_limiter;
 pub(crate) mod rng;
 pub(crate) mod segments;
+pub(crate) mod transport;
 pub(crate) mod vsock;

@@ -1,0 +1,511 @@
+//! The virtual machine: made from its description, then told what to do.
+//!
+//! ```text
+//!  Machine::new  --add * n-->  assembled  --boot-->  vCPUs wait at the gate  --start-->  running <--> paused
+//!  (Start)       (AddDevice)               (Run)                                         add, remove, resize, ...
+//! ```
+//!
+//! All of it belongs to the event loop's thread; vCPU threads hold what [`vcpu::Context`] names.
+
+mod bus;
+mod devices;
+mod memory;
+pub(crate) mod vcpu;
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io,
+    os::{fd::AsFd, unix::fs::MetadataExt},
+    sync::{
+        Arc,
+        atomic::Ordering::Relaxed,
+    },
+};
+
+use kvm_ioctls::{Kvm, VcpuFd};
+use pericarp_protocol::machine::{
+    Counter, Device, DeviceKind, DeviceStatistics, Direction, ErrorCode, Failure, FieldError, List,
+    Machine as Description, NewLimit, PciAddress, Statistics, Text,
+};
+use pericarp_sys::{
+    kvm::{self, Slots},
+    mapping::{Backing, FileMapping},
+};
+
+use self::{
+    bus::Bus,
+    devices::DeviceError,
+    memory::{Memory, MemoryError},
+    vcpu::{Context, Exits, Gate, Vcpus},
+};
+use crate::{
+    arch,
+    control::{Descriptors, failure},
+    devices::virtio::{
+        device::{Broken, Command, CommandError, Readiness, VirtioDevice},
+        transport::{BAR_BYTES, Surroundings, VirtioFunction},
+    },
+    event_loop::{Doorbell, End, FunctionPoller, Waiter},
+    pci::{
+        Slot,
+        bars::{Allocator, Bars},
+        root::{self, Root},
+        routes::Routes,
+    },
+};
+
+/// Alignment of a device's region: a memory section of Linux, within which nothing else may lie (128 MiB).
+const REGION_ALIGNMENT_BYTES: u64 = 128 << 20;
+
+/// Why the machine did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MachineError {
+    /// A field of the request.
+    #[error(transparent)]
+    Field(#[from] FieldError),
+    /// The machine does not fit the host's address space.
+    #[error(transparent)]
+    Layout(#[from] arch::layout::LayoutError),
+    /// Memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] arch::machine::KvmError),
+    /// The CPU.
+    #[error(transparent)]
+    Cpuid(#[from] arch::cpu::CpuidError),
+    /// The kernel.
+    #[error(transparent)]
+    Boot(#[from] arch::boot::BootError),
+    /// A device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// A device did not obey.
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    /// There is a device of that name.
+    #[error("Device.name: {0:?} exists")]
+    Exists(String),
+    /// There is none.
+    #[error("device: there is no {0:?}")]
+    NotFound(String),
+    /// No slot or address is left.
+    #[error("Device: the bus has no {0} left")]
+    Exhausted(&'static str),
+    /// Not in this state.
+    #[error("{0}")]
+    State(&'static str),
+    /// A system call.
+    #[error("{step}: {source}")]
+    Host {
+        /// Which step.
+        step: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl MachineError {
+    fn host(step: &'static str) -> impl Fn(io::Error) -> Self {
+        move |source| Self::Host { step, source }
+    }
+}
+
+impl From<MachineError> for Failure {
+    fn from(error: MachineError) -> Self {
+        let code = match &error {
+            MachineError::Field(_)
+            | MachineError::Layout(_)
+            | MachineError::Boot(_)
+            | MachineError::Device(_)
+            | MachineError::Memory(MemoryError::Size { .. })
+            | MachineError::Cpuid(_)
+            | MachineError::Command(CommandError::Invalid { .. }) => ErrorCode::Invalid,
+            MachineError::Command(CommandError::Unsupported(_)) => ErrorCode::Unsupported,
+            MachineError::Exists(_) => ErrorCode::Exists,
+            MachineError::NotFound(_) => ErrorCode::NotFound,
+            MachineError::Exhausted(_) => ErrorCode::Exhausted,
+            MachineError::State(_) => ErrorCode::WrongState,
+            MachineError::Kvm(_) | MachineError::Memory(_) | MachineError::Host { .. } => {
+                ErrorCode::Host
+            }
+        };
+        failure(code, error)
+    }
+}
+
+/// A device on the bus, by its name.
+#[derive(Debug)]
+struct Attached {
+    slot: Slot,
+    permanent: bool,
+    /// KVM's slot of its region.
+    region: Option<u32>,
+}
+
+/// The machine.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    description: Description,
+    kvm: Kvm,
+    kernel: File,
+    initramfs: Option<File>,
+    memory: Memory,
+    slots: Slots,
+    around: Surroundings,
+    waiter: Arc<Waiter>,
+    bus: Arc<Bus>,
+    pci_slots: root::Slots,
+    window: Allocator,
+    regions: Allocator,
+    names: BTreeMap<String, Attached>,
+    functions: BTreeMap<Slot, Arc<VirtioFunction>>,
+    exits: Arc<Exits>,
+    vcpus: Option<Vcpus>,
+}
+
+impl Machine {
+    /// Makes the machine without devices and vCPUs.
+    pub(crate) fn new(
+        description: Description,
+        descriptors: &mut Descriptors,
+        waiter: Arc<Waiter>,
+    ) -> Result<Self, MachineError> {
+        let kvm = open_kvm(&description, descriptors)?;
+        let kernel = File::from(descriptors.take("Machine.kernel", description.kernel)?);
+        let initramfs = match description.initramfs.as_slice() {
+            [file] => Some(File::from(descriptors.take("Machine.initramfs", *file)?)),
+            _ => None,
+        };
+        let file = descriptors.take("Machine.memory", description.memory)?;
+        let bits = arch::machine::address_bits(&kvm)?;
+        let sizes = (description.memory_bytes, description.memory_max_bytes);
+        let layout = arch::layout::plan(sizes.0, sizes.1, bits)?;
+        let vm = Arc::new(kvm.create_vm().map_err(arch::machine::KvmError::at("create machine"))?);
+        arch::machine::set_up(&vm)?;
+        let slots = Slots::new(Arc::clone(&vm));
+        let memory = memory::map(&description, layout, file, &slots)?;
+        let host = MachineError::host;
+        let root = Arc::new(Root::new().map_err(host("configuration space"))?);
+        let words = Backing::Words(Arc::clone(root.words()));
+        slots.add(arch::layout::ECAM.start, words).map_err(host("configuration space"))?;
+        let windows = [arch::layout::WINDOW_32, memory.layout.window_64.clone()];
+        let bars = Arc::new(Bars::new(windows));
+        let doorbell = Arc::new(Doorbell::new().map_err(host("doorbell"))?);
+        let bus = Bus::new(Arc::clone(&root), Arc::clone(&bars), Arc::clone(&doorbell));
+        Ok(Self {
+            kvm,
+            kernel,
+            initramfs,
+            window: Allocator::new(memory.layout.window_64.clone()),
+            regions: Allocator::new(memory.layout.regions.clone()),
+            around: Surroundings {
+                routes: Arc::new(Routes::new(Arc::clone(&vm))),
+                vm,
+                memory: Arc::clone(&memory.guest),
+                root,
+                bars,
+                doorbell,
+                interrupts: Arc::default(),
+            },
+            memory,
+            slots,
+            waiter,
+            bus: Arc::new(bus),
+            pci_slots: root::Slots::new(),
+            names: BTreeMap::new(),
+            functions: BTreeMap::new(),
+            exits: Arc::default(),
+            vcpus: None,
+            description,
+        })
+    }
+
+    /// What vCPU threads wake.
+    pub(crate) fn doorbell(&self) -> &Arc<Doorbell> {
+        &self.around.doorbell
+    }
+
+    /// Attaches a device: at boot with its BAR placed, later without, because the guest places it.
+    pub(crate) fn add(
+        &mut self,
+        device: &Device,
+        descriptors: &mut Descriptors,
+    ) -> Result<PciAddress, MachineError> {
+        let name = device.name.as_str().to_owned();
+        if self.names.contains_key(&name) {
+            return Err(MachineError::Exists(name));
+        }
+        let permanent = devices::is_permanent(&device.kind);
+        let hot = self.vcpus.is_some();
+        if hot && matches!(device.kind, DeviceKind::Mem(_)) {
+            return Err(MachineError::State("Device.kind: mem is there from the start or never"));
+        }
+        let mut made = devices::make(device, descriptors, &self.memory)?;
+        let region = self.map_region(made.as_mut())?;
+        let taken = self.pci_slots.take(permanent && !hot);
+        let place = taken.ok_or(MachineError::Exhausted("slot"))?;
+        let bar = if hot { Some(0) } else { self.window.take(BAR_BYTES) };
+        let bar = bar.ok_or(MachineError::Exhausted("address"))?;
+        let slot = place.0;
+        let poller = Arc::new(FunctionPoller::new(Arc::clone(&self.waiter), slot));
+        let function = VirtioFunction::attach(made, place, bar, self.around.clone(), poller);
+        self.functions.insert(slot, function);
+        let attached = Attached {
+            slot,
+            permanent,
+            region,
+        };
+        self.names.insert(name, attached);
+        Ok(root::address_of(slot))
+    }
+
+    /// Maps the region of a device that has one.
+    fn map_region(&mut self, device: &mut dyn VirtioDevice) -> Result<Option<u32>, MachineError> {
+        let (Some(size), Some(file)) = (device.region_size(), device.region_file()) else {
+            return Ok(None);
+        };
+        let host = MachineError::host;
+        let file = File::from(file.try_clone_to_owned().map_err(host("region"))?);
+        let too_large = |_| MachineError::Exhausted("address");
+        let file_bytes = file.metadata().map_err(host("region"))?.len();
+        let file_bytes = usize::try_from(file_bytes).map_err(too_large)?;
+        let length = usize::try_from(size).map_err(too_large)?;
+        let mapping = FileMapping::new(file.as_fd(), file_bytes, length).map_err(host("region"))?;
+        let room = size.next_multiple_of(REGION_ALIGNMENT_BYTES);
+        let address = self.regions.take_aligned(room, REGION_ALIGNMENT_BYTES);
+        let address = address.ok_or(MachineError::Exhausted("address"))?;
+        let backing = Backing::File(Arc::new(mapping));
+        let slot = self.slots.add(address, backing).map_err(host("region"))?;
+        device.set_region(address);
+        Ok(Some(slot))
+    }
+
+    /// Takes a device away.
+    pub(crate) fn remove(&mut self, name: &str) -> Result<(), MachineError> {
+        let unknown = || MachineError::NotFound(name.to_owned());
+        let attached = self.names.get(name).ok_or_else(unknown)?;
+        if attached.permanent {
+            return Err(MachineError::State("device: this kind stays for the machine's life"));
+        }
+        let attached = self.names.remove(name).ok_or_else(unknown)?;
+        if let Some(function) = self.functions.remove(&attached.slot) {
+            function.detach();
+        }
+        if let Some(region) = attached.region {
+            self.slots.remove(region).map_err(MachineError::host("region"))?;
+        }
+        self.pci_slots.give_back(attached.slot);
+        Ok(())
+    }
+
+    /// Loads the kernel and prepares every vCPU.
+    pub(crate) fn boot(&mut self) -> Result<Vec<VcpuFd>, MachineError> {
+        let description = &self.description;
+        let count = description.vcpus_max;
+        let entry = arch::boot::load(
+            &self.memory.guest,
+            &self.memory.layout,
+            count,
+            &mut self.kernel,
+            self.initramfs.as_mut(),
+            description.command_line.as_str(),
+        )?;
+        let features = description.cpu_features.as_str();
+        let template = arch::cpu::template(&self.kvm, description.cpu, features, count)?;
+        let mut vcpus = Vec::new();
+        for id in 0..count {
+            let vcpu = self.around.vm.create_vcpu(u64::from(id));
+            let vcpu = vcpu.map_err(arch::machine::KvmError::at("create vCPU"))?;
+            let entry = (id == 0).then_some(&entry);
+            arch::cpu::prepare(&vcpu, id, &template, entry)?;
+            vcpus.push(vcpu);
+        }
+        Ok(vcpus)
+    }
+
+    /// Starts the vCPU threads, which wait at the gate.
+    pub(crate) fn spawn(
+        &mut self,
+        vcpus: Vec<VcpuFd>,
+        confine: fn() -> io::Result<()>,
+    ) -> Result<(), MachineError> {
+        let gate = Arc::new(Gate::new(self.description.vcpus));
+        let context = || Context {
+            bus: Arc::clone(&self.bus),
+            gate: Arc::clone(&gate),
+            exits: Arc::clone(&self.exits),
+            doorbell: Arc::clone(&self.around.doorbell),
+        };
+        let vcpus = Vcpus::spawn(vcpus, context, confine);
+        self.vcpus = Some(vcpus.map_err(MachineError::host("vCPU threads"))?);
+        Ok(())
+    }
+
+    fn vcpus(&self) -> Result<&Vcpus, MachineError> {
+        self.vcpus.as_ref().ok_or(MachineError::State("the machine does not run yet"))
+    }
+
+    /// Lets the vCPUs run.
+    pub(crate) fn resume(&self) -> Result<(), MachineError> {
+        self.vcpus()?.open();
+        Ok(())
+    }
+
+    /// Stops them.
+    pub(crate) fn pause(&self) -> Result<(), MachineError> {
+        self.vcpus()?.close();
+        Ok(())
+    }
+
+    /// How many vCPUs run.
+    pub(crate) fn resize_vcpus(&self, count: u16) -> Result<(), MachineError> {
+        let vcpus = self.vcpus()?;
+        let (_, most) = vcpus.counts();
+        if usize::from(count) > most {
+            let reason = format!("{count} is more than vcpus_max = {most}");
+            return Err(FieldError::new("Vcpus.count", reason).into());
+        }
+        vcpus.allow(count);
+        Ok(())
+    }
+
+    fn function(&self, name: &str) -> Result<&Arc<VirtioFunction>, MachineError> {
+        let attached = self.names.get(name);
+        attached
+            .and_then(|attached| self.functions.get(&attached.slot))
+            .ok_or_else(|| MachineError::NotFound(name.to_owned()))
+    }
+
+    /// Has one device do something.
+    pub(crate) fn command(&self, name: &str, command: Command) -> Result<(), MachineError> {
+        let function = self.function(name)?;
+        let result = function.device().command(command);
+        function.note_config_change();
+        Ok(result?)
+    }
+
+    /// A limit of a device.
+    pub(crate) fn set_limit(&self, new: &NewLimit) -> Result<(), MachineError> {
+        let rates = devices::rates(&new.limit);
+        let command = match new.direction {
+            Direction::Both => Command::Limit(rates),
+            Direction::Receive => Command::ReceiveLimit(rates),
+            Direction::Transmit => Command::TransmitLimit(rates),
+        };
+        self.command(new.device.as_str(), command)
+    }
+
+    /// Has the device of a type take `bytes` as its goal.
+    fn resize(&self, device_type: u16, bytes: u64) -> Result<(), MachineError> {
+        let found = self.names.iter().find(|(_, attached)| {
+            let function = self.functions.get(&attached.slot);
+            function.is_some_and(|function| function.device().device_type() == device_type)
+        });
+        let Some((name, _)) = found else {
+            return Err(MachineError::State("the machine has no device for that"));
+        };
+        self.command(name, Command::Resize(bytes))
+    }
+
+    /// Memory in all.
+    pub(crate) fn resize_memory(&self, bytes: u64) -> Result<(), MachineError> {
+        let (least, most) = (self.description.memory_bytes, self.description.memory_max_bytes);
+        if !(least..=most).contains(&bytes) {
+            let reason = format!("{bytes} is not between {least} and {most}");
+            return Err(FieldError::new("Bytes.bytes", reason).into());
+        }
+        self.resize(TYPE_MEM, bytes - least)
+    }
+
+    /// What the balloon takes.
+    pub(crate) fn set_balloon(&self, bytes: u64) -> Result<(), MachineError> {
+        self.resize(TYPE_BALLOON, bytes)
+    }
+
+    /// Counters of the machine.
+    pub(crate) fn statistics(&self) -> Result<Statistics, MachineError> {
+        let host = MachineError::host("statistics");
+        let blocks = self.memory.file.metadata().map_err(host)?.blocks();
+        let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF);
+        let peak_kib = usage.map_or(0, |usage| u64::try_from(usage.max_rss()).unwrap_or(0));
+        let vcpus = self.vcpus.as_ref().map_or(0, |vcpus| vcpus.counts().0);
+        Ok(Statistics {
+            exits_io: self.exits.io.load(Relaxed),
+            exits_mmio: self.exits.mmio.load(Relaxed),
+            exits_other: self.exits.other.load(Relaxed),
+            exits_interrupted: self.exits.interrupted.load(Relaxed),
+            interrupts: self.around.interrupts.load(Relaxed),
+            resident_peak_bytes: peak_kib << 10,
+            guest_resident_bytes: blocks * 512,
+            vcpus: u64::from(vcpus),
+            memory_bytes: self.description.memory_bytes,
+        })
+    }
+
+    /// Counters of a device.
+    pub(crate) fn device_statistics(&self, name: &str) -> Result<DeviceStatistics, MachineError> {
+        let counters = self.function(name)?.device().counters();
+        let counters = counters.into_iter().map(|(name, value)| Counter {
+            name: Text::lossy(name),
+            value,
+        });
+        let counters = List::new("DeviceStatistics.counters", counters.collect())?;
+        Ok(DeviceStatistics { counters })
+    }
+
+    /// Work that a vCPU rang for. Gives the names of devices that broke.
+    pub(crate) fn work(&self) -> Vec<(String, Broken)> {
+        let slots = self.around.doorbell.take_slots();
+        slots.into_iter().filter_map(|slot| self.serve(slot, VirtioFunction::work)).collect()
+    }
+
+    /// A descriptor of a device is ready.
+    pub(crate) fn ready(&self, slot: Slot, token: u32, ready: Readiness) -> Option<(String, Broken)> {
+        self.serve(slot, |function| function.ready(token, ready))
+    }
+
+    fn serve(
+        &self,
+        slot: Slot,
+        act: impl FnOnce(&VirtioFunction) -> Result<(), Broken>,
+    ) -> Option<(String, Broken)> {
+        // A removed device may have been rung for a moment before.
+        let function = self.functions.get(&slot)?;
+        let broken = act(function).err()?;
+        function.set_broken();
+        let name = self.names.iter().find(|(_, attached)| attached.slot == slot);
+        Some((name.map(|(name, _)| name.clone()).unwrap_or_default(), broken))
+    }
+
+    /// How it ended, if it did.
+    pub(crate) fn ended(&self) -> Option<End> {
+        self.around.doorbell.ended()
+    }
+
+    /// User and group to become.
+    pub(crate) fn ids(&self) -> (u32, u32) {
+        (self.description.uid, self.description.gid)
+    }
+}
+
+/// Device types of virtio 1.2 §5.
+const TYPE_BALLOON: u16 = 5;
+const TYPE_MEM: u16 = 24;
+
+/// The version of KVM's interface, the only one there ever was.
+const KVM_VERSION: i32 = 12;
+
+fn open_kvm(
+    description: &Description,
+    descriptors: &mut Descriptors,
+) -> Result<Kvm, MachineError> {
+    let kvm = kvm::from_descriptor(descriptors.take("Machine.kvm", description.kvm)?);
+    if kvm.get_api_version() != KVM_VERSION {
+        return Err(FieldError::new("Machine.kvm", "it is not /dev/kvm").into());
+    }
+    Ok(kvm)
+}

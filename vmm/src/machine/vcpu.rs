@@ -1,0 +1,244 @@
+//! vCPU threads: run, answer exits, stand still when told to.
+//!
+//! ```text
+//!            gate opens                      signal
+//!  waiting ------------> in KVM_RUN --------------------> at the gate --> waiting or running
+//!                          |   ^  exit answered
+//!                          +---+
+//! ```
+//!
+//! The signal that ends a run is blocked in the thread and let through by KVM_RUN alone, so it is never missed.
+
+use std::{
+    io,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    thread::{self, JoinHandle},
+};
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
+use vmm_sys_util::signal::Killable;
+
+use super::bus::{Bus, Flow};
+use crate::event_loop::{Doorbell, End};
+
+/// Signal that ends a vCPU's run. A real-time one would queue; this one is only ever pending once.
+const INTERRUPT: Signal = Signal::SIGUSR1;
+
+/// Exits of all vCPUs that came to us, by kind.
+#[derive(Debug, Default)]
+pub(crate) struct Exits {
+    pub(crate) io: AtomicU64,
+    pub(crate) mmio: AtomicU64,
+    pub(crate) other: AtomicU64,
+    pub(crate) interrupted: AtomicU64,
+}
+
+#[derive(Debug)]
+struct GateState {
+    open: bool,
+    allowed: u16,
+    running: u16,
+}
+
+/// Holds vCPUs back: all of them before the start and while paused, and those beyond the number that may run.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+impl Gate {
+    /// Closed.
+    pub(crate) fn new(allowed: u16) -> Self {
+        Self {
+            state: Mutex::new(GateState {
+                open: false,
+                allowed,
+                running: 0,
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, GateState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// In the thread of vCPU `id`: returns when it may run.
+    fn enter(&self, id: u16) {
+        let mut state = self.lock();
+        while !state.open || id >= state.allowed {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.running += 1;
+    }
+
+    fn leave(&self) {
+        self.lock().running -= 1;
+        self.changed.notify_all();
+    }
+}
+
+/// What a vCPU's thread works with.
+#[derive(Debug)]
+pub(crate) struct Context {
+    pub(crate) bus: Arc<Bus>,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) exits: Arc<Exits>,
+    pub(crate) doorbell: Arc<Doorbell>,
+}
+
+/// All vCPU threads.
+#[derive(Debug)]
+pub(crate) struct Vcpus {
+    gate: Arc<Gate>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// Bytes of a vCPU thread's stack: no recursion, no large arrays.
+const STACK_BYTES: usize = 128 << 10;
+
+impl Vcpus {
+    /// Starts one thread a vCPU, all waiting at the gate. `confine` puts the syscall filter on each.
+    pub(crate) fn spawn(
+        vcpus: Vec<VcpuFd>,
+        context: impl Fn() -> Context,
+        confine: fn() -> io::Result<()>,
+    ) -> io::Result<Self> {
+        let gate = context().gate;
+        let mut threads = Vec::new();
+        for (id, vcpu) in (0_u16..).zip(vcpus) {
+            pericarp_sys::kvm::interrupt_run_by(&vcpu, INTERRUPT as i32)?;
+            let context = context();
+            let thread = thread::Builder::new()
+                .name(format!("vcpu{id}"))
+                .stack_size(STACK_BYTES)
+                .spawn(move || {
+                    let confined = block_interrupt().and_then(|()| confine());
+                    match confined {
+                        Ok(()) => run(id, vcpu, &context),
+                        Err(error) => context.doorbell.end(End::Vcpu(id, error.to_string())),
+                    }
+                })?;
+            threads.push(thread);
+        }
+        Ok(Self { gate, threads })
+    }
+
+    /// Lets them run.
+    pub(crate) fn open(&self) {
+        self.gate.lock().open = true;
+        self.gate.changed.notify_all();
+    }
+
+    /// Stops them; returns when none is in the guest any more.
+    pub(crate) fn close(&self) {
+        self.gate.lock().open = false;
+        self.interrupt();
+        let mut state = self.gate.lock();
+        while state.running > 0 {
+            state = self.gate.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Lets the first `count` run.
+    pub(crate) fn allow(&self, count: u16) {
+        self.gate.lock().allowed = count;
+        self.gate.changed.notify_all();
+        self.interrupt();
+    }
+
+    /// How many may run, and how many there are.
+    pub(crate) fn counts(&self) -> (u16, usize) {
+        (self.gate.lock().allowed, self.threads.len())
+    }
+
+    fn interrupt(&self) {
+        for thread in &self.threads {
+            // A thread that has ended needs no signal.
+            let _ = thread.kill(INTERRUPT as i32);
+        }
+    }
+}
+
+fn block_interrupt() -> io::Result<()> {
+    let mut set = SigSet::empty();
+    set.add(INTERRUPT);
+    Ok(set.thread_swap_mask(SigmaskHow::SIG_BLOCK).map(drop)?)
+}
+
+/// Takes the pending signal that ended a run.
+fn take_interrupt() {
+    let mut set = SigSet::empty();
+    set.add(INTERRUPT);
+    // It is pending, so this returns at once.
+    let _ = set.wait();
+}
+
+fn run(id: u16, mut vcpu: VcpuFd, context: &Context) {
+    let gate = &context.gate;
+    gate.enter(id);
+    loop {
+        match step(&mut vcpu, context) {
+            Ok(Step::Again) => {}
+            Ok(Step::Interrupted) => {
+                take_interrupt();
+                gate.leave();
+                gate.enter(id);
+            }
+            Ok(Step::Stop) => break,
+            Err(reason) => {
+                context.doorbell.end(End::Vcpu(id, reason));
+                break;
+            }
+        }
+    }
+    gate.leave();
+}
+
+enum Step {
+    Again,
+    Interrupted,
+    Stop,
+}
+
+/// One run and the answer to its exit.
+fn step(vcpu: &mut VcpuFd, context: &Context) -> Result<Step, String> {
+    let (bus, exits) = (&context.bus, &context.exits);
+    let exit = match vcpu.run() {
+        Ok(exit) => exit,
+        Err(error) if error.errno() == libc::EINTR => {
+            exits.interrupted.fetch_add(1, Relaxed);
+            return Ok(Step::Interrupted);
+        }
+        Err(error) if error.errno() == libc::EAGAIN => return Ok(Step::Again),
+        Err(error) => return Err(format!("KVM_RUN: {error}")),
+    };
+    let counter = match exit {
+        VcpuExit::IoIn(..) | VcpuExit::IoOut(..) => &exits.io,
+        VcpuExit::MmioRead(..) | VcpuExit::MmioWrite(..) => &exits.mmio,
+        _ => &exits.other,
+    };
+    counter.fetch_add(1, Relaxed);
+    match exit {
+        VcpuExit::IoIn(port, data) => bus.read_port(port, data),
+        VcpuExit::IoOut(port, data) => {
+            if bus.write_port(port, data) == Flow::Stop {
+                return Ok(Step::Stop);
+            }
+        }
+        VcpuExit::MmioRead(address, data) => bus.read_memory(address, data),
+        VcpuExit::MmioWrite(address, data) => bus.write_memory(address, data),
+        VcpuExit::Shutdown => {
+            context.doorbell.end(End::Reset);
+            return Ok(Step::Stop);
+        }
+        VcpuExit::FailEntry(reason, _) => return Err(format!("entry failed: {reason:#x}")),
+        other => return Err(format!("unexpected exit: {other:?}")),
+    }
+    Ok(Step::Again)
+}
