@@ -1,8 +1,10 @@
-//! Random bytes from the kernel, without a descriptor of `/dev/urandom`: who calls may have an empty root.
+//! Random bytes from the kernel, without a descriptor of `/dev/urandom`: who calls may have an
+//! empty root.
 
 use std::io;
 
-/// Fills `bytes` from the kernel's generator. Never blocks: on a host whose generator is not seeded yet it fails.
+/// Fills `bytes` from the kernel's generator. Never blocks: on a host whose generator is not seeded
+/// yet it fails.
 ///
 /// # Errors
 /// `WouldBlock` before the host's generator is seeded (early boot only).

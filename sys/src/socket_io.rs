@@ -1,6 +1,8 @@
-//! Sends from and receives into guest memory over a stream socket: no copy, no blocking, no SIGPIPE.
+//! Sends from and receives into guest memory over a stream socket: no copy, no blocking, no
+//! SIGPIPE.
 //!
-//! The ranges come as [`VolatileSlice`]s, which only guest memory hands out and which carry the proof that they lie inside it.
+//! The ranges come as [`VolatileSlice`]s, which only guest memory hands out and which carry the
+//! proof that they lie inside it.
 
 use std::{
     io, mem,
@@ -9,21 +11,26 @@ use std::{
 
 use vm_memory::VolatileSlice;
 
-/// Ranges that one call takes; a caller with more gets a short count and calls again. A guest's packet is one to two ranges,
-/// or a page list of up to 17 with zero-copy sends.
+/// Ranges that one call takes; a caller with more gets a short count and calls again. A guest's
+/// packet is one to two ranges, or a page list of up to 17 with zero-copy sends.
 pub const RANGES_MAX: usize = 32;
 
-/// Receives into `ranges`, in their order, and returns the count of bytes; 0 is the end of the stream.
+/// Receives into `ranges`, in their order, and returns the count of bytes; 0 is the end of the
+/// stream.
 ///
 /// # Errors
-/// `WouldBlock` when nothing is there, whatever the socket's own mode is; else what `recvmsg` answers.
+/// `WouldBlock` when nothing is there, whatever the socket's own mode is; else what `recvmsg`
+/// answers.
 pub fn receive(socket: BorrowedFd<'_>, ranges: &[VolatileSlice<'_>]) -> io::Result<usize> {
     let mut vectors = vectors(ranges);
     let mut message = message(&mut vectors, ranges.len());
     // SAFETY:
-    // - `message` points to `vectors`, which outlives the call, and counts no more entries than were filled.
-    // - Each entry is pointer and length of a `VolatileSlice`, valid for writes for the life of the borrow.
-    // - The kernel writes there as another party of shared memory: Rust code only reads it by volatile accesses.
+    // - `message` points to `vectors`, which outlives the call, and counts no more entries than
+    //   were filled.
+    // - Each entry is pointer and length of a `VolatileSlice`, valid for writes for the life of the
+    //   borrow.
+    // - The kernel writes there as another party of shared memory: Rust code only reads it by
+    //   volatile accesses.
     let rc = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) };
     usize::try_from(rc).map_err(|_| io::Error::last_os_error())
 }
@@ -31,8 +38,8 @@ pub fn receive(socket: BorrowedFd<'_>, ranges: &[VolatileSlice<'_>]) -> io::Resu
 /// Sends `ranges`, in their order, and returns the count of bytes that the socket took.
 ///
 /// # Errors
-/// `WouldBlock` when the socket is full, whatever its own mode is; `BrokenPipe` when the other end reads no more (no signal is
-/// raised); else what `sendmsg` answers.
+/// `WouldBlock` when the socket is full, whatever its own mode is; `BrokenPipe` when the other end
+/// reads no more (no signal is raised); else what `sendmsg` answers.
 pub fn send(socket: BorrowedFd<'_>, ranges: &[VolatileSlice<'_>]) -> io::Result<usize> {
     let mut vectors = vectors(ranges);
     let message = message(&mut vectors, ranges.len());

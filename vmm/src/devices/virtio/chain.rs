@@ -1,8 +1,10 @@
-//! Descriptor chains as devices use them: popped whole, checked whole, then read and written through [`Buffers`], which borrow
-//! guest memory and copy nothing. A request that outlives its call uses [`super::segments`] instead.
+//! Descriptor chains as devices use them: popped whole, checked whole, then read and written
+//! through [`Buffers`], which borrow guest memory and copy nothing. A request that outlives its
+//! call uses [`super::segments`] instead.
 //!
-//! `virtio_queue`'s iterator ends silently when a chain is cut (a loop, an index past the table, an address outside memory).
-//! [`pop`] tells such a chain from a complete one, so that a device answers it with `Broken` rather than with a short request.
+//! `virtio_queue`'s iterator ends silently when a chain is cut (a loop, an index past the table, an
+//! address outside memory). [`pop`] tells such a chain from a complete one, so that a device
+//! answers it with `Broken` rather than with a short request.
 
 use std::{io, os::fd::BorrowedFd, sync::atomic::Ordering};
 
@@ -18,7 +20,8 @@ pub(crate) enum ChainError {
     /// The queue's rings or its available index.
     #[error("queue is not usable: {0}")]
     Queue(virtio_queue::Error),
-    /// A loop, an index past the table, a nested or misaligned indirect table, a table outside memory, or no descriptor.
+    /// A loop, an index past the table, a nested or misaligned indirect table, a table outside
+    /// memory, or no descriptor.
     #[error("descriptor chain {head} is cut or loops")]
     Cut {
         /// Index of its first descriptor.
@@ -126,7 +129,8 @@ pub(crate) fn is_waiting(queue: &Queue, memory: &GuestMemoryMmap) -> Result<bool
 }
 
 impl Activation {
-    /// Has [`super::device::VirtioDevice::queue_kicked`] called again once other devices had their turn.
+    /// Has [`super::device::VirtioDevice::queue_kicked`] called again once other devices had their
+    /// turn.
     pub(crate) fn kick_again(&self, queue: u16) {
         if let Some(queue) = self.queues.iter().find(|active| active.index == queue) {
             // Fails only when the counter is at its top, and then the kick is pending already.
@@ -166,7 +170,8 @@ impl<'m> Buffers<'m> {
         }
     }
 
-    /// The `count` bytes (or as many as there are) behind the first `skip`, without consuming anything.
+    /// The `count` bytes (or as many as there are) behind the first `skip`, without consuming
+    /// anything.
     pub(crate) fn view(&self, skip: usize, count: usize) -> Self {
         let mut view = Self::default();
         let (mut skip, mut rest) = (skip, count);

@@ -1,5 +1,5 @@
-//! The driver's side of the queues, for tests: what a guest kernel does to memory, done by the test, against the real queue
-//! code of the devices. It can also do what no sane kernel does.
+//! The driver's side of the queues, for tests: what a guest kernel does to memory, done by the
+//! test, against the real queue code of the devices. It can also do what no sane kernel does.
 
 use std::{
     collections::HashMap,
@@ -216,7 +216,13 @@ impl TestPoller {
     /// What is ready within `timeout_ms`: token and readiness.
     pub(crate) fn wait(&self, timeout_ms: i32) -> Vec<(u32, Readiness)> {
         let mut events = vec![EpollEvent::default(); 512];
-        let count = self.epoll.wait(timeout_ms, &mut events).unwrap();
+        let count = loop {
+            // io_uring interrupts a wait to finish its work in this thread.
+            match self.epoll.wait(timeout_ms, &mut events) {
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                result => break result.unwrap(),
+            }
+        };
         events[..count]
             .iter()
             .map(|event| (u32::try_from(event.data()).unwrap(), event.events()))
@@ -316,7 +322,8 @@ impl Driver {
         &self.kicks[queue]
     }
 
-    /// Turns the loop once: kicks that the device raised itself, then what is ready within `timeout_ms`. True when something was.
+    /// Turns the loop once: kicks that the device raised itself, then what is ready within
+    /// `timeout_ms`. True when something was.
     pub(crate) fn turn(
         &self,
         device: &mut dyn VirtioDevice,
@@ -353,9 +360,12 @@ impl Driver {
     }
 }
 
-/// Queue states and chains that a hostile driver may offer: each breaks one rule of virtio 1.2 §2.7. `break_queue` makes one
-/// available on `queue`.
-pub(crate) const HOSTILE_CHAINS: &[(&str, fn(&mut DriverQueue))] = &[
+/// Does one hostile thing to a queue.
+pub(crate) type Hostility = fn(&mut DriverQueue);
+
+/// Queue states and chains that a hostile driver may offer: each breaks one rule of virtio 1.2
+/// §2.7.
+pub(crate) const HOSTILE_CHAINS: &[(&str, Hostility)] = &[
     ("loop of two", |queue| {
         queue.write_descriptor(0, BUFFERS, 64, F_NEXT, 1);
         queue.write_descriptor(1, BUFFERS, 64, F_NEXT, 0);
@@ -424,7 +434,8 @@ pub(crate) const HOSTILE_CHAINS: &[(&str, fn(&mut DriverQueue))] = &[
     }),
 ];
 
-/// Every hostile chain on every listed queue of a fresh device gives `Broken`; afterwards a reset and a sane activation work.
+/// Every hostile chain on every listed queue of a fresh device gives `Broken`; afterwards a reset
+/// and a sane activation work.
 pub(crate) fn assert_hostile_chains_break<D: VirtioDevice>(
     make: impl Fn() -> D,
     queue_sizes: &[u16],

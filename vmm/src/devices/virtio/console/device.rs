@@ -68,7 +68,7 @@ impl Console {
     /// Writes what the output takes now, and drops the rest.
     fn write(&mut self, text: &Buffers<'_>) {
         for range in text.ranges() {
-            let mut rest = range.clone();
+            let mut rest = *range;
             while !self.reader_gone && !rest.is_empty() {
                 let Some(count) = self.write_once(&rest) else {
                     break;

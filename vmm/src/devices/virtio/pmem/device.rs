@@ -23,10 +23,11 @@ const REQUESTS: u16 = 0;
 
 /// Requests served by one notification before the event loop turns to other devices.
 pub(crate) const REQUESTS_PER_TURN_MAX: usize = 64;
-/// Linux refuses a persistent-memory namespace that is not made of whole 2 MiB pieces (its memory hotplug sub-section), and
-/// with whole pieces the guest can map huge pages.
+/// Linux refuses a persistent-memory namespace that is not made of whole 2 MiB pieces (its memory
+/// hotplug sub-section), and with whole pieces the guest can map huge pages.
 pub(crate) const REGION_ALIGNMENT_BYTES: u64 = 2 << 20;
-/// The largest image: far above any guest image, far below what would crowd the guest's address space.
+/// The largest image: far above any guest image, far below what would crowd the guest's address
+/// space.
 pub(crate) const IMAGE_BYTES_MAX: u64 = 1 << 40;
 
 const CONFIG_BYTES: usize = 16;

@@ -26,7 +26,8 @@ impl Request {
         }
     }
 
-    /// The response's bytes: 0 for done, 1 for an error (§5.19.7.1). A read-only region has nothing to flush.
+    /// The response's bytes: 0 for done, 1 for an error (§5.19.7.1). A read-only region has nothing
+    /// to flush.
     pub(crate) fn response(self) -> [u8; RESPONSE_BYTES] {
         match self {
             Self::Flush => 0u32.to_le_bytes(),

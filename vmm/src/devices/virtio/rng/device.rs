@@ -13,8 +13,8 @@ use super::super::{
 const QUEUE_SIZES: &[u16] = &[64];
 const REQUESTS: u16 = 0;
 
-/// Bytes written to one request. The driver of Linux asks for 64 (its generator takes 32 at a time); a program that reads
-/// `/dev/hwrng` asks for a page.
+/// Bytes written to one request. The driver of Linux asks for 64 (its generator takes 32 at a
+/// time); a program that reads `/dev/hwrng` asks for a page.
 pub(crate) const REQUEST_BYTES_MAX: usize = 4096;
 /// Requests served by one notification before the event loop turns to other devices.
 pub(crate) const REQUESTS_PER_TURN_MAX: usize = 64;

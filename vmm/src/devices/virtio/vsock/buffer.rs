@@ -1,5 +1,6 @@
-//! What a unix socket did not take at once of the guest's data. It is empty while the reader keeps up, takes no memory then,
-//! and is bounded by the room that the guest was granted (the connection refuses more before it gets here).
+//! What a unix socket did not take at once of the guest's data. It is empty while the reader keeps
+//! up, takes no memory then, and is bounded by the room that the guest was granted (the connection
+//! refuses more before it gets here).
 
 use std::{
     collections::VecDeque,

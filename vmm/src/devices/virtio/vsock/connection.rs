@@ -1,5 +1,5 @@
-//! One connection as a state machine without I/O (virtio 1.2 §5.10.6): what the guest may send, what must be sent to it, and
-//! the credit of both directions.
+//! One connection as a state machine without I/O (virtio 1.2 §5.10.6): what the guest may send,
+//! what must be sent to it, and the credit of both directions.
 //!
 //! ```text
 //!  host asks: REQUEST ──> Requested ──RESPONSE──┐
@@ -9,8 +9,8 @@
 //!   abort, or a packet against the rules: ──────┴──> Resetting ──(RST sent)───┘
 //! ```
 //!
-//! Each direction of an open connection ends on its own: `guest_ended` is what the guest said by SHUTDOWN, `host_ended` what
-//! the unix socket showed. Counts are modulo 2^32, as on the wire.
+//! Each direction of an open connection ends on its own: `guest_ended` is what the guest said by
+//! SHUTDOWN, `host_ended` what the unix socket showed. Counts are modulo 2^32, as on the wire.
 
 use super::packet::{Header, Operation, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 
@@ -239,7 +239,8 @@ impl Connection {
         };
     }
 
-    /// `count` bytes of the guest's data have left the VMM (or were dropped because nobody reads them).
+    /// `count` bytes of the guest's data have left the VMM (or were dropped because nobody reads
+    /// them).
     pub(crate) fn forwarded(&mut self, count: u32) {
         debug_assert!(count <= self.from_guest.under_way());
         self.from_guest.forwarded = self.from_guest.forwarded.wrapping_add(count);

@@ -17,7 +17,8 @@ use super::{
     packet::{HEADER_BYTES, HOST_CID, Header},
 };
 
-/// Entries of each queue. The driver of Linux fills the receive queue with 4 KiB buffers, so that this is 1 MiB of guest memory.
+/// Entries of each queue. The driver of Linux fills the receive queue with 4 KiB buffers, so that
+/// this is 1 MiB of guest memory.
 const QUEUE_SIZE: u16 = 256;
 const QUEUE_SIZES: &[u16] = &[QUEUE_SIZE, QUEUE_SIZE, QUEUE_SIZE];
 const RECEIVE: u16 = 0;
@@ -37,7 +38,8 @@ pub(crate) struct Parameters {
 /// Why the device could not be made.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    /// 0 to 2 are reserved, and so are all bits of a 32-bit id (§5.10.4); the upper half must be zero.
+    /// 0 to 2 are reserved, and so are all bits of a 32-bit id (§5.10.4); the upper half must be
+    /// zero.
     #[error("guest_cid {0} of the vsock device is reserved; give 3 to 4294967294")]
     GuestCid(u64),
     /// The listener or the timer.
@@ -55,7 +57,8 @@ pub(crate) struct Vsock {
 }
 
 impl Vsock {
-    /// A device whose guest can be dialled through `listener` and can dial each port of `ports` once per socket given.
+    /// A device whose guest can be dialled through `listener` and can dial each port of `ports`
+    /// once per socket given.
     ///
     /// # Errors
     /// The context id is reserved, or the kernel refuses a timer.
@@ -244,7 +247,8 @@ impl VirtioDevice for Vsock {
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), Broken> {
         let memory = activation.memory.clone();
-        // Buffers are looked for when there is something to put into them; events are never sent (there is no migration yet).
+        // Buffers are looked for when there is something to put into them; events are never sent
+        // (there is no migration yet).
         for queue in queues(&mut activation, [RECEIVE, EVENT])
             .into_iter()
             .flatten()

@@ -1,6 +1,8 @@
-//! The line by which a host program asks for a connection to the guest: `CONNECT <port>\n`. Pure parsing.
+//! The line by which a host program asks for a connection to the guest: `CONNECT <port>\n`. Pure
+//! parsing.
 
-/// Longest line in bytes, its newline included: the word, a space and a port of ten digits, with room to spare.
+/// Longest line in bytes, its newline included: the word, a space and a port of ten digits, with
+/// room to spare.
 pub(crate) const LINE_BYTES_MAX: usize = 32;
 
 const _: () = assert!("CONNECT 4294967295\n".len() <= LINE_BYTES_MAX);

@@ -1,10 +1,13 @@
-//! Joins the guest's connections to unix sockets. The device hands it the guest's packets and asks it for packets to the
-//! guest; the event loop tells it which sockets are ready. It does all socket I/O and never blocks.
+//! Joins the guest's connections to unix sockets. The device hands it the guest's packets and asks
+//! it for packets to the guest; the event loop tells it which sockets are ready. It does all socket
+//! I/O and never blocks.
 //!
-//! Fairness: connections with something for the guest stand in one line ([`Muxer::next`]), get one packet each, and go to its end.
+//! Fairness: connections with something for the guest stand in one line ([`Muxer::next`]), get one
+//! packet each, and go to its end.
 //!
-//! A socket's readiness is waited for only while it could be acted on: not for reading while data of it already waits for the
-//! guest's credit or buffers, and not at all after a hang-up (epoll would report that one for ever).
+//! A socket's readiness is waited for only while it could be acted on: not for reading while data
+//! of it already waits for the guest's credit or buffers, and not at all after a hang-up (epoll
+//! would report that one for ever).
 
 mod links;
 mod sockets;
@@ -44,11 +47,11 @@ const ACCEPTS_PER_TURN_MAX: usize = 64;
 
 /// The unit of deadlines: nothing here needs to be more exact.
 const TICK: Duration = Duration::from_secs(1);
-/// Ticks until a host program must have sent its line, and the guest must have answered a request. The guest's agent answers
-/// in microseconds; a guest that is starved of CPU gets this long.
+/// Ticks until a host program must have sent its line, and the guest must have answered a request.
+/// The guest's agent answers in microseconds; a guest that is starved of CPU gets this long.
 const OPEN_TICKS_MAX: u32 = 10;
-/// Ticks until the guest must have answered the shutdown of both directions by RST. Linux grants the same
-/// (`VSOCK_CLOSE_TIMEOUT`, 8 s).
+/// Ticks until the guest must have answered the shutdown of both directions by RST. Linux grants
+/// the same (`VSOCK_CLOSE_TIMEOUT`, 8 s).
 const CLOSE_TICKS_MAX: u32 = 8;
 
 const LISTENER: u32 = 0;
@@ -184,7 +187,8 @@ impl Muxer {
         self.listen()
     }
 
-    /// Ends every connection at once. The listener and unused sockets of ports stay for the next start.
+    /// Ends every connection at once. The listener and unused sockets of ports stay for the next
+    /// start.
     pub(crate) fn stop(&mut self) {
         let slots: Vec<u32> = self.table.iter().map(|(slot, _)| slot).collect();
         for slot in slots {
@@ -237,7 +241,8 @@ impl Muxer {
         !self.replies.is_empty() || !self.ready.is_empty()
     }
 
-    /// Makes the next packet for the guest in `room`, and returns its bytes; `None` when there is none after all.
+    /// Makes the next packet for the guest in `room`, and returns its bytes; `None` when there is
+    /// none after all.
     pub(crate) fn next(&mut self, room: &mut Buffers<'_>) -> Option<usize> {
         debug_assert!(room.len() > HEADER_BYTES);
         if let Some(reply) = self.replies.pop_front() {

@@ -121,7 +121,8 @@ impl Header {
         bytes
     }
 
-    /// The RST that answers a packet of no connection (§5.10.6.6). Its type is the packet's, known or not.
+    /// The RST that answers a packet of no connection (§5.10.6.6). Its type is the packet's, known
+    /// or not.
     pub(crate) fn refusal(&self) -> Self {
         Self {
             source_cid: self.destination_cid,

@@ -1,16 +1,20 @@
-//! The connection table: slots with generations, so that a stale readiness of a closed connection finds nothing, and the
-//! room that each slot's connection gets, so that the table as a whole has a bound in bytes.
+//! The connection table: slots with generations, so that a stale readiness of a closed connection
+//! finds nothing, and the room that each slot's connection gets, so that the table as a whole has a
+//! bound in bytes.
 
 use std::collections::BTreeSet;
+
+use super::super::device::TOKEN_BITS;
 
 /// Connections and handshakes at once.
 pub(crate) const SLOTS_MAX: u32 = 4096;
 
-/// Room in bytes by slot, widest first: few connections get a wide window each, thousands share a bounded total.
+/// Room in bytes by slot, widest first: few connections get a wide window each, thousands share a
+/// bounded total.
 const ROOMS: [(u32, u32); 3] = [(64, 256 << 10), (1024, 64 << 10), (SLOTS_MAX, 8 << 10)];
 
-/// The most that all connections together can ever have buffered (100 MiB): every slot taken, every host reader stopped, and
-/// a guest that fills each connection.
+/// The most that all connections together can ever have buffered (100 MiB): every slot taken, every
+/// host reader stopped, and a guest that fills each connection.
 pub(crate) const BUFFERED_BYTES_MAX: u64 = 100 << 20;
 
 const _: () = assert!(
@@ -18,12 +22,16 @@ const _: () = assert!(
         <= BUFFERED_BYTES_MAX
 );
 
-/// Bits of a token that hold the slot; the rest holds its generation.
+/// Bits of a token that hold the slot.
 const SLOT_BITS: u32 = 13;
+/// Bits of a token that hold the slot's generation. A stale readiness is at most one round of the
+/// event loop old, in which a slot is taken again a few times.
+const GENERATION_BITS: u32 = 10;
 /// Tokens below are the muxer's own descriptors.
 const TOKENS_RESERVED: u32 = 2;
 
 const _: () = assert!(SLOTS_MAX + TOKENS_RESERVED <= 1 << SLOT_BITS);
+const _: () = assert!(SLOT_BITS + GENERATION_BITS <= TOKEN_BITS);
 
 /// Bytes that the guest may have under way towards the host on the connection in `slot`.
 pub(crate) fn room_bytes(slot: u32) -> u32 {
@@ -59,7 +67,8 @@ impl<T> Table<T> {
         self.len() >= SLOTS_MAX as usize
     }
 
-    /// Puts an entry into the lowest free slot, made by `make` from its slot; `None` when the table is full.
+    /// Puts an entry into the lowest free slot, made by `make` from its slot; `None` when the table
+    /// is full.
     pub(crate) fn insert(&mut self, make: impl FnOnce(u32) -> T) -> Option<u32> {
         if let Some(slot) = self.free.pop_first() {
             self.slots[slot as usize].1 = Some(make(slot));
@@ -98,6 +107,7 @@ impl<T> Table<T> {
             .slots
             .get(slot as usize)
             .map_or(0, |(generation, _)| *generation);
+        let generation = generation & ((1 << GENERATION_BITS) - 1);
         (generation << SLOT_BITS) | (slot + TOKENS_RESERVED)
     }
 
@@ -144,6 +154,19 @@ mod tests {
             assert_eq!(table.slot(own), None);
         }
         assert_eq!(table.slot(u32::MAX), None);
+    }
+
+    #[test]
+    fn tokens_stay_in_their_bits_and_differ_between_neighbours() {
+        let mut table = Table::default();
+        let mut last = u32::MAX;
+        for _ in 0..5000 {
+            let slot = table.insert(|_| ()).unwrap();
+            let token = table.token(slot);
+            assert!(token < 1 << TOKEN_BITS && token != last);
+            last = token;
+            table.remove(slot);
+        }
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! The device from both ends: host programs on unix sockets, and a guest on the driver's side of the queues.
+//! The device from both ends: host programs on unix sockets, and a guest on the driver's side of
+//! the queues.
 
 mod guest;
 mod hostile;

@@ -68,7 +68,8 @@ fn every_phase_answers_every_operation() {
         CreditUpdate,
         CreditRequest,
     ];
-    let phases: [(fn() -> Connection, [Event; 7]); 5] = [
+    type Make = fn() -> Connection;
+    let phases: [(Make, [Event; 7]); 5] = [
         (
             || Connection::requested_by_host(ROOM),
             [

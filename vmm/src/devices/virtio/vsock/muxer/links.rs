@@ -23,7 +23,8 @@ use super::{
     CLOSE_TICKS_MAX, Entry, Key, Link, Muxer, Stage,
 };
 
-/// Unread bytes discarded at once, and how often: more than a unix socket holds by default (`net.core.wmem_default`, 208 KiB).
+/// Unread bytes discarded at once, and how often: more than a unix socket holds by default
+/// (`net.core.wmem_default`, 208 KiB).
 const DISCARD_BYTES: usize = 8192;
 const DISCARDS_MAX: usize = 64;
 
@@ -57,7 +58,8 @@ impl Link {
         }
     }
 
-    /// Nobody will read what the guest sends: what is held is dropped, and the guest gets its room back.
+    /// Nobody will read what the guest sends: what is held is dropped, and the guest gets its room
+    /// back.
     pub(super) fn stop_forwarding(&mut self) {
         self.unread = true;
         self.connection.forwarded(bytes_u32(self.backlog.len()));
@@ -333,8 +335,8 @@ impl Muxer {
     }
 }
 
-/// Ends a socket in order. Closed with unread data in it, it would show its other end ECONNRESET where the end of the stream
-/// belongs.
+/// Ends a socket in order. Closed with unread data in it, it would show its other end ECONNRESET
+/// where the end of the stream belongs.
 fn finish(stream: &UnixStream) {
     let mut unread = [0; DISCARD_BYTES];
     // Fails when it is done already.

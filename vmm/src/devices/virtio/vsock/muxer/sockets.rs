@@ -1,4 +1,5 @@
-//! The host's side of the muxer: the listener, the handshake, readiness of sockets, and what is waited for on them.
+//! The host's side of the muxer: the listener, the handshake, readiness of sockets, and what is
+//! waited for on them.
 
 use std::{
     io,
@@ -58,7 +59,8 @@ impl Muxer {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EINTR | libc::ECONNABORTED) => {}
-                    // No descriptor or memory is left: again when a connection ends, or with the next tick.
+                    // No descriptor or memory is left: again when a connection ends, or with the
+                    // next tick.
                     Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS) => {
                         self.stop_listening();
                         self.start_timer();
@@ -139,7 +141,8 @@ impl Muxer {
         }
     }
 
-    /// A host port that no connection to `guest_port` uses. One more candidate than connections is enough.
+    /// A host port that no connection to `guest_port` uses. One more candidate than connections is
+    /// enough.
     fn free_host_port(&mut self, guest_port: u32) -> u32 {
         for _ in 0..=SLOTS_MAX {
             let host_port = self.next_host_port;
@@ -200,7 +203,8 @@ impl Muxer {
             }
             link.hung_up = true;
             link.stop_forwarding();
-            // What is left in the socket is read before the guest hears of the end, unless it has heard or wants nothing.
+            // What is left in the socket is read before the guest hears of the end, unless it has
+            // heard or wants nothing.
             link.readable = true;
             if link.connection.host_ended().send || link.connection.guest_ended().receive {
                 link.connection.end_by_host(Ended::BOTH);

@@ -1,5 +1,5 @@
-//! A guest kernel's vsock as far as the tests need it: sockets with credit on the driver's side of the queues, and the host
-//! programs' way in.
+//! A guest kernel's vsock as far as the tests need it: sockets with credit on the driver's side of
+//! the queues, and the host programs' way in.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -146,7 +146,7 @@ impl Guest {
     /// Dials `port`, lets the guest accept, and returns the host's end and the ports.
     pub(crate) fn connect(&mut self, port: u32) -> (UnixStream, Ports) {
         let mut stream = self.dial();
-        write!(stream, "CONNECT {port}\n").unwrap();
+        writeln!(stream, "CONNECT {port}").unwrap();
         let known: Vec<Ports> = self.sockets.keys().copied().collect();
         self.run();
         let mut line = [0; 64];
@@ -189,7 +189,7 @@ impl Guest {
         self.driver.put(address, &header.to_bytes());
         self.driver.put(address + 0x1000, data);
         let len = u32::try_from(data.len()).unwrap();
-        let header_part = Part::Read(address, HEADER_BYTES as u32);
+        let header_part = Part::Read(address, u32::try_from(HEADER_BYTES).unwrap());
         let parts = [header_part, Part::Read(address + 0x1000, len)];
         let parts = if len == 0 { &parts[..1] } else { &parts[..] };
         let head = self.driver.queues[1].offer(parts).unwrap();
@@ -198,7 +198,8 @@ impl Guest {
     }
 
     fn addresses_transmit(&mut self, head: u16, address: u64) {
-        // Heads of the two queues do not mix: the transmit queue's are kept above the receive queue's.
+        // Heads of the two queues do not mix: the transmit queue's are kept above the receive
+        // queue's.
         self.addresses.insert(head + 0x8000, address);
     }
 

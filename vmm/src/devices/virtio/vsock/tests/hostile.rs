@@ -1,4 +1,5 @@
-//! What a hostile guest may try: the device breaks or the one connection ends, and nothing grows, hangs or panics.
+//! What a hostile guest may try: the device breaks or the one connection ends, and nothing grows,
+//! hangs or panics.
 
 use std::io::Write;
 

@@ -1,0 +1,296 @@
+//! The file system against the real daemon (`VIRTIOFSD` names it; without one these tests say that
+//! they skip), and against peers that are no daemon.
+
+use std::{
+    io::{Read, Write},
+    os::unix::net::UnixStream,
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+
+use super::{
+    super::{
+        device::VirtioDevice,
+        driver::{BUFFERS, Driver, HOSTILE_CHAINS, MEMORY_BYTES, Part},
+    },
+    config::config,
+    *,
+};
+
+const QUEUES: [u16; 2] = [512, 512];
+// Operations and node of the FUSE protocol (`linux/fuse.h`).
+const FUSE_INIT: u32 = 26;
+const FUSE_GETATTR: u32 = 3;
+const FUSE_LOOKUP: u32 = 1;
+const ROOT: u64 = 1;
+
+struct Daemon {
+    child: Child,
+    _folder: tempfile::TempDir,
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn parameters(tag: &str, request_queues: u16) -> Parameters {
+    Parameters {
+        tag: tag.to_owned(),
+        request_queues,
+    }
+}
+
+/// Starts the daemon on a folder with one file, and connects to it.
+fn daemon() -> Option<(Daemon, UnixStream)> {
+    let Some(program) = std::env::var_os("VIRTIOFSD").filter(|path| Path::new(path).exists())
+    else {
+        println!("skipped: VIRTIOFSD names no virtiofsd");
+        return None;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let shared = folder.path().join("shared");
+    std::fs::create_dir(&shared).unwrap();
+    std::fs::write(shared.join("greeting"), b"hello").unwrap();
+    let path = folder.path().join("socket");
+    let child = Command::new(program)
+        .arg("--shared-dir")
+        .arg(&shared)
+        .arg("--socket-path")
+        .arg(&path)
+        .args([
+            "--sandbox",
+            "none",
+            "--seccomp",
+            "none",
+            "--log-level",
+            "error",
+        ])
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
+    let daemon = Daemon {
+        child,
+        _folder: folder,
+    };
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while Instant::now() < deadline {
+        if let Ok(stream) = UnixStream::connect(&path) {
+            return Some((daemon, stream));
+        }
+        std::thread::yield_now();
+    }
+    panic!("virtiofsd does not listen");
+}
+
+/// Guest memory that can be shared.
+fn driver() -> Driver {
+    let memfd = memfd_create("guest", MFdFlags::MFD_CLOEXEC).unwrap();
+    let file = std::fs::File::from(memfd);
+    file.set_len(MEMORY_BYTES).unwrap();
+    let range = (
+        GuestAddress(0),
+        usize::try_from(MEMORY_BYTES).unwrap(),
+        Some(FileOffset::new(file, 0)),
+    );
+    let memory = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();
+    Driver::with_memory(Arc::new(memory), &QUEUES)
+}
+
+/// Sends a FUSE request on the request queue and waits for its answer: error and body.
+fn request(
+    driver: &mut Driver,
+    operation: u32,
+    node: u64,
+    body: &[u8],
+    room: u32,
+) -> (i32, Vec<u8>) {
+    // struct fuse_in_header: len, opcode, unique, nodeid, uid, gid, pid, padding.
+    let mut bytes = Vec::new();
+    bytes.extend(u32::try_from(40 + body.len()).unwrap().to_le_bytes());
+    bytes.extend(operation.to_le_bytes());
+    bytes.extend(7u64.to_le_bytes());
+    bytes.extend(node.to_le_bytes());
+    bytes.extend([0; 16]);
+    bytes.extend(body);
+    driver.put(BUFFERS, &bytes);
+    let len = u32::try_from(bytes.len()).unwrap();
+    let answer_at = BUFFERS + 0x1000;
+    driver.queues[1]
+        .offer(&[Part::Read(BUFFERS, len), Part::Write(answer_at, 16 + room)])
+        .unwrap();
+    driver.kick(1).write(1).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let used = loop {
+        if let Some((_, used)) = driver.queues[1].take_used() {
+            break used;
+        }
+        assert!(Instant::now() < deadline, "the daemon does not answer");
+        std::thread::yield_now();
+    };
+    let answer = driver.get(answer_at, usize::try_from(used).unwrap());
+    // struct fuse_out_header: len, error, unique.
+    let error = i32::from_le_bytes(answer[4..8].try_into().unwrap());
+    assert_eq!(answer[8..16], 7u64.to_le_bytes());
+    (error, answer[16..].to_vec())
+}
+
+fn init(driver: &mut Driver) {
+    // struct fuse_init_in: major, minor, max_readahead, flags.
+    let body: Vec<u8> = [7u32, 38, 0, 0]
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .collect();
+    let (error, body) = request(driver, FUSE_INIT, 0, &body, 64);
+    assert_eq!(error, 0);
+    assert_eq!(body[..4], 7u32.to_le_bytes(), "major version");
+}
+
+#[test]
+fn the_daemon_serves_the_guests_queues_also_after_a_reset() {
+    let Some((_daemon, socket)) = daemon() else {
+        return;
+    };
+    let mut fs = Fs::new("share".to_owned(), parameters("pericarp", 1), socket).unwrap();
+    assert!(fs.owns_kicks());
+    assert_eq!(fs.queue_sizes(), QUEUES);
+    for _ in 0..3 {
+        let mut driver = driver();
+        fs.activate(driver.activation(1 << 32)).unwrap();
+        init(&mut driver);
+        let (error, attributes) = request(&mut driver, FUSE_GETATTR, ROOT, &[0; 16], 104);
+        assert_eq!((error, attributes.len()), (0, 104));
+        // struct fuse_entry_out has 128 bytes; the size of the file is at 40 + 8.
+        let (error, entry) = request(&mut driver, FUSE_LOOKUP, ROOT, b"greeting\0", 128);
+        assert_eq!(error, 0);
+        assert_eq!(entry[48..56], 5u64.to_le_bytes());
+        let (error, _) = request(&mut driver, FUSE_LOOKUP, ROOT, b"missing\0", 128);
+        assert_eq!(error, -libc::ENOENT);
+        fs.reset();
+        fs.reset();
+    }
+}
+
+#[test]
+fn the_daemons_end_breaks_the_device_once_and_for_good() {
+    let Some((mut daemon, socket)) = daemon() else {
+        return;
+    };
+    let mut fs = Fs::new("share".to_owned(), parameters("pericarp", 1), socket).unwrap();
+    let driver = driver();
+    fs.activate(driver.activation(1 << 32)).unwrap();
+    daemon.child.kill().unwrap();
+    daemon.child.wait().unwrap();
+    let broken = driver.turn(&mut fs, 10_000).unwrap_err();
+    assert!(
+        broken
+            .to_string()
+            .contains("virtio-fs share: the daemon has ended")
+    );
+    assert!(!driver.turn(&mut fs, 0).unwrap(), "told once");
+    fs.reset();
+    let driver = self::driver();
+    let broken = fs.activate(driver.activation(1 << 32)).unwrap_err();
+    assert!(broken.to_string().contains("the daemon has ended"));
+}
+
+/// The daemon parses the guest's chains, and may serve on, stop serving or end (virtiofsd does each
+/// for one of these). The guest has then only lost its own file system: the device does not hang.
+#[test]
+fn a_hostile_ring_never_hangs_the_device() {
+    for (what, break_queue) in HOSTILE_CHAINS {
+        let Some((_daemon, socket)) = daemon() else {
+            return;
+        };
+        let mut fs = Fs::new("share".to_owned(), parameters("pericarp", 1), socket).unwrap();
+        let mut driver = driver();
+        fs.activate(driver.activation(1 << 32)).unwrap();
+        break_queue(&mut driver.queues[1]);
+        driver.kick(1).write(1).unwrap();
+        fs.reset();
+        let driver = self::driver();
+        if let Err(broken) = fs.activate(driver.activation(1 << 32)) {
+            assert!(
+                broken.to_string().contains("the daemon"),
+                "{what}: {broken}"
+            );
+        }
+    }
+}
+
+#[test]
+fn parameters_out_of_range_are_refused_by_name() {
+    let refuse = |tag: &str, queues| {
+        let (near, _far) = UnixStream::pair().unwrap();
+        let error = Fs::new("share".to_owned(), parameters(tag, queues), near).unwrap_err();
+        error.to_string()
+    };
+    assert!(refuse("", 1).contains("tag"));
+    assert!(refuse("a\0b", 1).contains("tag"));
+    assert!(refuse(&"x".repeat(37), 1).contains("longer than 36 bytes"));
+    assert!(refuse("x", 0).contains("request_queues is 0; give 1 to 16"));
+    assert!(refuse("x", 17).contains("request_queues is 17"));
+    let Some((_daemon, socket)) = daemon() else {
+        return;
+    };
+    let error = Fs::new("share".to_owned(), parameters("x", 2), socket).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("request_queues is 2; give 1 to 1"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_peer_that_is_no_daemon_is_an_error_that_names_the_message() {
+    let (near, far) = UnixStream::pair().unwrap();
+    drop(far);
+    let error = Fs::new("share".to_owned(), parameters("x", 1), near).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("file system x: the daemon refused SET_OWNER"),
+        "{error}"
+    );
+
+    let (near, mut far) = UnixStream::pair().unwrap();
+    far.write_all(&[0xff; 64]).unwrap();
+    let error = Fs::new("share".to_owned(), parameters("x", 1), near).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("the daemon refused GET_FEATURES"),
+        "{error}"
+    );
+    let mut first = [0; 12];
+    far.read_exact(&mut first).unwrap();
+    assert_eq!(first[..4], 3u32.to_le_bytes(), "SET_OWNER comes first");
+}
+
+#[test]
+fn memory_that_cannot_be_shared_breaks_the_device() {
+    let Some((_daemon, socket)) = daemon() else {
+        return;
+    };
+    let mut fs = Fs::new("share".to_owned(), parameters("x", 1), socket).unwrap();
+    let driver = Driver::new(&QUEUES);
+    let broken = fs.activate(driver.activation(1 << 32)).unwrap_err();
+    assert!(broken.to_string().contains("guest memory is no file"));
+    fs.reset();
+}
+
+#[test]
+fn the_configuration_is_tag_and_queues() {
+    let bytes = config("pericarp", 1).unwrap();
+    assert_eq!(&bytes[..9], b"pericarp\0");
+    assert_eq!(bytes[36..], [1, 0, 0, 0]);
+    assert_eq!(config(&"x".repeat(36), 2).unwrap()[35..37], [b'x', 2]);
+}
