@@ -124,7 +124,7 @@ impl Streams {
 async fn refuse(stream: &mut UnixStream, error: &StreamError) {
     // The peer may be gone; then there is nobody to tell.
     let _ = stream
-        .write_all(format!("error {error}\n").as_bytes())
+        .write_all(format!("error {}\n", log::chain(error)).as_bytes())
         .await;
 }
 

@@ -48,8 +48,17 @@ mkdir $work/cgroup2/$name
 for controller in $(cat $work/cgroup2/cgroup.controllers); do
     echo +$controller > $work/cgroup2/cgroup.subtree_control 2>/dev/null || true
 done
+mkdir $work/cgroup2/$name/agent
 echo $$ > $work/cgroup2/$name/cgroup.procs
-exec unshare --pid --fork --kill-child --net --uts --ipc --cgroup --mount --propagation private \
+export CGROUP=$work/cgroup2/$name/agent/cgroup.procs
+exec unshare --cgroup sh -c "$MIDDLE" middle "$@"
+"#;
+
+/// Leaves the root of the new cgroup namespace, so that it may have controllers.
+const MIDDLE: &str = r#"
+set -e
+echo $$ > $CGROUP
+exec unshare --pid --fork --kill-child --net --uts --ipc --mount --propagation private \
     sh -c "$INNER" inner "$@"
 "#;
 
@@ -58,8 +67,6 @@ set -e
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t cgroup2 none /sys/fs/cgroup
-mkdir /sys/fs/cgroup/agent
-echo $$ > /sys/fs/cgroup/agent/cgroup.procs
 mount -t tmpfs tmpfs /run
 mkdir /run/pericarp
 exec "$@"
@@ -103,6 +110,7 @@ impl Guest {
             .arg(folder.path().join("agent.sock"))
             .arg("--streams")
             .arg(folder.path().join("streams.sock"))
+            .env("MIDDLE", MIDDLE)
             .env("INNER", INNER)
             .stdin(Stdio::null())
             .spawn()

@@ -1,0 +1,17 @@
+//! Containers by field of the OCI runtime specification: each test looks at the result from inside a container.
+//!
+//! Needs root, a cgroup v2 hierarchy (with whatever controllers), and a static busybox. The builder is compiled into this
+//! test and uses the agent's binary as its helper.
+
+#[expect(dead_code, reason = "the helper's half runs in the agent's binary")]
+#[path = "../../src/container/mod.rs"]
+mod container;
+
+mod cgroups;
+mod harness;
+mod identity;
+mod lifecycle;
+mod mounts;
+mod namespaces;
+mod seccomp;
+mod terminal;
