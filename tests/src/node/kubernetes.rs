@@ -15,6 +15,9 @@ const FOLDER: &str = "/run/kubernetes";
 /// The configuration of kubectl and kubelet.
 pub const KUBECONFIG: &str = "/run/kubernetes/kubeconfig";
 
+/// Where kubelet looks for static pods.
+pub const MANIFESTS: &str = "/etc/kubernetes/manifests";
+
 /// The name of the only node.
 pub const NODE_NAME: &str = "node1";
 
@@ -41,7 +44,8 @@ impl Kubernetes {
             "token,admin,admin,system:masters\n",
         )?;
         node.shell(&format!(
-            "openssl ecparam -name prime256v1 -genkey -noout -out {FOLDER}/sa.key
+            "mkdir -p {MANIFESTS}
+             openssl ecparam -name prime256v1 -genkey -noout -out {FOLDER}/sa.key
              openssl ec -in {FOLDER}/sa.key -pubout -out {FOLDER}/sa.pub 2>/dev/null"
         ))?;
         let kubelet = kubelet_config(&containerd.socket());
@@ -156,7 +160,7 @@ evictionHard:
   nodefs.inodesFree: 0%
 clusterDNS: ["10.0.0.10"]
 enforceNodeAllocatable: ["pods"]
-staticPodPath: /etc/kubernetes/manifests
+staticPodPath: {MANIFESTS}
 "#
     )
 }

@@ -87,11 +87,10 @@ fn explain(kept: &Kept, results: &Path) -> String {
         line.map(|line| line.trim().to_owned())
     };
     // QEMU's own log is full of notes on what TCG lacks; its last line counts when it failed.
-    let said = last_line(if failed { QEMU_LOG } else { SERIAL_LOG }).unwrap_or_default();
-    format!(
-        "the node ended ({status}): {said}: see {}",
-        results.join(SERIAL_LOG).display()
-    )
+    let said = last_line(if failed { QEMU_LOG } else { SERIAL_LOG });
+    let said = said.unwrap_or_else(|| "without a word".to_owned());
+    let log = results.join(SERIAL_LOG);
+    format!("the node ended ({status}): {said}: see {}", log.display())
 }
 
 fn arguments(builder: &Builder, boot: &BootFiles, results: &Path) -> Result<Vec<String>> {
