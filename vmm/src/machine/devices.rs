@@ -9,7 +9,7 @@ use std::{
 };
 
 use pericarp_protocol::machine::{
-    Blk, CacheMode, Descriptor, Device, DeviceKind, FieldError, Net, Pmem, RateLimit, Vsock,
+    Blk, CacheMode, Descriptor, Device, DeviceKind, FieldError, Fs, Net, Pmem, RateLimit, Vsock,
 };
 
 use super::memory::Memory;
@@ -18,7 +18,7 @@ use crate::{
     devices::virtio::{
         balloon, blk, console,
         device::VirtioDevice,
-        mem, net, pmem,
+        fs, mem, net, pmem,
         rate_limiter::{Rate, Rates},
         rng, vsock,
     },
@@ -90,7 +90,7 @@ pub(crate) fn make(
             let balloon = balloon::Balloon::new(name, parameters, memory.discard.clone());
             Ok(Box::new(balloon.map_err(|error| refused(&error))?))
         }
-        DeviceKind::Fs(_) => Err(DeviceError::Refused("fs: not there yet".to_owned())),
+        DeviceKind::Fs(fs) => make_fs(name, fs, descriptors),
         DeviceKind::Mem(mem) => {
             let region = &memory.layout.pluggable;
             let parameters = mem::Parameters {
@@ -165,6 +165,20 @@ fn make_vsock(
     };
     let vsock = vsock::Vsock::new(name, parameters, Some(listener), ports);
     Ok(Box::new(vsock.map_err(|error| refused(&error))?))
+}
+
+fn make_fs(
+    name: String,
+    fs: &Fs,
+    descriptors: &mut Descriptors,
+) -> Result<Box<dyn VirtioDevice>, DeviceError> {
+    let parameters = fs::Parameters {
+        tag: fs.tag.as_str().to_owned(),
+        request_queues: fs.queues,
+    };
+    let socket = UnixStream::from(descriptors.take("Fs.socket", fs.socket)?);
+    let fs = fs::Fs::new(name, parameters, socket).map_err(|error| refused(&error))?;
+    Ok(Box::new(fs))
 }
 
 fn make_pmem(

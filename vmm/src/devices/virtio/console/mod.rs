@@ -15,4 +15,4 @@ mod device;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use device::{Console, Error};
+pub(crate) use device::Console;

@@ -39,12 +39,6 @@ pub(crate) const REQUEST_QUEUES_MAX: u16 = 16;
 /// Memory regions in one SET_MEM_TABLE message (vhost-user protocol, "Memory regions
 /// description").
 pub(crate) const REGIONS_MAX: usize = 8;
-/// Messages per queue of an activation: size, addresses, base, call, kick, enable.
-const MESSAGES_PER_QUEUE: usize = 6;
-/// Messages that an activation or reset sends and waits for.
-pub(crate) const DAEMON_MESSAGES_MAX: usize =
-    2 + MESSAGES_PER_QUEUE * (REQUEST_QUEUES_MAX + HIGH_PRIORITY_QUEUES) as usize;
-
 /// Protocol features that are used when the daemon has them.
 const PROTOCOL_FEATURES: VhostUserProtocolFeatures =
     VhostUserProtocolFeatures::MQ.union(VhostUserProtocolFeatures::REPLY_ACK);

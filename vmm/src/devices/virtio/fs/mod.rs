@@ -2,9 +2,9 @@
 //! and this device only joins the guest's queues to it.
 //!
 //! - Thread: the event loop, for set-up and for noticing the daemon's end; no request passes
-//!   through the VMM. The daemon's answers are waited for, at most [`device::DAEMON_MESSAGES_MAX`]
-//!   per activation or reset: it is a process of the node, not of the guest, and the shim that sees
-//!   the VMM not answering ends both.
+//!   through the VMM. The daemon's answers are waited for, a handful per queue at activation and
+//!   reset: it is a process of the node, not of the guest, and a shim that sees the VMM not
+//!   answering ends both.
 //! - Descriptors held: the vhost-user socket (twice: one to talk, one to wait for its end).
 //! - Given to the daemon: the memfds of guest memory, and the kick and call eventfds of each queue.
 //!   Addresses in its messages are guest-physical ones, so that it learns nothing of the VMM's
@@ -20,4 +20,4 @@ mod device;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use device::{Error, Fs, Parameters};
+pub(crate) use device::{Fs, Parameters};

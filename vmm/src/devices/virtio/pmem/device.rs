@@ -106,11 +106,6 @@ impl Pmem {
         })
     }
 
-    /// Bytes of the file; the region beyond its last page is zeroes that the machine provides.
-    pub(crate) fn image_bytes(&self) -> u64 {
-        self.image_bytes
-    }
-
     fn region_bytes(&self) -> u64 {
         self.image_bytes.next_multiple_of(REGION_ALIGNMENT_BYTES)
     }

@@ -19,4 +19,4 @@ mod request;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use device::{Error, Pmem};
+pub(crate) use device::Pmem;

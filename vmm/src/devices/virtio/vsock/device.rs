@@ -80,11 +80,6 @@ impl Vsock {
         })
     }
 
-    /// Lets the guest dial `port` once more.
-    pub(crate) fn add_port(&mut self, port: u32, stream: UnixStream) {
-        self.muxer.add_port(port, stream);
-    }
-
     /// Lets a tick of the deadlines pass.
     #[cfg(test)]
     pub(crate) fn tick(&mut self) {

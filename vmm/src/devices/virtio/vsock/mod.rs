@@ -34,4 +34,4 @@ mod table;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use device::{Error, Parameters, Vsock};
+pub(crate) use device::{Parameters, Vsock};

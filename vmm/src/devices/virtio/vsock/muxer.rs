@@ -204,11 +204,6 @@ impl Muxer {
         }
     }
 
-    /// One more socket for connections of the guest to `port`.
-    pub(crate) fn add_port(&mut self, port: u32, stream: UnixStream) {
-        self.ports.entry(port).or_default().push_back(stream);
-    }
-
     /// Counters so far.
     pub(crate) fn counters(&self) -> Counters {
         self.counters
