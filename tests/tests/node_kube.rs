@@ -7,6 +7,7 @@ apiVersion: v1
 kind: Pod
 metadata: {name: baseline}
 spec:
+  nodeName: node1
   runtimeClassName: runc
   automountServiceAccountToken: false
   terminationGracePeriodSeconds: 1

@@ -119,7 +119,7 @@ impl Containerd {
         node.write(&path, &config)?;
         node.write(&format!("{CNI_FOLDER}/10-node.conflist"), CNI_CONFIG)?;
         let hosts = format!(
-            "server = \"http://{0}\"\n[host.\"http://{0}\"]\n  capabilities = [\"pull\", \"resolve\"]\n",
+            "server = 'http://{0}'\n[host.'http://{0}']\ncapabilities = ['pull', 'resolve']\n",
             registry::ADDRESS
         );
         node.write(&format!("{CERTS_FOLDER}/_default/hosts.toml"), &hosts)?;

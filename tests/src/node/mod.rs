@@ -11,8 +11,8 @@
 //!
 //! * [`Node`] is a booted node: [`Node::run`] runs a command in it, [`Node::containerd`] starts a
 //!   containerd, [`Node::kubernetes`] a kubelet with its API server.
-//! * [`session`] gives a test the node that its test binary shares, and leaves a folder of logs when
-//!   the test fails.
+//! * [`session()`] gives a test the node that its test binary shares, and leaves a folder of logs
+//!   when the test fails.
 //!
 //! Nothing here waits by sleeping: the node says hello, services report READY=1, and the end of a
 //! process or of the machine ends every wait for it.
