@@ -138,7 +138,12 @@ fn cgroups() -> Result<()> {
         // Kernel threads cannot be moved and need not be.
         let _kernel_thread = std::fs::write(init.join("cgroup.procs"), process);
     }
+    let present = std::fs::read_to_string(root.join("cgroup.controllers"))
+        .context("cannot list the cgroup controllers")?;
     for controller in CONTROLLERS {
+        if !present.split_whitespace().any(|known| known == controller) {
+            bail!("cgroup v2 has no controller {controller} here: take it away from cgroup v1");
+        }
         std::fs::write(
             root.join("cgroup.subtree_control"),
             format!("+{controller}"),
