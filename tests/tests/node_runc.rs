@@ -10,11 +10,11 @@ fn node(test: &str) -> Session {
     session(test, || Builder::default().name("runc")).expect("the node boots")
 }
 
-fn pod_config(name: &str) -> Value {
+fn pod_config(name: &str, version: Version) -> Value {
     json!({
         "metadata": {"name": name, "namespace": "default", "uid": name},
         "hostname": name,
-        "log_directory": "/var/log/pods",
+        "log_directory": format!("/var/log/pods/{version:?}"),
         "linux": {},
     })
 }
@@ -59,7 +59,7 @@ fn addresses(node: &Node, containerd: &Containerd, pod: &Pod) -> Result<Vec<Stri
 fn pod_through_crictl(node: &Node, version: Version) -> Result<()> {
     let containerd = node.containerd(version)?;
     let before = leftovers(node)?;
-    let pod = containerd.run_pod(node, "runc", &pod_config("runc-pod"))?;
+    let pod = containerd.run_pod(node, "runc", &pod_config("runc-pod", version))?;
     let container = containerd.run_container(node, &pod, &container_config(BUSYBOX))?;
 
     let hostname = containerd.crictl_text(node, &["exec", &container, "hostname"])?;
