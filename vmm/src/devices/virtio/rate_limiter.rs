@@ -147,11 +147,6 @@ impl RateLimiter {
         self.operations = TokenBucket::new(rates.operations, now);
     }
 
-    /// What is set.
-    pub(crate) fn rates(&self) -> Rates {
-        self.rates
-    }
-
     /// The descriptor that becomes readable when a refused caller may try again.
     pub(crate) fn descriptor(&self) -> RawFd {
         self.timer.as_raw_fd()

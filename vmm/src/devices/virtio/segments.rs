@@ -258,3 +258,35 @@ fn load(memory: &GuestMemoryMmap, address: GuestAddress) -> Result<u16, ChainErr
         .map_err(virtio_queue::Error::GuestMemory)?;
     Ok(u16::from_le(value))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// A part names the same bytes, in the same order, as cutting a list of all of them.
+        #[test]
+        fn a_part_is_a_cut(
+            lens in proptest::collection::vec(0usize..20, 0..10),
+            offset in 0usize..120,
+            len in 0usize..120,
+        ) {
+            let segments: Vec<Segment> = lens
+                .iter()
+                .zip(0u64..)
+                .map(|(len, index)| Segment { address: GuestAddress(index * 100), len: *len })
+                .collect();
+            let bytes = |segments: &[Segment]| -> Vec<u64> {
+                let all = segments.iter();
+                all.flat_map(|segment| segment.address.0..segment.address.0 + segment.len as u64)
+                    .collect()
+            };
+            let wanted: Vec<u64> = bytes(&segments).into_iter().skip(offset).take(len).collect();
+            let found = part(&segments, offset, len);
+            prop_assert_eq!(total(&found), wanted.len() as u64);
+            prop_assert_eq!(bytes(&found), wanted);
+        }
+    }
+}

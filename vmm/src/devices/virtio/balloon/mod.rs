@@ -22,4 +22,4 @@ pub(crate) mod request;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use device::{Balloon, Error, Parameters};
+pub(crate) use device::{Balloon, Parameters};

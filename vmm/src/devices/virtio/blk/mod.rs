@@ -26,4 +26,4 @@ pub(crate) mod request;
 mod tests;
 
 pub(crate) use device::Blk;
-pub(crate) use open::{Cache, Error, Parameters};
+pub(crate) use open::{Cache, Parameters};

@@ -27,4 +27,4 @@ pub(crate) mod request;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use device::{Error, Mem, Parameters};
+pub(crate) use device::{Mem, Parameters};

@@ -32,4 +32,4 @@ mod vhost;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use device::{Error, Net, Parameters, QUEUE_SIZE};
+pub(crate) use device::{Net, Parameters, QUEUE_SIZE};

@@ -12,7 +12,8 @@ use nix::sched::{CloneFlags, unshare};
 use pericarp_sys::tap;
 
 use super::{
-    Error, Net, Parameters,
+    Net, Parameters,
+    device::Error,
     request::{
         F_CSUM, F_CTRL_VQ, F_GUEST_CSUM, F_GUEST_TSO4, F_MAC, F_MQ, F_MRG_RXBUF, HEADER_BYTES,
         PACKET_BYTES_MAX,
