@@ -170,7 +170,7 @@ impl Place {
     }
 
     /// A container whose first process sleeps.
-    pub(crate) fn sleeping(&mut self) -> Running {
+    pub(crate) fn sleeping(mut self) -> Running {
         // In a shell, which as the first of its namespace must handle SIGTERM to be ended by it.
         let script = "trap 'exit 7' TERM; while :; do sleep 1000 & wait; done";
         self.spec["process"]["args"] = json!(["sh", "-c", script]);
@@ -179,6 +179,7 @@ impl Place {
         Running {
             container: Some(container),
             pid: created.pid,
+            _place: self,
         }
     }
 
@@ -194,6 +195,7 @@ impl Place {
 pub(crate) struct Running {
     container: Option<Container>,
     pub(crate) pid: i32,
+    _place: Place,
 }
 
 impl Running {

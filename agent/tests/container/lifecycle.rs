@@ -78,3 +78,118 @@ fn programs_that_cannot_be_run_are_refused_as_by_runc() {
     let error = running.exec(process(&["nonesuch"])).unwrap_err();
     assert_eq!(error.exit_status(), Some(127));
 }
+
+#[test]
+fn signals_pause_and_state() {
+    let running = Place::new().sleeping();
+    let container = running.container();
+    assert_eq!(container.pids()[0], running.pid);
+    container.pause().unwrap();
+    let text = std::fs::read_to_string(container.cgroup().join("cgroup.events")).unwrap();
+    assert!(text.contains("frozen 1"));
+    let error = running.exec(process(&["true"])).unwrap_err();
+    assert_eq!(error.to_string(), "the container is paused, not running");
+    container.resume().unwrap();
+    assert_eq!(running.sh("echo again").stdout, "again\n");
+    container.signal_all(libc::SIGTERM).unwrap();
+    assert_eq!(wait(running.pid), 7);
+    std::mem::forget(running);
+}
+
+#[test]
+fn a_running_container_is_not_deleted_and_not_started_twice() {
+    let mut place = Place::new();
+    place.spec["process"]["args"] = json!(["sleep", "1000"]);
+    let (mut container, created) = place.create(Stdio::default()).unwrap();
+    container.start().unwrap();
+    let error = container.start().unwrap_err();
+    assert_eq!(error.to_string(), "the container is running, not created");
+    let error = place.create(Stdio::default()).unwrap_err();
+    assert!(error.to_string().contains("File exists"), "{error}");
+    let cgroup = container.cgroup().to_owned();
+    let error = container.delete().unwrap_err();
+    assert_eq!(error.to_string(), "the container is running, not stopped");
+    std::fs::write(cgroup.join("cgroup.kill"), "1").unwrap();
+    assert_eq!(wait(created.pid), 137);
+    std::fs::remove_dir(cgroup).unwrap();
+}
+
+#[test]
+fn killing_the_first_process_ends_all() {
+    let running = Place::new().sleeping();
+    running.sh("sleep 1000 >/dev/null 2>&1 &");
+    assert!(running.container().pids().len() >= 3);
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(running.pid), nix::sys::signal::Signal::SIGKILL).unwrap();
+    running.end();
+}
+
+#[test]
+fn exec_with_its_own_user_directory_environment_and_capabilities() {
+    let running = Place::new().sleeping();
+    let mut exec = process(&["sh", "-c", "id; pwd; echo $A; grep CapEff /proc/self/status; umask"]);
+    exec["user"] = json!({"uid": 1000, "gid": 1000, "additionalGids": [7, 8], "umask": 0o77});
+    exec["cwd"] = json!("/data");
+    exec["env"] = json!(["PATH=/bin", "A=b"]);
+    let outcome = running.exec(exec).unwrap();
+    assert_eq!(
+        outcome.stdout,
+        "uid=1000(user) gid=1000 groups=7,8\n/data\nb\nCapEff:\t0000000000000000\n0077\n"
+    );
+}
+
+#[test]
+fn nothing_of_the_agents_is_in_reach() {
+    // A descriptor that somebody forgot to mark.
+    let leaked = std::fs::File::open("/etc").unwrap();
+    nix::fcntl::fcntl(&leaked, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty())).unwrap();
+    let script = "ls /proc/self/fd | tr '\\n' ' '; readlink /proc/self/fd/0; ls /proc | grep -c '^[0-9]'";
+    let mut place = Place::new();
+    let outcome = place.sh(script);
+    // 3 is the directory that ls itself reads; the two processes are the shell and what it runs, with grep.
+    let lines: Vec<_> = outcome.stdout.lines().collect();
+    assert!(lines[0].starts_with("0 1 2 3 /dev/null"), "{lines:?}");
+    let running = Place::new().sleeping();
+    let outcome = running.sh(script);
+    assert!(outcome.stdout.starts_with("0 1 2 3 /dev/null"), "{outcome:?}");
+    drop(leaked);
+}
+
+#[test]
+fn hooks_run_where_the_specification_says() {
+    let mut place = Place::new();
+    let log = place.outside("hooks").join("log");
+    let hook = |name: &str| {
+        let script = format!("echo {name} $X $(cat | grep -o '\"status\":\"[a-z]*\"') >> {}", log.display());
+        json!([{"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["X=y", "PATH=/bin:/usr/bin"]}])
+    };
+    place.spec["hooks"] = json!({
+        "prestart": hook("prestart"),
+        "createRuntime": hook("createRuntime"),
+        "createContainer": hook("createContainer"),
+        "startContainer": [{"path": "/bin/sh", "args": ["sh", "-c", "echo inside > /data/hook"]}],
+        "poststart": hook("poststart"),
+        "poststop": hook("poststop"),
+    });
+    assert_eq!(place.sh("cat /data/hook").stdout, "inside\n");
+    let lines: Vec<_> = std::fs::read_to_string(&log).unwrap().lines().map(str::to_owned).collect();
+    assert_eq!(
+        lines,
+        [
+            "prestart y \"status\":\"creating\"",
+            "createRuntime y \"status\":\"creating\"",
+            "createContainer y \"status\":\"creating\"",
+            "poststart y \"status\":\"running\"",
+            "poststop y \"status\":\"stopped\"",
+        ]
+    );
+    let failing = "echo sad >&2; exit 5";
+    place.spec["hooks"] =
+        json!({"createContainer": [{"path": "/bin/sh", "args": ["sh", "-c", failing]}]});
+    let error = place.error();
+    assert_eq!(error, "hook \"/bin/sh\" (createContainer): exit status: 5: sad");
+    place.spec["hooks"] = json!({"startContainer": [{"path": "/bin/sleep", "args": ["sleep", "9"], "timeout": 1}]});
+    let error = place.error();
+    assert_eq!(error, "hook \"/bin/sleep\" (startContainer): not done after 1 s");
+    place.spec["hooks"] = json!({"createRuntime": [{"path": "/no/such/hook"}]});
+    assert!(place.error().contains("No such file"), "{}", place.error());
+}
