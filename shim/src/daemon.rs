@@ -99,6 +99,14 @@ impl Daemon {
         }
     }
 
+    /// The pod of a container that exists already. A pod that did not boot has none: containerd is told so, and goes on to
+    /// `Shutdown`.
+    pub(crate) async fn pod_of(&self, id: &str) -> Result<Arc<Pod>, CallError> {
+        self.pod()
+            .await
+            .map_err(|error| CallError::NotFound(format!("container {id} ({error})")))
+    }
+
     /// Ends pod and daemon when no container is left.
     pub(crate) async fn shut_down_if_empty(&self) {
         let pod = self.booted.borrow().clone();

@@ -160,7 +160,8 @@ pub(crate) fn unmount(path: &Path) -> io::Result<()> {
 }
 
 fn end_process(pid: i32, start: u64) -> io::Result<()> {
-    if start_time(pid) != Some(start) {
+    let own = i32::try_from(std::process::id()).is_ok_and(|own| own == pid);
+    if own || start_time(pid) != Some(start) {
         return Ok(());
     }
     match kill(Pid::from_raw(pid), Signal::SIGKILL) {
@@ -217,15 +218,15 @@ mod tests {
 
     #[test]
     fn a_reused_pid_is_left_alone() {
-        let own = i32::try_from(std::process::id()).unwrap();
-        let start = start_time(own).unwrap();
-        end_process(own, start + 1).unwrap();
         let mut child = std::process::Command::new("sleep")
             .arg("100")
             .spawn()
             .unwrap();
         let pid = i32::try_from(child.id()).unwrap();
-        end_process(pid, start_time(pid).unwrap()).unwrap();
+        let start = start_time(pid).unwrap();
+        end_process(pid, start + 1).unwrap();
+        assert!(child.try_wait().unwrap().is_none());
+        end_process(pid, start).unwrap();
         assert!(!child.wait().unwrap().success());
     }
 }

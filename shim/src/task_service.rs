@@ -64,7 +64,7 @@ impl Task for TaskService {
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Answer<StartResponse> {
-        let pod = self.0.pod().await?;
+        let pod = self.0.pod_of(&request.id).await?;
         container::start(&pod, &request.id, &request.exec_id).await?;
         Ok(StartResponse {
             pid: pod.pid(),
@@ -73,7 +73,7 @@ impl Task for TaskService {
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Answer<DeleteResponse> {
-        let pod = self.0.pod().await?;
+        let pod = self.0.pod_of(&request.id).await?;
         let exit = container::delete(&pod, &request.id, &request.exec_id).await?;
         Ok(DeleteResponse {
             pid: pod.pid(),
@@ -84,13 +84,13 @@ impl Task for TaskService {
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> Answer<Empty> {
-        let pod = self.0.pod().await?;
+        let pod = self.0.pod_of(&request.id).await?;
         container::exec(&pod, &request).await?;
         Ok(Empty::new())
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> Answer<StateResponse> {
-        let pod = self.0.pod().await?;
+        let pod = self.0.pod_of(&request.id).await?;
         let container = pod.container(&request.id)?;
         let process = container.process(&request.exec_id)?;
         let phase = process.phase();
@@ -114,7 +114,7 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Answer<PidsResponse> {
-        let pod = self.0.pod().await?;
+        let pod = self.0.pod_of(&request.id).await?;
         pod.container(&request.id)?;
         // PIDs of the guest mean nothing on the host: the VMM is what runs there.
         let process = ProcessInfo {
@@ -128,13 +128,13 @@ impl Task for TaskService {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> Answer<Empty> {
-        let pod = self.0.pod().await?;
+        let pod = self.0.pod_of(&request.id).await?;
         container::freeze(&pod, &request.id, true).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Answer<Empty> {
-        let pod = self.0.pod().await?;
+        let pod = self.0.pod_of(&request.id).await?;
         container::freeze(&pod, &request.id, false).await?;
         Ok(Empty::new())
     }
@@ -144,7 +144,7 @@ impl Task for TaskService {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Answer<Empty> {
-        let pod = self.0.pod().await?;
+        let pod = self.0.pod_of(&request.id).await?;
         container::kill(
             &pod,
             &request.id,
@@ -157,7 +157,7 @@ impl Task for TaskService {
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Answer<Empty> {
-        let pod = self.0.pod().await?;
+        let pod = self.0.pod_of(&request.id).await?;
         container::resize(
             &pod,
             &request.id,
@@ -170,7 +170,7 @@ impl Task for TaskService {
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> Answer<Empty> {
-        let pod = self.0.pod().await?;
+        let pod = self.0.pod_of(&request.id).await?;
         let process = pod.container(&request.id)?.process(&request.exec_id)?;
         if request.stdin {
             process.close_stdin();
@@ -179,13 +179,13 @@ impl Task for TaskService {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Answer<Empty> {
-        let pod = self.0.pod().await?;
+        let pod = self.0.pod_of(&request.id).await?;
         container::update(&pod, &request.id, &request.resources.value).await?;
         Ok(Empty::new())
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> Answer<WaitResponse> {
-        let pod = self.0.pod().await?;
+        let pod = self.0.pod_of(&request.id).await?;
         let process = pod.container(&request.id)?.process(&request.exec_id)?;
         let exit = process.wait().await?;
         Ok(WaitResponse {
@@ -196,7 +196,7 @@ impl Task for TaskService {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Answer<StatsResponse> {
-        let pod = self.0.pod().await?;
+        let pod = self.0.pod_of(&request.id).await?;
         let container = pod.container(&request.id)?;
         let mut query = guest::StatsRequest::new();
         if !container.pause {
@@ -210,7 +210,7 @@ impl Task for TaskService {
     }
 
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> Answer<ConnectResponse> {
-        let pod = self.0.pod().await?;
+        let pod = self.0.pod_of(&request.id).await?;
         pod.container(&request.id)?;
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
