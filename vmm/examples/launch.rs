@@ -42,7 +42,11 @@ impl Options {
     }
 
     fn number(&self, key: &str, default: u64) -> Anything<u64> {
-        Ok(self.text(key).map(str::parse).transpose()?.unwrap_or(default))
+        Ok(self
+            .text(key)
+            .map(str::parse)
+            .transpose()?
+            .unwrap_or(default))
     }
 }
 
@@ -125,7 +129,10 @@ fn describe(shim: &mut Shim, kernel: &str, options: &Options) -> Anything<()> {
     if options.text("pmem").is_some() {
         command_line += " root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro";
     }
-    command_line = format!("{command_line} {}", options.text("cmdline").unwrap_or_default());
+    command_line = format!(
+        "{command_line} {}",
+        options.text("cmdline").unwrap_or_default()
+    );
     let machine = Machine {
         vcpus,
         vcpus_max,
@@ -148,7 +155,11 @@ fn describe(shim: &mut Shim, kernel: &str, options: &Options) -> Anything<()> {
 }
 
 fn add_devices(shim: &mut Shim, options: &Options, output: BorrowedFd<'_>) -> Anything<()> {
-    shim.add("console", DeviceKind::Console(Console { output: at(0) }), &[output])?;
+    shim.add(
+        "console",
+        DeviceKind::Console(Console { output: at(0) }),
+        &[output],
+    )?;
     let limit = RateLimit::default();
     shim.add("rng", DeviceKind::Rng(Rng { limit }), &[])?;
     let folder = tempfile::tempdir()?;
@@ -221,7 +232,8 @@ fn watch(
         }
         poll(&mut set, PollTimeout::try_from(left)?)?;
         let any = |set: &[PollFd<'_>], index: usize| {
-            set.get(index).is_some_and(|entry| entry.any().unwrap_or(false))
+            set.get(index)
+                .is_some_and(|entry| entry.any().unwrap_or(false))
         };
         let (message, output) = (any(&set, 0), any(&set, 1));
         if output {
@@ -274,10 +286,21 @@ fn report(pid: u32, options: &Options) -> Anything<()> {
     let debug = Path::new("/sys/kernel/debug/kvm");
     if options.text("exits").is_some() {
         for entry in std::fs::read_dir(debug)?.flatten() {
-            if !entry.file_name().to_string_lossy().starts_with(&format!("{pid}-")) {
+            if !entry
+                .file_name()
+                .to_string_lossy()
+                .starts_with(&format!("{pid}-"))
+            {
                 continue;
             }
-            for name in ["exits", "io_exits", "mmio_exits", "pf_taken", "irq_exits", "halt_exits"] {
+            for name in [
+                "exits",
+                "io_exits",
+                "mmio_exits",
+                "pf_taken",
+                "irq_exits",
+                "halt_exits",
+            ] {
                 let value = std::fs::read_to_string(entry.path().join(name)).unwrap_or_default();
                 println!("launch: {name} {}", value.trim());
             }

@@ -102,7 +102,11 @@ impl Control {
     }
 
     /// Queues a reply.
-    pub(crate) fn reply(&mut self, number: u32, result: Result<Success, Failure>) -> io::Result<()> {
+    pub(crate) fn reply(
+        &mut self,
+        number: u32,
+        result: Result<Success, Failure>,
+    ) -> io::Result<()> {
         let message = match result {
             Ok(success) => Message::Success(success),
             Err(failure) => Message::Failure(failure),
@@ -114,7 +118,8 @@ impl Control {
     /// Queues an event.
     pub(crate) fn tell(&mut self, event: Event) -> io::Result<()> {
         if self.waiting.len() < WAITING_MAX {
-            self.waiting.push_back(encode_message(0, &Message::Event(event)));
+            self.waiting
+                .push_back(encode_message(0, &Message::Event(event)));
         }
         self.flush()
     }

@@ -140,12 +140,15 @@ impl Poller for FunctionPoller {
     }
 
     fn modify(&self, descriptor: RawFd, token: u32, readiness: Readiness) -> io::Result<()> {
-        self.waiter.modify(descriptor, self.source(token)?, readiness)
+        self.waiter
+            .modify(descriptor, self.source(token)?, readiness)
     }
 
     fn remove(&self, descriptor: RawFd) -> io::Result<()> {
         let event = EpollEvent::default();
-        self.waiter.epoll.ctl(ControlOperation::Delete, descriptor, event)
+        self.waiter
+            .epoll
+            .ctl(ControlOperation::Delete, descriptor, event)
     }
 }
 
@@ -199,7 +202,10 @@ impl Doorbell {
 
     /// The machine ended; the first reason stays.
     pub(crate) fn end(&self, end: End) {
-        self.end.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(end);
+        self.end
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get_or_insert(end);
         self.wake();
     }
 
@@ -214,7 +220,11 @@ impl Doorbell {
         let mut rang = Vec::new();
         for (base, word) in [0_u8, 64, 128, 192].into_iter().zip(&self.slots) {
             let bits = word.swap(0, SeqCst);
-            rang.extend((0..64).filter(|bit| bits >> bit & 1 == 1).map(|bit| base + bit));
+            rang.extend(
+                (0..64)
+                    .filter(|bit| bits >> bit & 1 == 1)
+                    .map(|bit| base + bit),
+            );
         }
         rang
     }
@@ -226,7 +236,10 @@ impl Doorbell {
 
     /// How the machine ended, if it did.
     pub(crate) fn ended(&self) -> Option<End> {
-        self.end.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.end
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 }
 

@@ -2,11 +2,7 @@
 //!
 //! Each rule has its reason. The programs are compiled from the table at start, before the jail is entered.
 
-use std::{
-    collections::BTreeMap,
-    io,
-    sync::OnceLock,
-};
+use std::{collections::BTreeMap, io, sync::OnceLock};
 
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -34,21 +30,49 @@ use Only::{Always, Commands, NotExecutable, Requests};
 /// What every thread of a Rust program needs.
 const COMMON: &[Rule] = &[
     (libc::SYS_futex, Always, "locks and condition variables"),
-    (libc::SYS_write, Always, "eventfds; the text of a panic on standard error"),
+    (
+        libc::SYS_write,
+        Always,
+        "eventfds; the text of a panic on standard error",
+    ),
     (libc::SYS_read, Always, "eventfds"),
     (libc::SYS_close, Always, "descriptors that go out of use"),
     (libc::SYS_mmap, NotExecutable, "the allocator"),
-    (libc::SYS_munmap, Always, "the allocator; a thread's stack at its end"),
+    (
+        libc::SYS_munmap,
+        Always,
+        "the allocator; a thread's stack at its end",
+    ),
     (libc::SYS_mremap, Always, "the allocator, for large vectors"),
     (libc::SYS_mprotect, NotExecutable, "the allocator"),
-    (libc::SYS_madvise, Always, "the allocator; a thread's stack at its end"),
+    (
+        libc::SYS_madvise,
+        Always,
+        "the allocator; a thread's stack at its end",
+    ),
     (libc::SYS_brk, Always, "the allocator"),
-    (libc::SYS_sched_yield, Always, "locks of the standard library"),
+    (
+        libc::SYS_sched_yield,
+        Always,
+        "locks of the standard library",
+    ),
     (libc::SYS_rt_sigprocmask, Always, "a thread's end; abort"),
-    (libc::SYS_rt_sigreturn, Always, "return from a signal handler"),
+    (
+        libc::SYS_rt_sigreturn,
+        Always,
+        "return from a signal handler",
+    ),
     (libc::SYS_sigaltstack, Always, "a thread's end"),
-    (libc::SYS_restart_syscall, Always, "a call that a stop interrupted"),
-    (libc::SYS_clock_gettime, Always, "where the vDSO cannot tell the time"),
+    (
+        libc::SYS_restart_syscall,
+        Always,
+        "a call that a stop interrupted",
+    ),
+    (
+        libc::SYS_clock_gettime,
+        Always,
+        "where the vDSO cannot tell the time",
+    ),
     (libc::SYS_gettid, Always, "abort"),
     (libc::SYS_getpid, Always, "abort"),
     (libc::SYS_tgkill, Always, "interrupting vCPUs; abort"),
@@ -67,10 +91,26 @@ const KVM_OF_VCPU: &[u32] = &[
 
 /// A vCPU's thread.
 const VCPU: &[Rule] = &[
-    (libc::SYS_ioctl, Requests(KVM_OF_VCPU), "running the vCPU, and registers of devices"),
-    (libc::SYS_rt_sigtimedwait, Always, "taking the signal that ended a run"),
-    (libc::SYS_eventfd2, Always, "none of its own, but a vector's when the guest sets it up"),
-    (libc::SYS_fcntl, Commands(&[1030]), "F_DUPFD_CLOEXEC: a second handle of an eventfd"),
+    (
+        libc::SYS_ioctl,
+        Requests(KVM_OF_VCPU),
+        "running the vCPU, and registers of devices",
+    ),
+    (
+        libc::SYS_rt_sigtimedwait,
+        Always,
+        "taking the signal that ended a run",
+    ),
+    (
+        libc::SYS_eventfd2,
+        Always,
+        "none of its own, but a vector's when the guest sets it up",
+    ),
+    (
+        libc::SYS_fcntl,
+        Commands(&[1030]),
+        "F_DUPFD_CLOEXEC: a second handle of an eventfd",
+    ),
 ];
 
 /// Requests of the event loop's devices.
@@ -117,9 +157,21 @@ const LOOP: &[Rule] = &[
     (libc::SYS_epoll_pwait, Always, "the loop"),
     (libc::SYS_epoll_ctl, Always, "descriptors of devices"),
     (libc::SYS_poll, Always, "the last messages to the shim"),
-    (libc::SYS_eventfd2, Always, "queues of a device being activated"),
-    (libc::SYS_timerfd_create, Always, "rate limits and time-outs of a device added later"),
-    (libc::SYS_timerfd_settime, Always, "rate limits and time-outs"),
+    (
+        libc::SYS_eventfd2,
+        Always,
+        "queues of a device being activated",
+    ),
+    (
+        libc::SYS_timerfd_create,
+        Always,
+        "rate limits and time-outs of a device added later",
+    ),
+    (
+        libc::SYS_timerfd_settime,
+        Always,
+        "rate limits and time-outs",
+    ),
     (libc::SYS_recvmsg, Always, "the control socket; vhost-user"),
     (libc::SYS_sendmsg, Always, "the control socket; vhost-user"),
     (libc::SYS_recvfrom, Always, "streams of vsock"),
@@ -128,8 +180,16 @@ const LOOP: &[Rule] = &[
     (libc::SYS_shutdown, Always, "streams of vsock"),
     (libc::SYS_getsockopt, Always, "errors of sockets"),
     (libc::SYS_setsockopt, Always, "buffers of sockets"),
-    (libc::SYS_readv, Always, "packets and streams into guest memory"),
-    (libc::SYS_writev, Always, "packets and streams from guest memory"),
+    (
+        libc::SYS_readv,
+        Always,
+        "packets and streams into guest memory",
+    ),
+    (
+        libc::SYS_writev,
+        Always,
+        "packets and streams from guest memory",
+    ),
     (libc::SYS_pread64, Always, "disks without io_uring"),
     (libc::SYS_pwrite64, Always, "disks without io_uring"),
     (libc::SYS_preadv, Always, "disks without io_uring"),
@@ -138,16 +198,28 @@ const LOOP: &[Rule] = &[
     (libc::SYS_pwritev2, Always, "disks without io_uring"),
     (libc::SYS_fsync, Always, "flush of disks"),
     (libc::SYS_fdatasync, Always, "flush of disks"),
-    (libc::SYS_fallocate, Always, "discard of disks; memory that goes back to the host"),
+    (
+        libc::SYS_fallocate,
+        Always,
+        "discard of disks; memory that goes back to the host",
+    ),
     (libc::SYS_lseek, Always, "size of a disk"),
     (libc::SYS_fstat, Always, "kind and size of files"),
     (libc::SYS_statx, Always, "kind and size of files"),
-    (libc::SYS_newfstatat, Always, "kind and size of files, by descriptor: the root is empty"),
+    (
+        libc::SYS_newfstatat,
+        Always,
+        "kind and size of files, by descriptor: the root is empty",
+    ),
     (libc::SYS_io_uring_setup, Always, "disks"),
     (libc::SYS_io_uring_enter, Always, "disks"),
     (libc::SYS_io_uring_register, Always, "disks"),
     (libc::SYS_getrandom, Always, "virtio-rng"),
-    (libc::SYS_fcntl, Always, "descriptors that must not block; second handles"),
+    (
+        libc::SYS_fcntl,
+        Always,
+        "descriptors that must not block; second handles",
+    ),
     (libc::SYS_dup, Always, "second handles"),
     (libc::SYS_getrusage, Always, "statistics"),
     (libc::SYS_membarrier, Always, "the io_uring library"),
@@ -185,7 +257,9 @@ pub(crate) fn confine(kind: Kind) -> Result<(), FilterError> {
         Kind::Vcpu => &VCPU_PROGRAM,
         Kind::Loop => &LOOP_PROGRAM,
     };
-    let program = program.get().ok_or_else(|| FilterError("it is not prepared".to_owned()))?;
+    let program = program
+        .get()
+        .ok_or_else(|| FilterError("it is not prepared".to_owned()))?;
     seccompiler::apply_filter(program).map_err(|error| FilterError(error.to_string()))
 }
 
@@ -239,7 +313,10 @@ mod tests {
         for rules in [COMMON, VCPU, LOOP] {
             for (index, (call, _, reason)) in rules.iter().enumerate() {
                 assert!(reason.len() > 3);
-                assert!(rules[..index].iter().all(|(other, ..)| other != call), "{call} twice");
+                assert!(
+                    rules[..index].iter().all(|(other, ..)| other != call),
+                    "{call} twice"
+                );
             }
         }
     }
@@ -264,7 +341,10 @@ mod tests {
             libc::SYS_process_vm_writev,
         ] {
             for rules in [COMMON, VCPU, LOOP] {
-                assert!(rules.iter().all(|(call, ..)| *call != forbidden), "{forbidden}");
+                assert!(
+                    rules.iter().all(|(call, ..)| *call != forbidden),
+                    "{forbidden}"
+                );
             }
         }
     }

@@ -81,8 +81,14 @@ fn empty_root() -> Result<(), JailError> {
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(none, "/", none, private, none).map_err(at("private mounts"))?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount(Some("tmpfs"), MOUNT_POINT, Some("tmpfs"), flags, Some("size=4k,nr_inodes=1,mode=555"))
-        .map_err(at("empty root"))?;
+    mount(
+        Some("tmpfs"),
+        MOUNT_POINT,
+        Some("tmpfs"),
+        flags,
+        Some("size=4k,nr_inodes=1,mode=555"),
+    )
+    .map_err(at("empty root"))?;
     chdir(MOUNT_POINT).map_err(at("empty root"))?;
     // pivot_root(2) with the same folder twice stacks the old root on the new one, where it can be taken off.
     pivot_root(".", ".").map_err(at("change of root"))?;

@@ -86,14 +86,20 @@ impl Session {
         };
         self.control.stop_blocking().map_err(at("control socket"))?;
         let control = self.control.as_raw_fd();
-        self.waiter.add(control, Source::Control, READABLE).map_err(at("epoll"))?;
+        self.waiter
+            .add(control, Source::Control, READABLE)
+            .map_err(at("epoll"))?;
         let doorbell = machine.doorbell().as_raw_fd();
-        self.waiter.add(doorbell, Source::Doorbell, READABLE).map_err(at("epoll"))?;
+        self.waiter
+            .add(doorbell, Source::Doorbell, READABLE)
+            .map_err(at("epoll"))?;
         let confined = filters::confine(Kind::Loop).map_err(io::Error::other);
         confined.map_err(at("event loop"))?;
         let started = machine.resume().map_err(io::Error::other);
         started.map_err(at("vCPUs"))?;
-        self.control.tell(Event::Started(Nothing {})).map_err(at("control socket"))?;
+        self.control
+            .tell(Event::Started(Nothing {}))
+            .map_err(at("control socket"))?;
         let outcome = self.serve(&mut machine)?;
         if outcome == Outcome::Ended {
             self.say_farewell();
@@ -129,8 +135,14 @@ impl Session {
         }
     }
 
-    fn answer(&mut self, number: u32, result: Result<Success, Failure>) -> Result<(), SessionError> {
-        self.control.reply(number, result).map_err(at("control socket"))
+    fn answer(
+        &mut self,
+        number: u32,
+        result: Result<Success, Failure>,
+    ) -> Result<(), SessionError> {
+        self.control
+            .reply(number, result)
+            .map_err(at("control socket"))
     }
 
     fn before_run(
@@ -209,7 +221,9 @@ impl Session {
             readiness |= WRITABLE;
         }
         let control = self.control.as_raw_fd();
-        self.waiter.modify(control, Source::Control, readiness).map_err(at("epoll"))
+        self.waiter
+            .modify(control, Source::Control, readiness)
+            .map_err(at("epoll"))
     }
 
     fn serve_control(
@@ -232,7 +246,11 @@ impl Session {
                 }
                 Some(Incoming::Request(number, request, mut descriptors)) => {
                     let ends = matches!(*request, Request::Shutdown(_));
-                    (number, while_running(machine, *request, &mut descriptors), ends)
+                    (
+                        number,
+                        while_running(machine, *request, &mut descriptors),
+                        ends,
+                    )
                 }
             };
             if self.control.reply(number, result).is_err() {

@@ -36,7 +36,10 @@ pub(crate) enum DeviceError {
 }
 
 fn refused(error: &dyn std::error::Error) -> DeviceError {
-    let source = error.source().map(|source| format!(": {source}")).unwrap_or_default();
+    let source = error
+        .source()
+        .map(|source| format!(": {source}"))
+        .unwrap_or_default();
     DeviceError::Refused(format!("{error}{source}"))
 }
 
@@ -132,7 +135,9 @@ fn make_net(
     descriptors: &mut Descriptors,
 ) -> Result<Box<dyn VirtioDevice>, DeviceError> {
     let mut take_all = |field: &'static str, list: &[Descriptor]| {
-        let taken = list.iter().map(|descriptor| descriptors.take(field, *descriptor));
+        let taken = list
+            .iter()
+            .map(|descriptor| descriptors.take(field, *descriptor));
         taken.collect::<Result<Vec<OwnedFd>, FieldError>>()
     };
     let taps = take_all("Net.taps", net.taps.as_slice())?;

@@ -63,7 +63,11 @@ pub(crate) fn map(
         alignment_bytes: usize::try_from(alignment).map_err(std::io::Error::other)?,
         transparent: description.pages == PageKind::Transparent,
     };
-    let parts = layout.memory.iter().chain([&layout.pluggable]).filter(|part| !part.is_empty());
+    let parts = layout
+        .memory
+        .iter()
+        .chain([&layout.pluggable])
+        .filter(|part| !part.is_empty());
     let (mut offset, mut regions) = (0, Vec::new());
     for part in parts {
         let bytes = part.end - part.start;

@@ -72,7 +72,10 @@ impl Gate {
     fn enter(&self, id: u16) {
         let mut state = self.lock();
         while !state.open || id >= state.allowed {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
         }
         state.running += 1;
     }
@@ -141,7 +144,11 @@ impl Vcpus {
         self.interrupt();
         let mut state = self.gate.lock();
         while state.running > 0 {
-            state = self.gate.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self
+                .gate
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 

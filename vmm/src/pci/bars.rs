@@ -68,7 +68,11 @@ impl Bars {
     }
 
     /// Who decodes `length` bytes at `address`: function, BAR, and offset.
-    pub(crate) fn find(&self, address: u64, length: u64) -> Option<(Arc<dyn PciFunction>, u8, u64)> {
+    pub(crate) fn find(
+        &self,
+        address: u64,
+        length: u64,
+    ) -> Option<(Arc<dyn PciFunction>, u8, u64)> {
         let placed = self.placed.read().unwrap_or_else(PoisonError::into_inner);
         let (start, found) = placed.range(..=address).next_back()?;
         let inside = address.checked_add(length)? <= found.end;
@@ -96,7 +100,9 @@ impl Allocator {
     /// The next `size` bytes at a multiple of `alignment`.
     pub(crate) fn take_aligned(&mut self, size: u64, alignment: u64) -> Option<u64> {
         let start = self.free.start.checked_next_multiple_of(alignment)?;
-        let end = start.checked_add(size).filter(|end| *end <= self.free.end)?;
+        let end = start
+            .checked_add(size)
+            .filter(|end| *end <= self.free.end)?;
         self.free.start = end;
         Some(start)
     }
@@ -128,7 +134,10 @@ mod tests {
         assert!(bars.find(0x1ffc, 4).is_some());
         assert!(bars.find(0x1ffe, 4).is_none());
         assert!(bars.find(0x8000, 4).is_none());
-        assert!(bars.place(8, 0, Some(0x10_8000..0x11_0000), &function), "it moves");
+        assert!(
+            bars.place(8, 0, Some(0x10_8000..0x11_0000), &function),
+            "it moves"
+        );
         assert!(bars.find(0x10_0000, 4).is_none());
         assert_eq!(bars.find(0x10_8010, 4).map(|found| found.2), Some(0x10));
         bars.remove(8);

@@ -88,12 +88,22 @@ impl ConfigSpace {
         }
         space.set(COMMAND, STATUS_CAPABILITIES);
         space.set(CLASS, identity.class << 8 | u32::from(identity.revision));
-        space.set(HEADER, if identity.multifunction { MULTIFUNCTION } else { 0 });
+        space.set(
+            HEADER,
+            if identity.multifunction {
+                MULTIFUNCTION
+            } else {
+                0
+            },
+        );
         let subsystem = u32::from(identity.subsystem) << 16;
         space.set(SUBSYSTEM, subsystem | u32::from(identity.subsystem_vendor));
         space.writable[COMMAND] = COMMAND_WRITABLE;
         // Last, because a guest that scans sees the function from here on.
-        space.set(IDENTITY, u32::from(identity.device) << 16 | u32::from(identity.vendor));
+        space.set(
+            IDENTITY,
+            u32::from(identity.device) << 16 | u32::from(identity.vendor),
+        );
         space
     }
 
@@ -144,7 +154,10 @@ impl ConfigSpace {
     pub(crate) fn add_capability(&mut self, id: u8, bytes: &[u8], writable: &[u8]) -> usize {
         let offset = self.next_capability;
         let length = (2 + bytes.len()).next_multiple_of(4);
-        assert!(offset + length <= WORDS * 4, "the capabilities of a virtio function fit");
+        assert!(
+            offset + length <= WORDS * 4,
+            "the capabilities of a virtio function fit"
+        );
         self.set_byte(offset, id);
         for (index, byte) in bytes.iter().enumerate() {
             self.set_byte(offset + 2 + index, *byte);
@@ -201,7 +214,10 @@ impl ConfigSpace {
 
 fn halves(value: u64) -> [u32; 2] {
     let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
-    [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])]
+    [
+        u32::from_le_bytes([a, b, c, d]),
+        u32::from_le_bytes([e, f, g, h]),
+    ]
 }
 
 #[cfg(test)]
@@ -233,7 +249,10 @@ mod tests {
         assert_eq!(space.bar(0, 0x8000), None);
         space.write(0x10, &u32::MAX.to_le_bytes());
         space.write(0x14, &u32::MAX.to_le_bytes());
-        assert_eq!((space.word(0x10), space.word(0x14)), (0xffff_8004, u32::MAX));
+        assert_eq!(
+            (space.word(0x10), space.word(0x14)),
+            (0xffff_8004, u32::MAX)
+        );
         space.write(0x10, &0x8000_u32.to_le_bytes());
         space.write(0x14, &0x80_u32.to_le_bytes());
         assert_eq!(space.bar(0, 0x8000), None, "not decoded yet");
@@ -247,7 +266,10 @@ mod tests {
         let first = space.add_capability(9, &[4, 1, 0], &[]);
         let second = space.add_capability(0x11, &[3, 0], &[0, 0xc0]);
         assert_eq!(space.word(0x34), u32::try_from(first).unwrap());
-        assert_eq!(usize::try_from(space.word(first) >> 8 & 0xff).unwrap(), second);
+        assert_eq!(
+            usize::try_from(space.word(first) >> 8 & 0xff).unwrap(),
+            second
+        );
         let changed = space.write(u16::try_from(second).unwrap() + 2, &[0xff, 0xff]);
         assert_eq!(changed, Changed::Capability(second));
         assert_eq!(space.word(second), 0xc003_0011);

@@ -53,7 +53,12 @@ pub(crate) struct Msix {
 
 impl Msix {
     /// `count` vectors, all masked.
-    pub(crate) fn new(vm: Arc<VmFd>, routes: Arc<Routes>, sent: Arc<AtomicU64>, count: u16) -> Self {
+    pub(crate) fn new(
+        vm: Arc<VmFd>,
+        routes: Arc<Routes>,
+        sent: Arc<AtomicU64>,
+        count: u16,
+    ) -> Self {
         assert!(count <= VECTORS_MAX, "a function of ours has few queues");
         let masked = || Entry {
             masked: true,
@@ -142,7 +147,11 @@ impl Msix {
         }
         let bytes = bits.to_le_bytes();
         for (at, byte) in (offset..).zip(data) {
-            *byte = usize::try_from(at).ok().and_then(|at| bytes.get(at)).copied().unwrap_or(0);
+            *byte = usize::try_from(at)
+                .ok()
+                .and_then(|at| bytes.get(at))
+                .copied()
+                .unwrap_or(0);
         }
     }
 
@@ -203,7 +212,11 @@ impl Msix {
             table.entries[index].route = Some(self.routes.make()?);
             self.update(&mut table, index);
         }
-        table.entries[index].route.as_ref().map(Route::eventfd).transpose()
+        table.entries[index]
+            .route
+            .as_ref()
+            .map(Route::eventfd)
+            .transpose()
     }
 
     /// Gives every route back, at a reset of the device.

@@ -62,7 +62,9 @@ impl Slots {
     /// Takes a slot. Linux looks for functions 1 to 7 of a device only where it found function 0 with the multifunction
     /// bit, so further functions go only behind permanent ones. The second value is that bit.
     pub(crate) fn take(&mut self, permanent: bool) -> Option<(Slot, bool)> {
-        let first = (1..32).map(|device| device * FUNCTIONS).find(|slot| self.is_free(*slot));
+        let first = (1..32)
+            .map(|device| device * FUNCTIONS)
+            .find(|slot| self.is_free(*slot));
         if let Some(slot) = first {
             let shared = permanent && self.permanent.len() < PERMANENT_DEVICES_MAX;
             if shared {
@@ -118,13 +120,19 @@ impl Root {
 
     /// Connects a function whose [`ConfigSpace`] is in place.
     pub(crate) fn attach(&self, slot: Slot, function: Arc<dyn PciFunction>) {
-        let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
+        let mut functions = self
+            .functions
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         functions.insert(slot, function);
     }
 
     /// Disconnects a function.
     pub(crate) fn detach(&self, slot: Slot) {
-        let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
+        let mut functions = self
+            .functions
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         functions.remove(&slot);
     }
 
@@ -146,7 +154,10 @@ impl Root {
         };
         let offset = u16::try_from(offset % FUNCTION).expect("below 4096");
         let function = {
-            let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
+            let functions = self
+                .functions
+                .read()
+                .unwrap_or_else(PoisonError::into_inner);
             functions.get(&slot).cloned()
         };
         let Some(function) = function else { return };

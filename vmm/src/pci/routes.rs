@@ -23,7 +23,10 @@ impl InterruptMessage {
     /// The two halves of its address, low first.
     pub(crate) fn address_halves(self) -> [u32; 2] {
         let [a, b, c, d, e, f, g, h] = self.address.to_le_bytes();
-        [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])]
+        [
+            u32::from_le_bytes([a, b, c, d]),
+            u32::from_le_bytes([e, f, g, h]),
+        ]
     }
 }
 
@@ -61,7 +64,9 @@ impl Routes {
     /// Makes an eventfd for a message, not connected yet: what is signalled meanwhile is kept.
     pub(crate) fn make(&self) -> io::Result<Route> {
         let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-        let number = (0..kvm_bindings::KVM_MAX_IRQ_ROUTES.try_into().unwrap_or(u32::MAX))
+        let number = (0..kvm_bindings::KVM_MAX_IRQ_ROUTES
+            .try_into()
+            .unwrap_or(u32::MAX))
             .find(|number| !used.contains_key(number))
             .ok_or_else(|| io::Error::from_raw_os_error(libc::ENOSPC))?;
         used.insert(number, InterruptMessage::default());

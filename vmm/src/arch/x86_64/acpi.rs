@@ -105,7 +105,13 @@ pub(crate) fn write(
 }
 
 fn port_register(port: u16) -> GAS {
-    GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(port))
+    GAS::new(
+        AddressSpace::SystemIo,
+        8,
+        0,
+        AccessSize::ByteAccess,
+        u64::from(port),
+    )
 }
 
 fn fadt(dsdt: u64) -> impl Aml {
@@ -181,7 +187,10 @@ fn host_bridge(layout: &Layout) -> Vec<u8> {
     let cid = aml::Name::new("_CID".into(), &aml::EISAName::new("PNP0A03"));
     let uid = aml::Name::new("_UID".into(), &aml::ZERO);
     let crs = aml::Name::new("_CRS".into(), &resources);
-    bytes_of(&aml::Device::new("_SB_.PCI0".into(), vec![&hid, &cid, &uid, &crs]))
+    bytes_of(&aml::Device::new(
+        "_SB_.PCI0".into(),
+        vec![&hid, &cid, &uid, &crs],
+    ))
 }
 
 /// Linux believes an MCFG only when a motherboard device holds the range (PCI firmware specification 3.3 §4.1.2).
@@ -192,7 +201,10 @@ fn motherboard() -> Vec<u8> {
     let hid = aml::Name::new("_HID".into(), &aml::EISAName::new("PNP0C02"));
     let uid = aml::Name::new("_UID".into(), &aml::ZERO);
     let crs = aml::Name::new("_CRS".into(), &resources);
-    bytes_of(&aml::Device::new("_SB_.MBRD".into(), vec![&hid, &uid, &crs]))
+    bytes_of(&aml::Device::new(
+        "_SB_.MBRD".into(),
+        vec![&hid, &uid, &crs],
+    ))
 }
 
 /// pvpanic, whose driver tells us about a panic of the kernel.
@@ -202,7 +214,10 @@ fn panic_device() -> Vec<u8> {
     let hid = aml::Name::new("_HID".into(), &"QEMU0001");
     let status = aml::Name::new("_STA".into(), &PRESENT);
     let crs = aml::Name::new("_CRS".into(), &resources);
-    bytes_of(&aml::Device::new("_SB_.PEVT".into(), vec![&hid, &status, &crs]))
+    bytes_of(&aml::Device::new(
+        "_SB_.PEVT".into(),
+        vec![&hid, &status, &crs],
+    ))
 }
 
 fn below_4g(address: u64) -> u32 {
@@ -219,7 +234,9 @@ mod tests {
 
     fn read(memory: &GuestMemoryMmap, address: u64, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
-        memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
+        memory
+            .read_slice(&mut bytes, GuestAddress(address))
+            .unwrap();
         bytes
     }
 
@@ -228,7 +245,12 @@ mod tests {
         let length = u32::from_le_bytes(head[4..8].try_into().unwrap());
         let bytes = read(memory, address, usize::try_from(length).unwrap());
         let sum = bytes.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte));
-        assert_eq!(sum, 0, "checksum of {:?}", String::from_utf8_lossy(&head[..4]));
+        assert_eq!(
+            sum,
+            0,
+            "checksum of {:?}",
+            String::from_utf8_lossy(&head[..4])
+        );
         bytes
     }
 
@@ -240,7 +262,10 @@ mod tests {
         assert!(tables.end <= layout::ACPI.end);
         let rsdp = read(&memory, tables.rsdp, 36);
         assert_eq!(&rsdp[..8], b"RSD PTR ");
-        let xsdt = table(&memory, u64::from_le_bytes(rsdp[24..32].try_into().unwrap()));
+        let xsdt = table(
+            &memory,
+            u64::from_le_bytes(rsdp[24..32].try_into().unwrap()),
+        );
         let mut found = Vec::new();
         for entry in xsdt[36..].chunks(8) {
             let bytes = table(&memory, u64::from_le_bytes(entry.try_into().unwrap()));

@@ -70,7 +70,12 @@ pub(crate) fn load(
     initramfs: Option<&mut File>,
     command_line: &str,
 ) -> Result<Entry, BootError> {
-    let image = Elf::load(memory, None, kernel, Some(GuestAddress(layout::HIGH_MEMORY)))?;
+    let image = Elf::load(
+        memory,
+        None,
+        kernel,
+        Some(GuestAddress(layout::HIGH_MEMORY)),
+    )?;
     let PvhBootCapability::PvhEntryPresent(instruction) = image.pvh_boot_cap else {
         return Err(BootError::NoEntry);
     };
@@ -160,7 +165,11 @@ fn memory_map(layout: &Layout, tables_end: u64) -> Vec<hvm_memmap_table_entry> {
         entry(layout::ECAM.start, layout::ECAM.end, TYPE_RESERVED),
     ];
     for part in &layout.memory {
-        map.push(entry(part.start.max(layout::HIGH_MEMORY), part.end, TYPE_RAM));
+        map.push(entry(
+            part.start.max(layout::HIGH_MEMORY),
+            part.end,
+            TYPE_RAM,
+        ));
     }
     map.sort_by_key(|entry| entry.addr);
     map
@@ -199,7 +208,10 @@ mod tests {
         let module = load_initramfs(&memory, &layout, 0, &mut file(b"cpio")).unwrap();
         assert_eq!((module.paddr, module.size), ((64 << 20) - PAGE_BYTES, 4));
         let error = load_initramfs(&memory, &layout, 64 << 20, &mut file(b"cpio")).unwrap_err();
-        assert!(error.to_string().starts_with("Machine.initramfs: "), "{error}");
+        assert!(
+            error.to_string().starts_with("Machine.initramfs: "),
+            "{error}"
+        );
     }
 
     #[test]
@@ -209,7 +221,14 @@ mod tests {
         for pair in map.windows(2) {
             assert!(pair[0].addr + pair[0].size <= pair[1].addr);
         }
-        let ram: u64 = map.iter().filter(|e| e.type_ == TYPE_RAM).map(|e| e.size).sum();
-        assert_eq!(ram, (5 << 30) - (layout::HIGH_MEMORY - layout::CONVENTIONAL_END));
+        let ram: u64 = map
+            .iter()
+            .filter(|e| e.type_ == TYPE_RAM)
+            .map(|e| e.size)
+            .sum();
+        assert_eq!(
+            ram,
+            (5 << 30) - (layout::HIGH_MEMORY - layout::CONVENTIONAL_END)
+        );
     }
 }

@@ -30,7 +30,8 @@ pub(crate) fn prepare(
     template: &Template,
     entry: Option<&Entry>,
 ) -> Result<(), KvmError> {
-    vcpu.set_cpuid2(&template.of_vcpu(id)?).map_err(KvmError::at("CPUID"))?;
+    vcpu.set_cpuid2(&template.of_vcpu(id)?)
+        .map_err(KvmError::at("CPUID"))?;
     set_msrs(vcpu)?;
     let mut system = vcpu.get_sregs().map_err(KvmError::at("system registers"))?;
     // Firmware's duty here: Linux itself would turn x2APIC on only where there is an I/O APIC.
@@ -60,7 +61,8 @@ pub(crate) fn prepare(
         system.cr0 = PROTECTED_MODE;
         system.cr4 = 0;
     }
-    vcpu.set_sregs(&system).map_err(KvmError::at("system registers"))?;
+    vcpu.set_sregs(&system)
+        .map_err(KvmError::at("system registers"))?;
     let Some(entry) = entry else { return Ok(()) };
     let registers = kvm_regs {
         rip: entry.instruction,

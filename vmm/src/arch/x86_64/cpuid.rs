@@ -65,6 +65,9 @@ pub(crate) fn template(
     template.cut(mode)?;
     template.apply(&host, list)?;
     template.hide_performance_counters();
+    // No range register says anything here, all memory being write-back; a kernel that sees none reads none of the 35, over
+    // and over. PAT does not depend on them.
+    template.take("mtrr");
     Ok(template)
 }
 
@@ -83,7 +86,8 @@ impl Template {
     }
 
     fn has(&mut self, feature: &Feature) -> bool {
-        self.register(feature).is_some_and(|value| *value >> feature.bit & 1 == 1)
+        self.register(feature)
+            .is_some_and(|value| *value >> feature.bit & 1 == 1)
     }
 
     fn give(&mut self, name: &str) {
@@ -125,7 +129,10 @@ impl Template {
         }
         for feature in FEATURES {
             let mut mask = 0;
-            for other in FEATURES.iter().filter(|o| same_word(o, feature) && o.level <= keep) {
+            for other in FEATURES
+                .iter()
+                .filter(|o| same_word(o, feature) && o.level <= keep)
+            {
                 mask |= 1 << other.bit;
             }
             if let Some(value) = self.register(feature) {
@@ -140,7 +147,11 @@ impl Template {
 
     /// Applies a list such as `-xsave,+avx2`.
     fn apply(&mut self, host: &Self, list: &str) -> Result<(), CpuidError> {
-        for item in list.split(',').map(str::trim).filter(|item| !item.is_empty()) {
+        for item in list
+            .split(',')
+            .map(str::trim)
+            .filter(|item| !item.is_empty())
+        {
             let unknown = || CpuidError::Unknown(item.to_owned());
             let (sign, name) = item.split_at_checked(1).ok_or_else(unknown)?;
             let feature = find(name).ok_or_else(unknown)?;
@@ -157,7 +168,11 @@ impl Template {
     /// Performance counters would let a pod watch its neighbours, and their absence is what a kernel expects of a guest.
     fn hide_performance_counters(&mut self) {
         const COUNTERS: [u32; 3] = [0xa, 0x8000_0022, 0x23];
-        for entry in self.entries.iter_mut().filter(|e| COUNTERS.contains(&e.function)) {
+        for entry in self
+            .entries
+            .iter_mut()
+            .filter(|e| COUNTERS.contains(&e.function))
+        {
             (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
         }
         self.take("perfctr_core");
@@ -213,7 +228,11 @@ impl Template {
     /// Number of other vCPUs that share a cache, as the leaf wants it.
     fn sharing(&self, entry: &kvm_cpuid_entry2) -> u32 {
         let level = entry.eax >> 5 & 7;
-        if level >= 3 { (self.vcpus - 1).min(0xfff) } else { 0 }
+        if level >= 3 {
+            (self.vcpus - 1).min(0xfff)
+        } else {
+            0
+        }
     }
 
     /// Leaf 0xb: one thread a core, all cores in one package.
@@ -255,9 +274,18 @@ mod tests {
             edx: u32::MAX,
             ..Default::default()
         };
-        let leaves = [(1, 0), (7, 0), (0xd, 0), (0xd, 1), (0x8000_0001, 0), (0x8000_0008, 0)];
+        let leaves = [
+            (1, 0),
+            (7, 0),
+            (0xd, 0),
+            (0xd, 1),
+            (0x8000_0001, 0),
+            (0x8000_0008, 0),
+        ];
         Template {
-            entries: leaves.map(|(function, index)| entry(function, index)).to_vec(),
+            entries: leaves
+                .map(|(function, index)| entry(function, index))
+                .to_vec(),
             vcpus: 6,
         }
     }
@@ -291,7 +319,10 @@ mod tests {
         let mut poor = full();
         poor.take("popcnt");
         let below = poor.cut(CpuMode::BaselineV2).unwrap_err().to_string();
-        assert!(below.starts_with("Machine.cpu: ") && below.contains("popcnt"), "{below}");
+        assert!(
+            below.starts_with("Machine.cpu: ") && below.contains("popcnt"),
+            "{below}"
+        );
         for list in ["xsave", "+nonsense", "-", "*avx"] {
             let error = full().apply(&full(), list).unwrap_err().to_string();
             assert!(error.starts_with("Machine.cpu_features: "), "{error}");
@@ -311,7 +342,10 @@ mod tests {
             let entries = cpuid.as_slice();
             let leaf = entries.iter().find(|e| e.function == 1).unwrap();
             assert_eq!(leaf.ebx >> 24, u32::from(id));
-            let cores = entries.iter().find(|e| e.function == 0xb && e.index == 1).unwrap();
+            let cores = entries
+                .iter()
+                .find(|e| e.function == 0xb && e.index == 1)
+                .unwrap();
             assert_eq!((cores.eax, cores.ebx, cores.edx), (3, 6, u32::from(id)));
         }
     }

@@ -185,16 +185,37 @@ pub(super) const DEPENDENT: &[(&str, &[&str])] = &[
     (
         "xsave",
         &[
-            "osxsave", "avx", "xsaveopt", "xsavec", "xgetbv1", "xsaves", "pku", "ospke", "mpx",
-            "amx_tile", "xsaveerptr",
+            "osxsave",
+            "avx",
+            "xsaveopt",
+            "xsavec",
+            "xgetbv1",
+            "xsaves",
+            "pku",
+            "ospke",
+            "mpx",
+            "amx_tile",
+            "xsaveerptr",
         ],
     ),
-    ("avx", &["avx2", "fma", "f16c", "vaes", "vpclmulqdq", "avx512f"]),
+    (
+        "avx",
+        &["avx2", "fma", "f16c", "vaes", "vpclmulqdq", "avx512f"],
+    ),
     (
         "avx512f",
         &[
-            "avx512dq", "avx512ifma", "avx512cd", "avx512bw", "avx512vl", "avx512vbmi",
-            "avx512_vbmi2", "avx512_vnni", "avx512_bitalg", "avx512_vpopcntdq", "avx512_fp16",
+            "avx512dq",
+            "avx512ifma",
+            "avx512cd",
+            "avx512bw",
+            "avx512vl",
+            "avx512vbmi",
+            "avx512_vbmi2",
+            "avx512_vnni",
+            "avx512_bitalg",
+            "avx512_vpopcntdq",
+            "avx512_fp16",
         ],
     ),
     ("amx_tile", &["amx_bf16", "amx_int8"]),
@@ -213,11 +234,18 @@ mod tests {
     fn names_are_unique_and_dependents_are_in_the_table() {
         for (index, feature) in FEATURES.iter().enumerate() {
             assert!(feature.bit < 32);
-            assert!(FEATURES[..index].iter().all(|other| other.name != feature.name));
+            assert!(
+                FEATURES[..index]
+                    .iter()
+                    .all(|other| other.name != feature.name)
+            );
         }
         for (needed, dependents) in DEPENDENT {
             assert!(find(needed).is_some(), "{needed}");
-            assert!(dependents.iter().all(|name| find(name).is_some()), "{needed}");
+            assert!(
+                dependents.iter().all(|name| find(name).is_some()),
+                "{needed}"
+            );
         }
     }
 }

@@ -82,7 +82,9 @@ pub(crate) struct Layout {
 
 /// The machine does not fit the CPU's address space.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("Machine.memory_max_bytes: {bytes} do not fit the {bits} address bits of this host's guests")]
+#[error(
+    "Machine.memory_max_bytes: {bytes} do not fit the {bits} address bits of this host's guests"
+)]
 pub(crate) struct LayoutError {
     bytes: u64,
     bits: u32,
@@ -143,6 +145,9 @@ mod tests {
     #[test]
     fn too_large_memory_names_the_field() {
         let error = plan(GIB, 1024 * GIB, 40).unwrap_err();
-        assert!(error.to_string().starts_with("Machine.memory_max_bytes: "), "{error}");
+        assert!(
+            error.to_string().starts_with("Machine.memory_max_bytes: "),
+            "{error}"
+        );
     }
 }

@@ -30,13 +30,16 @@ impl KvmError {
 /// interrupts the guest and KVM's device emulation beyond the APIC is out of its reach.
 pub(crate) fn set_up(vm: &VmFd) -> Result<(), KvmError> {
     let task_state = usize::try_from(layout::TASK_STATE).expect("below 4 GiB");
-    vm.set_tss_address(task_state).map_err(KvmError::at("task state"))?;
-    vm.set_identity_map_address(layout::IDENTITY_MAP).map_err(KvmError::at("identity map"))?;
+    vm.set_tss_address(task_state)
+        .map_err(KvmError::at("task state"))?;
+    vm.set_identity_map_address(layout::IDENTITY_MAP)
+        .map_err(KvmError::at("identity map"))?;
     let split = kvm_enable_cap {
         cap: KVM_CAP_SPLIT_IRQCHIP,
         ..Default::default()
     };
-    vm.enable_cap(&split).map_err(KvmError::at("split interrupt controller"))?;
+    vm.enable_cap(&split)
+        .map_err(KvmError::at("split interrupt controller"))?;
     let flags = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
     let x2apic = kvm_enable_cap {
         cap: KVM_CAP_X2APIC_API,
@@ -54,6 +57,9 @@ pub(crate) fn address_bits(kvm: &Kvm) -> Result<u32, KvmError> {
     let cpuid = kvm
         .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
         .map_err(KvmError::at("supported CPUID"))?;
-    let leaf = cpuid.as_slice().iter().find(|entry| entry.function == ADDRESS_SIZES);
+    let leaf = cpuid
+        .as_slice()
+        .iter()
+        .find(|entry| entry.function == ADDRESS_SIZES);
     Ok(leaf.map_or(BITS_DEFAULT, |entry| entry.eax & 0xff))
 }

@@ -9,6 +9,9 @@
 //!         0x5000  MSI-X pending bits
 //! ```
 //!
+//! The common configuration is read from memory that the guest may only read, so that reading a register costs no exit. It is
+//! mapped where the BAR was last decoded, by the event loop; until then, and for all else, accesses trap.
+//!
 //! Threads: registers and configuration are reached from the vCPU that traps; activation, reset and all queue work happen on
 //! the event loop, which the vCPU rings. Locks, each held alone or in this order: configuration space, registers, device.
 //!
@@ -25,6 +28,10 @@ use std::{
 };
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use pericarp_sys::{
+    kvm::Slots,
+    mapping::{Backing, SharedWords},
+};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::{
@@ -48,6 +55,9 @@ use crate::{
 
 /// Size of the BAR.
 pub(crate) const BAR_BYTES: u64 = 0x8000;
+
+/// Bytes of it that are shown as memory: the page of the common configuration.
+const SHOWN_BYTES: usize = 0x1000;
 
 /// Where its parts begin.
 const ISR: u64 = 0x1000;
@@ -76,6 +86,7 @@ const DEVICE_BASE: u16 = 0x1040;
 #[derive(Debug, Clone)]
 pub(crate) struct Surroundings {
     pub(crate) vm: Arc<VmFd>,
+    pub(crate) slots: Arc<Slots>,
     pub(crate) memory: GuestMemory,
     pub(crate) root: Arc<Root>,
     pub(crate) bars: Arc<Bars>,
@@ -107,6 +118,10 @@ pub(crate) struct VirtioFunction {
     vectors: Arc<Vectors>,
     config: Mutex<ConfigSpace>,
     registers: Mutex<Registers>,
+    /// The common configuration as the guest reads it.
+    common: Arc<SharedWords>,
+    /// KVM's slot of it, and its address.
+    shown: Mutex<Option<(u32, u64)>>,
     asked: Mutex<Effect>,
     kicks: Mutex<Vec<Kick>>,
     device: Mutex<Box<dyn VirtioDevice>>,
@@ -124,9 +139,10 @@ impl VirtioFunction {
         bar: u64,
         around: Surroundings,
         poller: Arc<dyn Poller>,
-    ) -> Arc<Self> {
+    ) -> std::io::Result<Arc<Self>> {
+        let common = Arc::new(SharedWords::new(SHOWN_BYTES)?);
         let queues = device.queue_sizes().len();
-        let count = u16::try_from(queues + 1).expect("a device of ours has few queues");
+        let count = vectors(device.device_type(), queues);
         let (vm, routes) = (Arc::clone(&around.vm), Arc::clone(&around.routes));
         let msix = Arc::new(Msix::new(vm, routes, Arc::clone(&around.interrupts), count));
         let words = Arc::clone(around.root.words());
@@ -147,15 +163,19 @@ impl VirtioFunction {
             msix,
             config: Mutex::new(config),
             registers: Mutex::new(Registers::new(device.features(), device.queue_sizes())),
+            common,
+            shown: Mutex::new(None),
             asked: Mutex::new(Effect::None),
             kicks: Mutex::default(),
             device: Mutex::new(device),
             around,
         });
+        lock(&function.registers).show(&function.common);
         function.decode();
+        function.show_common();
         let root = Arc::clone(&function.around.root);
         root.attach(slot, Arc::clone(&function) as Arc<dyn PciFunction>);
-        function
+        Ok(function)
     }
 
     /// Takes the device off the bus, after resetting it.
@@ -163,6 +183,10 @@ impl VirtioFunction {
         self.around.root.detach(self.slot);
         lock(&self.config).clear();
         self.around.bars.remove(self.slot);
+        if let Some((slot, _)) = lock(&self.shown).take() {
+            // What KVM does not let go stays mapped, and is only read.
+            let _ = self.around.slots.remove(slot);
+        }
         self.reset();
     }
 
@@ -178,14 +202,50 @@ impl VirtioFunction {
 
     /// A BAR or its decoding may have changed: tells the bus, and KVM where notifications go.
     fn decode(&self) {
-        let Some(this) = self.this.upgrade() else { return };
+        let Some(this) = self.this.upgrade() else {
+            return;
+        };
         let function: Arc<dyn PciFunction> = this;
         let range = lock(&self.config).bar(0, BAR_BYTES);
-        let placed = self.around.bars.place(self.slot, 0, range.clone(), &function);
-        let notify = range.filter(|_| placed).map(|range: Range<u64>| range.start + NOTIFY);
+        let placed = self
+            .around
+            .bars
+            .place(self.slot, 0, range.clone(), &function);
+        let notify = range
+            .filter(|_| placed)
+            .map(|range: Range<u64>| range.start + NOTIFY);
         for kick in lock(&self.kicks).iter_mut() {
             self.watch(kick, notify);
         }
+    }
+
+    /// On the event loop: shows the common configuration where the BAR is decoded. While it is not decoded at all, as during a
+    /// guest's sizing of BARs, it stays where it was, because moving it costs all vCPUs their page tables.
+    fn show_common(&self) {
+        let Some(range) = lock(&self.config).bar(0, BAR_BYTES) else {
+            return;
+        };
+        let mut shown = lock(&self.shown);
+        if shown.is_some_and(|(_, address)| address == range.start) {
+            return;
+        }
+        let slots = &self.around.slots;
+        if let Some((slot, _)) = shown.take() {
+            let _ = slots.remove(slot);
+        }
+        // Only where the bus decodes it too, so that no guest puts it over something else. Without it reads trap.
+        let ours = self.around.bars.find(range.start, BAR_BYTES);
+        if ours.is_some_and(|(function, ..)| self.is(&function)) {
+            let words = Backing::Words(Arc::clone(&self.common));
+            *shown = slots
+                .add(range.start, words)
+                .ok()
+                .map(|slot| (slot, range.start));
+        }
+    }
+
+    fn is(&self, function: &Arc<dyn PciFunction>) -> bool {
+        std::ptr::addr_eq(Arc::as_ptr(function), self)
     }
 
     /// Points KVM at a queue's notification address, or away from it.
@@ -210,13 +270,14 @@ impl VirtioFunction {
 
     /// On the event loop: does what the driver's status writes asked for.
     pub(crate) fn work(&self) -> Result<(), Broken> {
+        self.show_common();
         let asked = std::mem::replace(&mut *lock(&self.asked), Effect::None);
         match asked {
             Effect::None => Ok(()),
             Effect::Activate => self.activate(),
             Effect::Reset => {
                 self.reset();
-                lock(&self.registers).finish_reset();
+                self.change(Registers::finish_reset);
                 Ok(())
             }
         }
@@ -310,16 +371,22 @@ impl VirtioFunction {
     /// A device that changed its configuration raised the interrupt; the generation must follow (§2.5.1).
     pub(crate) fn note_config_change(&self) {
         if self.vectors.take_config_changed() {
-            lock(&self.registers).next_generation();
+            self.change(Registers::next_generation);
         }
     }
 
     /// On the event loop: the device or its peer is beyond use until the driver resets it.
     pub(crate) fn set_broken(&self) {
         self.reset();
-        lock(&self.registers).set_needs_reset();
+        self.change(Registers::set_needs_reset);
         self.vectors.signal_config();
         self.note_config_change();
+    }
+
+    fn change(&self, change: fn(&mut Registers)) {
+        let mut registers = lock(&self.registers);
+        change(&mut registers);
+        registers.show(&self.common);
     }
 
     /// Stops the device. The registers are the caller's.
@@ -364,6 +431,18 @@ fn identity(device: &dyn VirtioDevice, multifunction: bool) -> Identity {
     }
 }
 
+/// Vectors of a device. Those that move data have one a queue; for the others a second one for all queues does, and each
+/// vector spared is nine writes less at boot. Drivers fall back to sharing by themselves (§4.1.5.1.2 allows it).
+fn vectors(device_type: u16, queues: usize) -> u16 {
+    const NET: u16 = 1;
+    const BLK: u16 = 2;
+    const FS: u16 = 26;
+    match device_type {
+        NET | BLK | FS => u16::try_from(queues + 1).expect("a device of ours has few queues"),
+        _ => 2,
+    }
+}
+
 fn add_structures(config: &mut ConfigSpace, queues: usize) {
     let queues = u32::try_from(queues).expect("a device of ours has few queues");
     let stride = u32::try_from(NOTIFY_STRIDE).expect("small");
@@ -390,6 +469,7 @@ impl PciFunction for VirtioFunction {
             Changed::Decoding => {
                 drop(config);
                 self.decode();
+                self.around.doorbell.ring(self.slot);
             }
             Changed::Capability(at) if at == self.msix_capability => {
                 let [_, _, low, high] = config.word(at).to_le_bytes();
@@ -417,6 +497,7 @@ impl PciFunction for VirtioFunction {
             0..ISR => {
                 let mut registers = lock(&self.registers);
                 let effect = registers.write(offset, data);
+                registers.show(&self.common);
                 self.vectors.update(&registers);
                 drop(registers);
                 if effect != Effect::None {
@@ -426,7 +507,8 @@ impl PciFunction for VirtioFunction {
             }
             DEVICE..NOTIFY => lock(&self.device).write_config(offset - DEVICE, data),
             NOTIFY..TABLE => {
-                let queue = u16::try_from((offset - NOTIFY) / NOTIFY_STRIDE).expect("within a page");
+                let queue =
+                    u16::try_from((offset - NOTIFY) / NOTIFY_STRIDE).expect("within a page");
                 if let Some(kick) = lock(&self.kicks).iter().find(|kick| kick.queue == queue) {
                     // Full only when nobody reads, and then one more says nothing new.
                     let _ = kick.eventfd.write(1);

@@ -13,6 +13,8 @@
 //! Hostile guest: every register takes every value at every time; what §4.1.4.3.2 forbids has no effect. Queue addresses and
 //! sizes are only judged when the device is activated.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 
@@ -79,7 +81,9 @@ impl QueueRegisters {
         let mut queue = Queue::new(self.max).map_err(|error| error.to_string())?;
         let addresses = [self.descriptors, self.available, self.used].map(halves);
         let [descriptors, available, used] = addresses.map(|[low, high]| (Some(low), Some(high)));
-        queue.try_set_size(self.size).map_err(|error| error.to_string())?;
+        queue
+            .try_set_size(self.size)
+            .map_err(|error| error.to_string())?;
         queue.set_desc_table_address(descriptors.0, descriptors.1);
         queue.set_avail_ring_address(available.0, available.1);
         queue.set_used_ring_address(used.0, used.1);
@@ -95,7 +99,10 @@ impl QueueRegisters {
 
 fn halves(value: u64) -> [u32; 2] {
     let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
-    [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])]
+    [
+        u32::from_le_bytes([a, b, c, d]),
+        u32::from_le_bytes([e, f, g, h]),
+    ]
 }
 
 fn set_half(value: &mut u64, high: bool, half: u32) {
@@ -131,7 +138,10 @@ impl Registers {
             status: 0,
             generation: 0,
             queue_select: 0,
-            queues: queue_sizes.iter().map(|size| QueueRegisters::new(*size)).collect(),
+            queues: queue_sizes
+                .iter()
+                .map(|size| QueueRegisters::new(*size))
+                .collect(),
             active: false,
             resetting: false,
         }
@@ -154,7 +164,9 @@ impl Registers {
 
     /// Vector of a queue.
     pub(crate) fn queue_vector(&self, queue: u16) -> u16 {
-        self.queues.get(usize::from(queue)).map_or(NO_VECTOR, |queue| queue.vector)
+        self.queues
+            .get(usize::from(queue))
+            .map_or(NO_VECTOR, |queue| queue.vector)
     }
 
     /// The device's configuration changed.
@@ -197,7 +209,20 @@ impl Registers {
         self.write_image(&mut image);
         for (at, byte) in (offset..).zip(data) {
             let index = usize::try_from(at).ok();
-            *byte = index.and_then(|index| image.get(index)).copied().unwrap_or(0);
+            *byte = index
+                .and_then(|index| image.get(index))
+                .copied()
+                .unwrap_or(0);
+        }
+    }
+
+    /// Writes the registers to where the guest reads them.
+    pub(crate) fn show(&self, words: &[AtomicU32]) {
+        let mut image = [0; COMMON_BYTES as usize];
+        self.write_image(&mut image);
+        let (values, _) = image.as_chunks::<4>();
+        for (word, value) in words.iter().zip(values) {
+            word.store(u32::from_le_bytes(*value), Ordering::Release);
         }
     }
 
@@ -211,7 +236,10 @@ impl Registers {
         put(0x00, &self.offered_select.to_le_bytes());
         put(0x04, &word(self.offered, self.offered_select).to_le_bytes());
         put(0x08, &self.accepted_select.to_le_bytes());
-        put(0x0c, &word(self.accepted, self.accepted_select).to_le_bytes());
+        put(
+            0x0c,
+            &word(self.accepted, self.accepted_select).to_le_bytes(),
+        );
         put(0x10, &self.config_vector.to_le_bytes());
         let count = u16::try_from(self.queues.len()).expect("a device of ours has few queues");
         put(0x12, &count.to_le_bytes());
@@ -276,7 +304,9 @@ impl Registers {
                 set_half(&mut self.accepted, self.accepted_select == 1, value);
             }
             0x20..0x38 => {
-                let Some(queue) = self.open_queue() else { return };
+                let Some(queue) = self.open_queue() else {
+                    return;
+                };
                 let register = match offset & !7 {
                     0x20 => &mut queue.descriptors,
                     0x28 => &mut queue.available,
@@ -384,7 +414,10 @@ mod tests {
         registers.write(0x1c, &[1, 0]);
         registers.write(0x18, &2_u16.to_le_bytes());
         registers.write(0x20, &4096_u64.to_le_bytes());
-        assert_eq!((registers.queues[0].size, registers.queues[0].descriptors), (256, 0));
+        assert_eq!(
+            (registers.queues[0].size, registers.queues[0].descriptors),
+            (256, 0)
+        );
         registers.write(0x14, &[0xf]);
         registers.write(0x16, &1_u16.to_le_bytes());
         registers.write(0x1c, &[1, 0]);
@@ -402,12 +435,30 @@ mod tests {
         };
         assert!(sound.build(&memory, VERSION_1).is_ok());
         for unsound in [
-            QueueRegisters { size: 3, ..sound.clone() },
-            QueueRegisters { size: 512, ..sound.clone() },
-            QueueRegisters { size: 0, ..sound.clone() },
-            QueueRegisters { descriptors: 0x1001, ..sound.clone() },
-            QueueRegisters { used: 1 << 20, ..sound.clone() },
-            QueueRegisters { available: u64::MAX - 1, ..sound.clone() },
+            QueueRegisters {
+                size: 3,
+                ..sound.clone()
+            },
+            QueueRegisters {
+                size: 512,
+                ..sound.clone()
+            },
+            QueueRegisters {
+                size: 0,
+                ..sound.clone()
+            },
+            QueueRegisters {
+                descriptors: 0x1001,
+                ..sound.clone()
+            },
+            QueueRegisters {
+                used: 1 << 20,
+                ..sound.clone()
+            },
+            QueueRegisters {
+                available: u64::MAX - 1,
+                ..sound.clone()
+            },
         ] {
             assert!(unsound.build(&memory, VERSION_1).is_err(), "{unsound:?}");
         }
