@@ -368,6 +368,43 @@ fn a_few_connections_move_many_bytes() {
     exchange(&mut guest, 4, 3 << 20);
 }
 
+/// `cargo test -p pericarp-vmm -- --ignored --nocapture gibibyte` runs it and says the time.
+#[test]
+#[ignore = "takes half a minute without optimisation"]
+fn a_gibibyte_each_way() {
+    const TOTAL: usize = 1 << 30;
+    let (mut guest, _) = Guest::new(&[]);
+    let (mut host, ports) = guest.connect(1025);
+    // A prime length, so that no buffer size hides a shift.
+    let period = pattern(9, 1_048_573);
+    let doubled = [period.as_slice(), period.as_slice()].concat();
+    let expected = |at: usize, len: usize| {
+        let start = at % period.len();
+        &doubled[start..start + len]
+    };
+    let began = std::time::Instant::now();
+    let (mut to_guest, mut to_host, mut at_guest, mut at_host) = (0, 0, 0, 0);
+    while at_guest < TOTAL || at_host < TOTAL {
+        let len = (TOTAL - to_guest).min(256 << 10);
+        if let Ok(count) = host.write(expected(to_guest, len)) {
+            to_guest += count;
+        }
+        let len = (TOTAL - to_host).min(256 << 10);
+        to_host += guest.write(ports, expected(to_host, len));
+        if at_host < TOTAL {
+            let piece = drain(&mut host).unwrap();
+            assert!(piece == expected(at_host, piece.len()));
+            at_host += piece.len();
+        }
+        guest.run();
+        let piece = std::mem::take(&mut guest.sockets.get_mut(&ports).unwrap().read);
+        assert!(piece == expected(at_guest, piece.len()));
+        at_guest += piece.len();
+    }
+    let seconds = began.elapsed().as_secs_f64();
+    println!("1 GiB each way in {seconds:.2} s, both ends and all checks on one thread");
+}
+
 /// Both ends of each connection are in this process: 2 x 1000 descriptors.
 fn raise_descriptor_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
