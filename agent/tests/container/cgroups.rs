@@ -11,7 +11,10 @@ fn limited(resources: Value) -> Running {
 }
 
 fn file(running: &Running, name: &str) -> String {
-    std::fs::read_to_string(running.container().cgroup().join(name)).unwrap().trim().to_owned()
+    std::fs::read_to_string(running.container().cgroup().join(name))
+        .unwrap()
+        .trim()
+        .to_owned()
 }
 
 #[test]
@@ -19,11 +22,16 @@ fn cpu() {
     if !has_controller("cpu") {
         return;
     }
-    let running = limited(json!({"cpu": {"shares": 2048, "quota": 50_000, "period": 100_000, "burst": 1000}}));
+    let running = limited(
+        json!({"cpu": {"shares": 2048, "quota": 50_000, "period": 100_000, "burst": 1000}}),
+    );
     assert_eq!(file(&running, "cpu.max"), "50000 100000");
     assert_eq!(file(&running, "cpu.max.burst"), "1000");
     assert_eq!(file(&running, "cpu.weight"), "174");
-    running.container().update(serde_json::from_value(json!({"cpu": {"quota": -1, "shares": 1024}})).unwrap()).unwrap();
+    running
+        .container()
+        .update(serde_json::from_value(json!({"cpu": {"quota": -1, "shares": 1024}})).unwrap())
+        .unwrap();
     assert_eq!(file(&running, "cpu.max"), "max 100000");
     assert_eq!(file(&running, "cpu.weight"), "100");
 }
@@ -34,7 +42,12 @@ fn cpuset() {
         return;
     }
     let running = limited(json!({"cpu": {"cpus": "0", "mems": "0"}}));
-    assert_eq!(running.sh("nproc; grep Cpus_allowed_list /proc/self/status | cut -f2").stdout, "1\n0\n");
+    assert_eq!(
+        running
+            .sh("nproc; grep Cpus_allowed_list /proc/self/status | cut -f2")
+            .stdout,
+        "1\n0\n"
+    );
 }
 
 #[test]
@@ -42,20 +55,36 @@ fn memory_and_its_killer() {
     if !has_controller("memory") {
         return;
     }
-    let running = limited(json!({"memory": {"limit": 33_554_432, "swap": 33_554_432, "reservation": 16_777_216},
-        "unified": {"memory.high": "30000000"}}));
+    let running = limited(
+        json!({"memory": {"limit": 33_554_432, "swap": 33_554_432, "reservation": 16_777_216},
+        "unified": {"memory.high": "30000000"}}),
+    );
     assert_eq!(file(&running, "memory.max"), "33554432");
     assert_eq!(file(&running, "memory.low"), "16777216");
-    assert_eq!(file(&running, "memory.high"), (30_000_000 / 4096 * 4096).to_string());
+    assert_eq!(
+        file(&running, "memory.high"),
+        (30_000_000 / 4096 * 4096).to_string()
+    );
     let update = json!({"unified": {"memory.high": "max"}});
-    running.container().update(serde_json::from_value(update).unwrap()).unwrap();
+    running
+        .container()
+        .update(serde_json::from_value(update).unwrap())
+        .unwrap();
     assert_eq!(running.container().oom_kills(), 0);
     let outcome = running.sh("dd if=/dev/zero of=/dev/null bs=100M count=1; echo $?");
     assert!(outcome.stdout.contains("137"), "{outcome:?}");
     assert_eq!(running.container().oom_kills(), 1);
     let update = json!({"memory": {"limit": 4096, "checkBeforeUpdate": true}});
-    let error = running.container().update(serde_json::from_value(update).unwrap()).unwrap_err();
-    assert!(error.to_string().starts_with("linux.resources.memory.limit: "), "{error}");
+    let error = running
+        .container()
+        .update(serde_json::from_value(update).unwrap())
+        .unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .starts_with("linux.resources.memory.limit: "),
+        "{error}"
+    );
 }
 
 #[test]
@@ -75,7 +104,10 @@ fn io() {
         return;
     }
     let running = limited(json!({"unified": {"io.max": "7:0 rbps=1048576"}}));
-    assert_eq!(file(&running, "io.max"), "7:0 rbps=1048576 wbps=max riops=max wiops=max");
+    assert_eq!(
+        file(&running, "io.max"),
+        "7:0 rbps=1048576 wbps=max riops=max wiops=max"
+    );
 }
 
 #[test]

@@ -5,15 +5,22 @@ use serde_json::json;
 use crate::harness::*;
 
 fn mask(numbers: &[u32]) -> String {
-    format!("{:016x}", numbers.iter().fold(0u64, |mask, number| mask | 1 << number))
+    format!(
+        "{:016x}",
+        numbers.iter().fold(0u64, |mask, number| mask | 1 << number)
+    )
 }
 
 #[test]
 fn user_groups_umask_and_home() {
     let mut place = Place::new();
     place.spec["process"]["user"] = json!({"uid": 1000, "gid": 5, "additionalGids": [20, 30]});
-    let outcome = place.sh("id -u; id -g; id -G; umask; echo $HOME; echo x > /dev/stderr && echo reopened");
-    assert_eq!(outcome.stdout, "1000\n5\n5 20 30\n0022\n/home\nx\nreopened\n");
+    let outcome =
+        place.sh("id -u; id -g; id -G; umask; echo $HOME; echo x > /dev/stderr && echo reopened");
+    assert_eq!(
+        outcome.stdout,
+        "1000\n5\n5 20 30\n0022\n/home\nx\nreopened\n"
+    );
     place.spec["process"]["user"] = json!({"uid": 4242, "gid": 0, "umask": 0o27});
     place.spec["process"]["env"] = json!(["PATH=/bin", "HOME="]);
     assert_eq!(place.sh("umask; echo $HOME").stdout, "0027\n/\n");
@@ -35,12 +42,18 @@ fn capabilities_are_exactly_those_asked_for() {
     // For a user other than root, execve(2) leaves the ambient set alone.
     let outcome = place.sh("grep ^Cap /proc/self/status | cut -f2 | tr '\\n' ' '");
     let raw = mask(&[13]);
-    assert_eq!(outcome.stdout, format!("{raw} {raw} {raw} {} {raw} ", mask(&[0, 5, 13, 18])));
+    assert_eq!(
+        outcome.stdout,
+        format!("{raw} {raw} {raw} {} {raw} ", mask(&[0, 5, 13, 18]))
+    );
     // For root, it gives what the bounding set has.
     place.spec["process"]["user"] = json!({"uid": 0, "gid": 0});
     let outcome = place.sh("grep CapPrm /proc/self/status | cut -f2");
     assert_eq!(outcome.stdout.trim(), mask(&[0, 5, 13, 18]));
-    place.spec["process"].as_object_mut().unwrap().remove("capabilities");
+    place.spec["process"]
+        .as_object_mut()
+        .unwrap()
+        .remove("capabilities");
     let outcome = place.sh("grep ^Cap /proc/self/status | cut -f2 | tr '\\n' ' '");
     assert_eq!(outcome.stdout, format!("{0} {0} {0} {0} {0} ", mask(&[])));
 }
@@ -48,9 +61,19 @@ fn capabilities_are_exactly_those_asked_for() {
 #[test]
 fn no_new_privileges() {
     let mut place = Place::new();
-    assert_eq!(place.sh("grep NoNewPrivs /proc/self/status | cut -f2").stdout, "0\n");
+    assert_eq!(
+        place
+            .sh("grep NoNewPrivs /proc/self/status | cut -f2")
+            .stdout,
+        "0\n"
+    );
     place.spec["process"]["noNewPrivileges"] = json!(true);
-    assert_eq!(place.sh("grep NoNewPrivs /proc/self/status | cut -f2").stdout, "1\n");
+    assert_eq!(
+        place
+            .sh("grep NoNewPrivs /proc/self/status | cut -f2")
+            .stdout,
+        "1\n"
+    );
 }
 
 #[test]
@@ -61,8 +84,13 @@ fn limits_and_scores() {
         {"type": "RLIMIT_CORE", "soft": 0, "hard": 0},
     ]);
     place.spec["process"]["oomScoreAdj"] = json!(321);
-    let outcome = place.sh("grep 'open files\\|core file' /proc/self/limits | tr -s ' '; cat /proc/self/oom_score_adj");
-    assert_eq!(outcome.stdout, "Max core file size 0 0 bytes \nMax open files 100 200 files \n321\n");
+    let outcome = place.sh(
+        "grep 'open files\\|core file' /proc/self/limits | tr -s ' '; cat /proc/self/oom_score_adj",
+    );
+    assert_eq!(
+        outcome.stdout,
+        "Max core file size 0 0 bytes \nMax open files 100 200 files \n321\n"
+    );
     let running = place.sleeping();
     assert_eq!(running.sh("cat /proc/self/oom_score_adj").stdout, "321\n");
 }
@@ -70,7 +98,10 @@ fn limits_and_scores() {
 #[test]
 fn limits_work_in_a_user_namespace_too() {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .unwrap();
     // CAP_SYS_RESOURCE, which a build machine may have taken away.
     if u64::from_str_radix(line.trim(), 16).unwrap() & (1 << 24) == 0 {
         println!("skipped: root has no CAP_SYS_RESOURCE on this machine");
@@ -78,10 +109,15 @@ fn limits_work_in_a_user_namespace_too() {
     }
     let mut place = Place::new();
     place.user_namespace();
-    place.spec["process"]["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 2_000_000, "hard": 2_000_000}]);
+    place.spec["process"]["rlimits"] =
+        json!([{"type": "RLIMIT_NOFILE", "soft": 2_000_000, "hard": 2_000_000}]);
     place.spec["process"]["oomScoreAdj"] = json!(-50);
     // What the kernel allows at all.
-    let most: u64 = std::fs::read_to_string("/proc/sys/fs/nr_open").unwrap().trim().parse().unwrap();
+    let most: u64 = std::fs::read_to_string("/proc/sys/fs/nr_open")
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
     if most < 2_000_000 {
         place.spec["process"]["rlimits"][0]["soft"] = json!(most);
         place.spec["process"]["rlimits"][0]["hard"] = json!(most);
@@ -99,7 +135,12 @@ fn scheduling_priority_and_domain() {
     let (mut container, created) = place.create(Stdio::default()).unwrap();
     container.start().unwrap();
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", created.pid)).unwrap();
-    let fields: Vec<_> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    let fields: Vec<_> = stat
+        .rsplit_once(')')
+        .unwrap()
+        .1
+        .split_whitespace()
+        .collect();
     // proc_pid_stat(5), counted from field 3: nice is 19, policy 41; SCHED_BATCH is 3.
     assert_eq!((fields[16], fields[38]), ("5", "3"));
     let persona = std::fs::read_to_string(format!("/proc/{}/personality", created.pid)).unwrap();
@@ -130,10 +171,18 @@ fn the_working_directory_is_made_and_entered() {
 #[test]
 fn programs_are_found_by_the_containers_path() {
     let mut place = Place::new();
-    std::fs::rename(place.rootfs().join("bin/true"), place.rootfs().join("data/mine")).unwrap();
+    std::fs::rename(
+        place.rootfs().join("bin/true"),
+        place.rootfs().join("data/mine"),
+    )
+    .unwrap();
     std::fs::copy("/bin/busybox", place.rootfs().join("data/busybox")).unwrap();
     place.spec["process"]["args"] = json!(["mine"]);
-    assert!(place.error().ends_with("executable file not found in $PATH"));
+    assert!(
+        place
+            .error()
+            .ends_with("executable file not found in $PATH")
+    );
     place.spec["process"]["env"] = json!(["PATH=/nonesuch:/data"]);
     // Busybox does not know that name and says so with 127 itself; it ran.
     assert_eq!(place.try_run().unwrap().status, 127);
@@ -143,7 +192,11 @@ fn programs_are_found_by_the_containers_path() {
 fn mistakes_are_named() {
     let mut place = Place::new();
     place.spec["process"]["apparmorProfile"] = json!("some-profile");
-    assert!(place.error().starts_with("process.apparmorProfile: \"some-profile\": "));
+    assert!(
+        place
+            .error()
+            .starts_with("process.apparmorProfile: \"some-profile\": ")
+    );
     place.spec["process"]["apparmorProfile"] = json!("");
     place.spec["process"]["selinuxLabel"] = json!("a:b:c:d");
     assert!(place.error().starts_with("process.selinuxLabel: "));

@@ -119,14 +119,22 @@ fn killing_the_first_process_ends_all() {
     let running = Place::new().sleeping();
     running.sh("sleep 1000 >/dev/null 2>&1 &");
     assert!(running.container().pids().len() >= 3);
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(running.pid), nix::sys::signal::Signal::SIGKILL).unwrap();
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(running.pid),
+        nix::sys::signal::Signal::SIGKILL,
+    )
+    .unwrap();
     running.end();
 }
 
 #[test]
 fn exec_with_its_own_user_directory_environment_and_capabilities() {
     let running = Place::new().sleeping();
-    let mut exec = process(&["sh", "-c", "id; pwd; echo $A; grep CapEff /proc/self/status; umask"]);
+    let mut exec = process(&[
+        "sh",
+        "-c",
+        "id; pwd; echo $A; grep CapEff /proc/self/status; umask",
+    ]);
     exec["user"] = json!({"uid": 1000, "gid": 1000, "additionalGids": [7, 8], "umask": 0o77});
     exec["cwd"] = json!("/data");
     exec["env"] = json!(["PATH=/bin", "A=b"]);
@@ -141,8 +149,13 @@ fn exec_with_its_own_user_directory_environment_and_capabilities() {
 fn nothing_of_the_agents_is_in_reach() {
     // A descriptor that somebody forgot to mark.
     let leaked = std::fs::File::open("/etc").unwrap();
-    nix::fcntl::fcntl(&leaked, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty())).unwrap();
-    let script = "ls /proc/self/fd | tr '\\n' ' '; readlink /proc/self/fd/0; ls /proc | grep -c '^[0-9]'";
+    nix::fcntl::fcntl(
+        &leaked,
+        nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()),
+    )
+    .unwrap();
+    let script =
+        "ls /proc/self/fd | tr '\\n' ' '; readlink /proc/self/fd/0; ls /proc | grep -c '^[0-9]'";
     let mut place = Place::new();
     let outcome = place.sh(script);
     // 3 is the directory that ls itself reads; the two processes are the shell and what it runs, with grep.
@@ -150,7 +163,10 @@ fn nothing_of_the_agents_is_in_reach() {
     assert!(lines[0].starts_with("0 1 2 3 /dev/null"), "{lines:?}");
     let running = Place::new().sleeping();
     let outcome = running.sh(script);
-    assert!(outcome.stdout.starts_with("0 1 2 3 /dev/null"), "{outcome:?}");
+    assert!(
+        outcome.stdout.starts_with("0 1 2 3 /dev/null"),
+        "{outcome:?}"
+    );
     drop(leaked);
 }
 
@@ -159,7 +175,10 @@ fn hooks_run_where_the_specification_says() {
     let mut place = Place::new();
     let log = place.outside("hooks").join("log");
     let hook = |name: &str| {
-        let script = format!("echo {name} $X $(cat | grep -o '\"status\":\"[a-z]*\"') >> {}", log.display());
+        let script = format!(
+            "echo {name} $X $(cat | grep -o '\"status\":\"[a-z]*\"') >> {}",
+            log.display()
+        );
         json!([{"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["X=y", "PATH=/bin:/usr/bin"]}])
     };
     place.spec["hooks"] = json!({
@@ -171,7 +190,11 @@ fn hooks_run_where_the_specification_says() {
         "poststop": hook("poststop"),
     });
     assert_eq!(place.sh("cat /data/hook").stdout, "inside\n");
-    let lines: Vec<_> = std::fs::read_to_string(&log).unwrap().lines().map(str::to_owned).collect();
+    let lines: Vec<_> = std::fs::read_to_string(&log)
+        .unwrap()
+        .lines()
+        .map(str::to_owned)
+        .collect();
     assert_eq!(
         lines,
         [
@@ -186,10 +209,17 @@ fn hooks_run_where_the_specification_says() {
     place.spec["hooks"] =
         json!({"createContainer": [{"path": "/bin/sh", "args": ["sh", "-c", failing]}]});
     let error = place.error();
-    assert_eq!(error, "hook \"/bin/sh\" (createContainer): exit status: 5: sad");
-    place.spec["hooks"] = json!({"startContainer": [{"path": "/bin/sleep", "args": ["sleep", "9"], "timeout": 1}]});
+    assert_eq!(
+        error,
+        "hook \"/bin/sh\" (createContainer): exit status: 5: sad"
+    );
+    place.spec["hooks"] =
+        json!({"startContainer": [{"path": "/bin/sleep", "args": ["sleep", "9"], "timeout": 1}]});
     let error = place.error();
-    assert_eq!(error, "hook \"/bin/sleep\" (startContainer): not done after 1 s");
+    assert_eq!(
+        error,
+        "hook \"/bin/sleep\" (startContainer): not done after 1 s"
+    );
     place.spec["hooks"] = json!({"createRuntime": [{"path": "/no/such/hook"}]});
     assert!(place.error().contains("No such file"), "{}", place.error());
 }

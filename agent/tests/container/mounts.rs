@@ -15,22 +15,40 @@ fn the_usual_mounts_have_their_options() {
     let outcome = place.sh("cat /proc/self/mountinfo | cut -d' ' -f5-");
     let line = |at: &str| {
         let start = format!("{at} ");
-        outcome.stdout.lines().find(|line| line.starts_with(&start)).unwrap().to_owned()
+        outcome
+            .stdout
+            .lines()
+            .find(|line| line.starts_with(&start))
+            .unwrap()
+            .to_owned()
     };
-    assert!(line("/proc").contains("nosuid,nodev,noexec,relatime"), "{outcome:?}");
-    assert!(line("/dev").contains(" rw,nosuid ") && line("/dev").contains("size=65536k,mode=755"), "{}", line("/dev"));
+    assert!(
+        line("/proc").contains("nosuid,nodev,noexec,relatime"),
+        "{outcome:?}"
+    );
+    assert!(
+        line("/dev").contains(" rw,nosuid ") && line("/dev").contains("size=65536k,mode=755"),
+        "{}",
+        line("/dev")
+    );
     assert!(line("/dev/shm").contains("size=64k"));
     assert!(line("/dev/pts").contains("gid=5,mode=620,ptmxmode=666"));
     assert!(line("/dev/mqueue").contains("mqueue"));
     assert!(line("/sys").contains(" ro,nosuid,nodev,noexec"));
-    assert!(line("/sys/fs/cgroup").contains(" ro,nosuid,nodev,noexec") && line("/sys/fs/cgroup").contains("cgroup2"));
+    assert!(
+        line("/sys/fs/cgroup").contains(" ro,nosuid,nodev,noexec")
+            && line("/sys/fs/cgroup").contains("cgroup2")
+    );
 }
 
 #[test]
 fn the_cgroup_mount_shows_the_container_alone() {
     let outcome = Place::new().sh("cat /sys/fs/cgroup/cgroup.procs; cat /proc/self/cgroup; echo x > /sys/fs/cgroup/cgroup.procs || echo denied");
     assert!(outcome.stdout.starts_with("1\n"), "{outcome:?}");
-    assert!(outcome.stdout.contains("0::/\n") && outcome.stdout.contains("denied"), "{outcome:?}");
+    assert!(
+        outcome.stdout.contains("0::/\n") && outcome.stdout.contains("denied"),
+        "{outcome:?}"
+    );
 }
 
 #[test]
@@ -57,7 +75,10 @@ fn devices_and_links() {
         /dev/fifo fifo 0:0 666 0:0\n\
         /proc/self/fd\n/proc/self/fd/0\n/proc/self/fd/1\n/proc/self/fd/2\n/proc/kcore\npts/ptmx\n\
         \x20000 00 00 00\nok\n";
-    let normal = |text: &str| text.replace(" 000 00 00 00", "").replace(" 00 00 00 00", "");
+    let normal = |text: &str| {
+        text.replace(" 000 00 00 00", "")
+            .replace(" 00 00 00 00", "")
+    };
     assert_eq!(normal(&outcome.stdout), normal(expected));
 }
 
@@ -83,13 +104,24 @@ fn device_rules_refuse_what_is_not_allowed() {
 #[test]
 fn masked_and_read_only_paths() {
     let mut place = Place::new();
-    place.spec["linux"]["maskedPaths"].as_array_mut().unwrap().push(json!("/proc/cpuinfo"));
+    place.spec["linux"]["maskedPaths"]
+        .as_array_mut()
+        .unwrap()
+        .push(json!("/proc/cpuinfo"));
     let outcome = place.sh(
         "cat /proc/cpuinfo /proc/timer_list | wc -c; ls /sys/firmware | wc -l; \
          echo 1 > /proc/sys/kernel/domainname || echo locked; touch /sys/firmware/x || echo locked",
     );
-    assert_eq!(outcome.stdout.replace("sh: can't create /proc/sys/kernel/domainname: Read-only file system\n", "")
-        .replace("touch: /sys/firmware/x: Read-only file system\n", ""), "0\n0\nlocked\nlocked\n");
+    assert_eq!(
+        outcome
+            .stdout
+            .replace(
+                "sh: can't create /proc/sys/kernel/domainname: Read-only file system\n",
+                ""
+            )
+            .replace("touch: /sys/firmware/x: Read-only file system\n", ""),
+        "0\n0\nlocked\nlocked\n"
+    );
 }
 
 #[test]
@@ -104,7 +136,10 @@ fn bind_mounts_of_directories_and_files() {
         "cat /volume/file /etc/one; touch /volume/x 2>/dev/null || echo ro; touch /writable/deep/made; \
          grep ' /writable/deep ' /proc/self/mountinfo | cut -d' ' -f6",
     );
-    assert_eq!(outcome.stdout, "from outside\nfrom outside\nro\nrw,nosuid,nodev,noexec,relatime\n");
+    assert_eq!(
+        outcome.stdout,
+        "from outside\nfrom outside\nro\nrw,nosuid,nodev,noexec,relatime\n"
+    );
     assert!(outside.join("made").exists());
 }
 
@@ -115,7 +150,14 @@ fn recursive_read_only_reaches_mounts_beneath() {
         let outside = place.outside("volume");
         fs::create_dir(outside.join("lower")).unwrap();
         let none: Option<&str> = None;
-        nix::mount::mount(Some("tmpfs"), &outside.join("lower"), Some("tmpfs"), nix::mount::MsFlags::empty(), none).unwrap();
+        nix::mount::mount(
+            Some("tmpfs"),
+            &outside.join("lower"),
+            Some("tmpfs"),
+            nix::mount::MsFlags::empty(),
+            none,
+        )
+        .unwrap();
         place.mount(json!({"destination": "/volume", "type": "bind", "source": outside, "options": ["rbind", option]}));
         let outcome = place.sh("touch /volume/x 2>/dev/null && echo upper ok; touch /volume/lower/x 2>/dev/null && echo lower ok");
         nix::mount::umount(&outside.join("lower")).unwrap();
@@ -133,12 +175,16 @@ fn id_mapped_mounts_show_mapped_owners() {
     let map = json!([{"containerID": 0, "hostID": 20_000, "size": 5000}]);
     place.mount(json!({"destination": "/mapped", "type": "bind", "source": outside, "options": ["bind", "idmap"],
         "uidMappings": map, "gidMappings": map}));
-    assert_eq!(place.sh("stat -c %u /mapped /mapped/file").stdout, "20000\n21000\n");
+    assert_eq!(
+        place.sh("stat -c %u /mapped /mapped/file").stdout,
+        "20000\n21000\n"
+    );
     // In a user namespace, mapped as that: ids are the same inside as on the disk.
     place.spec["mounts"].as_array_mut().unwrap().pop();
     place.user_namespace();
     place.mount(json!({"destination": "/mapped", "type": "bind", "source": outside, "options": ["rbind", "ridmap"]}));
-    let outcome = place.sh("stat -c %u /mapped /mapped/file; touch /mapped/new && stat -c %u /mapped/new");
+    let outcome =
+        place.sh("stat -c %u /mapped /mapped/file; touch /mapped/new && stat -c %u /mapped/new");
     assert_eq!(outcome.stdout, "0\n1000\n0\n");
     assert_eq!(fs::metadata(outside.join("new")).unwrap().uid(), 0);
 }
@@ -165,7 +211,11 @@ fn links_of_an_image_lead_no_further_than_its_root() {
     let target = place.outside("target");
     // Absolute, to where the guest has something; and dangling, as many images' resolv.conf.
     symlink(&target, place.rootfs().join("link")).unwrap();
-    symlink("../run/resolve/resolv.conf", place.rootfs().join("etc/resolv.conf")).unwrap();
+    symlink(
+        "../run/resolve/resolv.conf",
+        place.rootfs().join("etc/resolv.conf"),
+    )
+    .unwrap();
     place.mount(json!({"destination": "/link/inner", "type": "bind", "source": outside, "options": ["bind"]}));
     place.mount(json!({"destination": "/etc/resolv.conf", "type": "bind", "source": outside.join("file"), "options": ["bind", "ro"]}));
     let script = format!("cat /etc/resolv.conf {}/inner/file", target.display());
@@ -176,13 +226,25 @@ fn links_of_an_image_lead_no_further_than_its_root() {
 #[test]
 fn the_root_can_be_read_only_and_its_propagation_set() {
     let mut place = Place::new();
-    assert_eq!(place.sh("touch /data/x && echo written").stdout, "written\n");
+    assert_eq!(
+        place.sh("touch /data/x && echo written").stdout,
+        "written\n"
+    );
     place.spec["root"]["readonly"] = json!(true);
-    assert_eq!(place.sh("touch /data/x 2>/dev/null || echo ro; touch /dev/x && echo dev").stdout, "ro\ndev\n");
+    assert_eq!(
+        place
+            .sh("touch /data/x 2>/dev/null || echo ro; touch /dev/x && echo dev")
+            .stdout,
+        "ro\ndev\n"
+    );
     for (propagation, shared) in [("rshared", true), ("rprivate", false), ("rslave", false)] {
         place.spec["linux"]["rootfsPropagation"] = json!(propagation);
         let outcome = place.sh("grep ' / r[wo]' /proc/self/mountinfo");
-        assert_eq!(outcome.stdout.contains("shared:"), shared, "{propagation}: {outcome:?}");
+        assert_eq!(
+            outcome.stdout.contains("shared:"),
+            shared,
+            "{propagation}: {outcome:?}"
+        );
     }
     place.spec["linux"]["rootfsPropagation"] = json!("sideways");
     assert!(place.error().starts_with("linux.rootfsPropagation: "));
@@ -201,7 +263,10 @@ fn a_shared_volume_propagates_out() {
     place.spec["linux"]["rootfsPropagation"] = json!("rshared");
     let mut admin = capabilities();
     for set in ["bounding", "effective", "permitted"] {
-        admin[set].as_array_mut().unwrap().push(json!("CAP_SYS_ADMIN"));
+        admin[set]
+            .as_array_mut()
+            .unwrap()
+            .push(json!("CAP_SYS_ADMIN"));
     }
     place.spec["process"]["capabilities"] = admin;
     let outcome = place.sh("mount -t tmpfs inner /volume/in && touch /volume/in/seen && echo done");
@@ -220,15 +285,30 @@ fn mistakes_are_named() {
         place.mount(mount);
         place.error()
     };
-    let error = with(json!({"destination": "/x", "type": "bind", "source": "/no/such", "options": ["bind"]}));
-    assert_eq!(error, "open mounts[7].source /no/such: No such file or directory (os error 2)");
-    let error = with(json!({"destination": "/x", "type": "tmpfs", "source": "x", "options": ["sise=1"]}));
-    assert!(error.starts_with("mount mounts[7] (tmpfs) at /x") && error.contains("sise"), "{error}");
+    let error = with(
+        json!({"destination": "/x", "type": "bind", "source": "/no/such", "options": ["bind"]}),
+    );
+    assert_eq!(
+        error,
+        "open mounts[7].source /no/such: No such file or directory (os error 2)"
+    );
+    let error =
+        with(json!({"destination": "/x", "type": "tmpfs", "source": "x", "options": ["sise=1"]}));
+    assert!(
+        error.starts_with("mount mounts[7] (tmpfs) at /x") && error.contains("sise"),
+        "{error}"
+    );
     let error = with(json!({"destination": "/x", "type": "nosuchfs", "source": "x"}));
-    assert!(error.contains("nosuchfs") && error.contains("No such device"), "{error}");
+    assert!(
+        error.contains("nosuchfs") && error.contains("No such device"),
+        "{error}"
+    );
     let error = with(json!({"destination": "/a/../../b", "type": "tmpfs"}));
     assert_eq!(error, "mounts[7].destination: \"/a/../../b\" climbs");
     place.spec["mounts"].as_array_mut().unwrap().truncate(count);
     place.spec["root"]["path"] = json!("/no/such/root");
-    assert_eq!(place.error(), "open root.path /no/such/root: No such file or directory (os error 2)");
+    assert_eq!(
+        place.error(),
+        "open root.path /no/such/root: No such file or directory (os error 2)"
+    );
 }

@@ -5,7 +5,10 @@ use serde_json::json;
 use crate::harness::*;
 
 fn own(kind: &str) -> String {
-    std::fs::read_link(format!("/proc/self/ns/{kind}")).unwrap().display().to_string()
+    std::fs::read_link(format!("/proc/self/ns/{kind}"))
+        .unwrap()
+        .display()
+        .to_string()
 }
 
 const KINDS: [(&str, &str); 6] = [
@@ -19,7 +22,8 @@ const KINDS: [(&str, &str); 6] = [
 
 #[test]
 fn every_new_namespace_is_new() {
-    let outcome = Place::new().sh("for n in pid ipc uts mnt net cgroup user time; do readlink /proc/self/ns/$n; done");
+    let outcome = Place::new()
+        .sh("for n in pid ipc uts mnt net cgroup user time; do readlink /proc/self/ns/$n; done");
     for (link, (file, _)) in outcome.stdout.lines().zip(KINDS) {
         assert_ne!(link, own(file));
     }
@@ -45,7 +49,8 @@ fn namespaces_are_joined_by_path_and_exec_joins_them_too() {
     let mut place = Place::new();
     for (file, kind) in KINDS {
         if !["mount", "cgroup"].contains(&kind) {
-            place.namespace(json!({"type": kind, "path": format!("/proc/{}/ns/{file}", first.pid)}));
+            place
+                .namespace(json!({"type": kind, "path": format!("/proc/{}/ns/{file}", first.pid)}));
         }
     }
     place.spec.as_object_mut().unwrap().remove("hostname");
@@ -53,7 +58,11 @@ fn namespaces_are_joined_by_path_and_exec_joins_them_too() {
     assert!(!second.container().has_own_pid_namespace());
     for (file, kind) in KINDS {
         let of = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/{file}")).unwrap();
-        assert_eq!(of(first.pid) == of(second.pid), !["mount", "cgroup"].contains(&kind), "{kind}");
+        assert_eq!(
+            of(first.pid) == of(second.pid),
+            !["mount", "cgroup"].contains(&kind),
+            "{kind}"
+        );
     }
     let outcome = second.sh("hostname; cat /proc/1/comm; echo $$");
     assert!(outcome.stdout.starts_with("inside\nsh\n"), "{outcome:?}");
@@ -74,7 +83,10 @@ fn the_sandbox_pid_namespace_wins() {
     container.start().unwrap();
     assert_eq!(wait(created.pid), 0);
     container.delete().unwrap();
-    assert_eq!(read(reader).trim(), std::fs::read_link(path).unwrap().to_str().unwrap());
+    assert_eq!(
+        read(reader).trim(),
+        std::fs::read_link(path).unwrap().to_str().unwrap()
+    );
 }
 
 #[test]
@@ -97,10 +109,17 @@ fn names_loopback_and_sysctls() {
 fn sysctls_of_no_namespace_of_the_container_are_refused() {
     let mut place = Place::new();
     place.spec["linux"]["sysctl"] = json!({"vm.swappiness": "1"});
-    assert_eq!(place.error(), "linux.sysctl[\"vm.swappiness\"]: belongs to no namespace");
+    assert_eq!(
+        place.error(),
+        "linux.sysctl[\"vm.swappiness\"]: belongs to no namespace"
+    );
     place.spec["linux"]["sysctl"] = json!({"net.ipv4.ip_forward": "1"});
     place.without_namespace("network");
-    assert!(place.error().contains("needs a net namespace"), "{}", place.error());
+    assert!(
+        place.error().contains("needs a net namespace"),
+        "{}",
+        place.error()
+    );
     place.spec["linux"]["sysctl"] = json!({"net.../../vm/swappiness": "1"});
     assert!(place.error().starts_with("linux.sysctl"));
 }
@@ -115,28 +134,49 @@ fn a_user_namespace_maps_its_root() {
          echo > /dev/null && echo null; stat -c '%F %u %t:%T' /dev/null; ls /sys | wc -l; mount -t tmpfs x /tmp || echo denied",
     );
     let lines: Vec<_> = outcome.stdout.lines().collect();
-    assert_eq!(lines[..7], ["0", " 0 100000 65536", "0", "65534", "made", "null", "character special file 0 1:3"]);
+    assert_eq!(
+        lines[..7],
+        [
+            "0",
+            " 0 100000 65536",
+            "0",
+            "65534",
+            "made",
+            "null",
+            "character special file 0 1:3"
+        ]
+    );
     assert!(lines.contains(&"denied"), "{lines:?}");
-    let created = std::os::unix::fs::MetadataExt::uid(&std::fs::metadata(place.rootfs().join("data/x")).unwrap());
+    let created = std::os::unix::fs::MetadataExt::uid(
+        &std::fs::metadata(place.rootfs().join("data/x")).unwrap(),
+    );
     assert_eq!(created, 100_000);
     let running = place.sleeping();
-    let outcome = running.sh("id -u; cat /proc/self/uid_map | tr -s ' '; readlink /proc/self/ns/user");
+    let outcome =
+        running.sh("id -u; cat /proc/self/uid_map | tr -s ' '; readlink /proc/self/ns/user");
     let user = std::fs::read_link(format!("/proc/{}/ns/user", running.pid)).unwrap();
-    assert_eq!(outcome.stdout, format!("0\n 0 100000 65536\n{}\n", user.display()));
+    assert_eq!(
+        outcome.stdout,
+        format!("0\n 0 100000 65536\n{}\n", user.display())
+    );
 }
 
 #[test]
 fn a_user_namespace_needs_a_root() {
     let mut place = Place::new();
     place.namespace(json!({"type": "user"}));
-    assert_eq!(place.error(), "linux.uidMappings: id 0 of the user namespace must be mapped");
+    assert_eq!(
+        place.error(),
+        "linux.uidMappings: id 0 of the user namespace must be mapped"
+    );
 }
 
 #[test]
 fn clocks_are_offset() {
     let mut place = Place::new();
     place.namespace(json!({"type": "time"}));
-    place.spec["linux"]["timeOffsets"] = json!({"boottime": {"secs": 1_000_000}, "monotonic": {"secs": 5, "nanosecs": 7}});
+    place.spec["linux"]["timeOffsets"] =
+        json!({"boottime": {"secs": 1_000_000}, "monotonic": {"secs": 5, "nanosecs": 7}});
     let outcome = place.sh("cut -d. -f1 /proc/uptime; cat /proc/self/timens_offsets | tr -s ' '");
     let uptime: u64 = outcome.stdout.lines().next().unwrap().parse().unwrap();
     assert!(uptime >= 1_000_000, "{outcome:?}");
@@ -147,8 +187,14 @@ fn clocks_are_offset() {
 fn mistakes_are_named() {
     let mut place = Place::new();
     place.without_namespace("mount");
-    assert_eq!(place.error(), "linux.namespaces: a mount namespace of the container's own is needed");
+    assert_eq!(
+        place.error(),
+        "linux.namespaces: a mount namespace of the container's own is needed"
+    );
     let mut place = Place::new();
     place.namespace(json!({"type": "network", "path": "/no/such/namespace"}));
-    assert_eq!(place.error(), "open net namespace /no/such/namespace: No such file or directory (os error 2)");
+    assert_eq!(
+        place.error(),
+        "open net namespace /no/such/namespace: No such file or directory (os error 2)"
+    );
 }
