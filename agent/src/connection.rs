@@ -1,13 +1,14 @@
-//! The way to the host: dials once, says hello, serves requests on that connection and streams on a port.
+//! The way to the host: dials once, says hello, serves requests on that connection and streams on a
+//! port.
 //!
 //! ```text
 //! dial (2, AGENT_PORT) ── Hello ── rest of the set-up ── ttrpc requests ──(host gone)── power off
 //! listen STREAM_PORT ──── one task a connection: header, then a process's stream or a forwarded port
 //! ```
 //!
-//! A vsock socket is read, written and shut down by the calls of a unix stream socket, so both transports are one type
-//! after their set-up. Only connections from the host ([`HOST_CID`]) are accepted: a container that can make vsock sockets
-//! is turned away before a byte of it is read.
+//! A vsock socket is read, written and shut down by the calls of a unix stream socket, so both
+//! transports are one type after their set-up. Only connections from the host ([`HOST_CID`]) are
+//! accepted: a container that can make vsock sockets is turned away before a byte of it is read.
 
 use std::{
     io,
@@ -46,8 +47,8 @@ use crate::{
 /// vsock context of the host (vsock(7)).
 const HOST_CID: u32 = 2;
 
-/// Connections to the stream port that are in their header or forward a port. Those of processes are counted by
-/// `STREAMS_PENDING_MAX` and the number of processes.
+/// Connections to the stream port that are in their header or forward a port. Those of processes
+/// are counted by `STREAMS_PENDING_MAX` and the number of processes.
 const STREAM_TASKS_MAX: usize = 1024;
 
 /// How long the answer to a power-off may travel.

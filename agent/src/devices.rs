@@ -1,7 +1,9 @@
-//! Devices of the machine as sysfs shows them: PCI functions, the block devices on them, vCPUs and memory blocks.
+//! Devices of the machine as sysfs shows them: PCI functions, the block devices on them, vCPUs and
+//! memory blocks.
 //!
-//! Hot-plug needs no ACPI here: the host adds a function and asks for a rescan of the bus, or asks for a function's removal
-//! and then takes it away. Waiting for a device means waiting for the kernel's uevent, with [`DEVICE_WAIT`] as its bound.
+//! Hot-plug needs no ACPI here: the host adds a function and asks for a rescan of the bus, or asks
+//! for a function's removal and then takes it away. Waiting for a device means waiting for the
+//! kernel's uevent, with [`DEVICE_WAIT`] as its bound.
 
 use std::{
     fs, io,
@@ -47,7 +49,8 @@ pub(crate) enum DeviceError {
     #[error("no PCI function {0} in the guest")]
     Unknown(PciAddress),
     /// It did not appear in time.
-    #[error("no {what} appeared on PCI function {address} within {} seconds", DEVICE_WAIT.as_secs())]
+    #[error("no {what} appeared on PCI function {address} within {} \
+        seconds", DEVICE_WAIT.as_secs())]
     Missing {
         /// "block device", "partition 2".
         what: String,
@@ -65,7 +68,8 @@ pub(crate) enum DeviceError {
     },
 }
 
-/// Domain, bus, device and function, as sysfs writes them. Holding one proves the form, not that the function exists.
+/// Domain, bus, device and function, as sysfs writes them. Holding one proves the form, not that
+/// the function exists.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct PciAddress(String);
 

@@ -1,7 +1,7 @@
 //! Events that wait for the host: out of memory, device gone.
 //!
-//! The queue holds [`EVENTS_PENDING_MAX`] at most. An event equal to one that waits says nothing new and is folded into
-//! it; when the queue is full all the same, the oldest goes.
+//! The queue holds [`EVENTS_PENDING_MAX`] at most. An event equal to one that waits says nothing
+//! new and is folded into it; when the queue is full all the same, the oldest goes.
 
 use std::{
     collections::VecDeque,

@@ -13,7 +13,8 @@ use nix::{
 };
 use tokio::io::unix::AsyncFd;
 
-/// Largest pseudo file in bytes that is read: `memory.stat` and `/proc/self/mountinfo` of a full guest stay far below.
+/// Largest pseudo file in bytes that is read: `memory.stat` and `/proc/self/mountinfo` of a full
+/// guest stay far below.
 const PSEUDO_FILE_BYTES_MAX: u64 = 4 << 20;
 
 /// Deepest path that is made or resolved, in components.
@@ -36,7 +37,8 @@ pub(crate) fn write(path: impl AsRef<Path>, value: &str) -> io::Result<()> {
         .write_all(value.as_bytes())
 }
 
-/// The components of an absolute `path` beneath `base`, if it lies strictly beneath it and holds no `..`.
+/// The components of an absolute `path` beneath `base`, if it lies strictly beneath it and holds no
+/// `..`.
 pub(crate) fn components_beneath<'a>(base: &Path, path: &'a Path) -> Option<Vec<&'a str>> {
     let rest = path.strip_prefix(base).ok()?;
     let mut names = Vec::new();
@@ -60,8 +62,8 @@ pub(crate) enum Missing {
     File,
 }
 
-/// Opens `names` beneath `base` with `O_PATH`. No component may be a symbolic link: a container can write some of the
-/// directories beneath.
+/// Opens `names` beneath `base` with `O_PATH`. No component may be a symbolic link: a container can
+/// write some of the directories beneath.
 pub(crate) fn open_beneath(base: &Path, names: &[&str], missing: Missing) -> io::Result<OwnedFd> {
     let mut directory: OwnedFd = File::open(base)?.into();
     for (index, name) in names.iter().enumerate() {
@@ -84,7 +86,8 @@ pub(crate) fn open_beneath(base: &Path, names: &[&str], missing: Missing) -> io:
     Ok(directory)
 }
 
-// Without `O_NOFOLLOW`: with it `openat2(2)` would open a last component that is a link, rather than refuse it.
+// Without `O_NOFOLLOW`: with it `openat2(2)` would open a last component that is a link, rather
+// than refuse it.
 fn open_component(directory: &OwnedFd, name: &str) -> nix::Result<OwnedFd> {
     let how = OpenHow::new()
         .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
@@ -113,7 +116,8 @@ pub(crate) fn descriptor_path(fd: &impl AsRawFd) -> PathBuf {
 /// Registers the owner of a descriptor with the runtime, so that tasks can wait for it.
 #[expect(
     deprecated,
-    reason = "its successor is unsafe for owners that close early; `OwnedFd` and `Inotify` close when dropped"
+    reason = "its successor is unsafe for owners that close early; `OwnedFd` and `Inotify` close \
+        when dropped"
 )]
 pub(crate) fn watch<T: AsRawFd>(owner: T) -> io::Result<AsyncFd<T>> {
     AsyncFd::new(owner)

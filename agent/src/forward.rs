@@ -1,4 +1,5 @@
-//! Ports of the pod that the host forwards: one connection of the host is one TCP connection inside the pod.
+//! Ports of the pod that the host forwards: one connection of the host is one TCP connection inside
+//! the pod.
 //!
 //! The pod's network namespace is the guest's own, so the agent simply connects.
 

@@ -1,7 +1,9 @@
-//! What the first process of a guest owes its kernel: the first mounts, cgroup delegation, the clock, and power-off.
+//! What the first process of a guest owes its kernel: the first mounts, cgroup delegation, the
+//! clock, and power-off.
 //!
-//! Before the host is dialled only what that needs is done ([`mount_early`]); the rest ([`set_up`]) runs while the host
-//! reads the hello. On a developer's machine (`--socket`) neither touches anything.
+//! Before the host is dialled only what that needs is done ([`mount_early`]); the rest ([`set_up`])
+//! runs while the host reads the hello. On a developer's machine (`--socket`) neither touches
+//! anything.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -22,7 +24,8 @@ use nix::{
 
 use crate::{files, log};
 
-/// Threads at once in blocking calls of the kernel; a guest with more mounts than this stuck is past help.
+/// Threads at once in blocking calls of the kernel; a guest with more mounts than this stuck is
+/// past help.
 pub(crate) const BLOCKING_THREADS_MAX: usize = 32;
 
 /// How long an unused thread waits for work: its stack is memory of the pod.
@@ -75,7 +78,8 @@ pub(crate) enum Options {
 }
 
 impl Options {
-    /// Reads the command line. Words that the kernel passes on to its first process are not options of ours.
+    /// Reads the command line. Words that the kernel passes on to its first process are not options
+    /// of ours.
     pub(crate) fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Self, InitError> {
         if std::process::id() == 1 && !files_asked(std::env::args_os()) {
             return Ok(Self::Guest);
@@ -147,7 +151,8 @@ const SAFE: MsFlags = MsFlags::MS_NOSUID
     .union(MsFlags::MS_NODEV)
     .union(MsFlags::MS_NOEXEC);
 
-/// Mounts that the agent itself needs before it can say hello. A kernel with `CONFIG_DEVTMPFS_MOUNT` has mounted `/dev`.
+/// Mounts that the agent itself needs before it can say hello. A kernel with
+/// `CONFIG_DEVTMPFS_MOUNT` has mounted `/dev`.
 const EARLY: [FirstMount; 3] = [
     ("proc", "/proc", "proc", SAFE, ""),
     ("sysfs", "/sys", "sysfs", SAFE, ""),
@@ -156,7 +161,7 @@ const EARLY: [FirstMount; 3] = [
 ];
 
 /// Mounts that containers need.
-const LATE: [FirstMount; 6] = [
+const LATE: [FirstMount; 5] = [
     (
         "devtmpfs",
         "/dev",
@@ -171,7 +176,6 @@ const LATE: [FirstMount; 6] = [
         MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC),
         "newinstance,ptmxmode=0666,mode=620,gid=5",
     ),
-    ("tmpfs", "/dev/shm", "tmpfs", SAFE, "mode=1777"),
     ("mqueue", "/dev/mqueue", "mqueue", SAFE, ""),
     (
         "cgroup2",
@@ -219,8 +223,6 @@ pub(crate) fn set_up(options: &Options) {
         ] {
             let _ = std::os::unix::fs::symlink(target, link);
         }
-        // With memory hierarchically accounted, the guest's own pages are not charged to a container.
-        let _ = files::write("/proc/sys/vm/overcommit_memory", "1");
     }
     if let Err(error) = fs::create_dir_all(RUN) {
         log::warn(format_args!("cannot make {RUN}: {error}"));
@@ -239,8 +241,9 @@ fn mount_one((source, target, fs_type, flags, data): &FirstMount) -> nix::Result
     }
 }
 
-/// Gives the children of the root cgroup every controller that this kernel has. The agent stays in the root itself, where
-/// cgroup v2 allows processes beside children (Documentation/admin-guide/cgroup-v2.rst, "No Internal Process Constraint").
+/// Gives the children of the root cgroup every controller that this kernel has. The agent stays in
+/// the root itself, where cgroup v2 allows processes beside children
+/// (Documentation/admin-guide/cgroup-v2.rst, "No Internal Process Constraint").
 fn delegate_controllers() -> io::Result<()> {
     let root = Path::new(CGROUP_ROOT);
     let controllers = files::read(root.join("cgroup.controllers"))?;

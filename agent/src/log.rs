@@ -1,6 +1,8 @@
-//! The agent's log: lines on standard error, which the kernel opened on the console that the host reads.
+//! The agent's log: lines on standard error, which the kernel opened on the console that the host
+//! reads.
 //!
-//! There are few lines and no levels to configure, so a logging library would only cost memory and boot time.
+//! There are few lines and no levels to configure, so a logging library would only cost memory and
+//! boot time.
 
 use std::{
     fmt::Arguments,
@@ -18,8 +20,8 @@ pub(crate) fn error(text: Arguments<'_>) {
 }
 
 fn write(line: Arguments<'_>) {
-    // One write per line, so that lines of the kernel do not come between its parts. A console that cannot be written
-    // to leaves nobody to tell.
+    // One write per line, so that lines of the kernel do not come between its parts. A console that
+    // cannot be written to leaves nobody to tell.
     let _ = stderr().write_all(line.to_string().as_bytes());
 }
 

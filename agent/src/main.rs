@@ -1,6 +1,7 @@
 //! `pericarp-agent`: the first process of the guest, and the only program of Pericarp in there.
 //!
-//! It dials the host, says hello, and serves the requests of `protocol/guest.proto` on that one connection.
+//! It dials the host, says hello, and serves the requests of `protocol/guest.proto` on that one
+//! connection.
 //!
 //! ```text
 //! main ── init (mounts)── connection (dial, hello) ── ttrpc ── rpc/* ── pod ─┬─ container   (namespaces, rootfs, cgroups)
@@ -8,11 +9,12 @@
 //!                                 └─ streams: stdio, forward                 └─ reaper, events
 //! ```
 //!
-//! Runs as something else when told so by its first argument: `container-init` builds one container in a process of its own,
-//! `pod-init` is the first process of a PID namespace that the containers of a pod share.
+//! Runs as something else when told so by its first argument: `container-init` builds one container
+//! in a process of its own, `pod-init` is the first process of a PID namespace that the containers
+//! of a pod share.
 //!
-//! On a developer's machine `--socket PATH --streams PATH` put unix sockets in place of vsock, and nothing of the machine
-//! is set up.
+//! On a developer's machine `--socket PATH --streams PATH` put unix sockets in place of vsock, and
+//! nothing of the machine is set up.
 
 use std::{env, process::ExitCode};
 
@@ -58,9 +60,10 @@ fn main() -> ExitCode {
 }
 
 fn run(options: init::Options, started_us: u64) -> Result<(), init::InitError> {
+    pericarp_sys::guest::use_one_arena();
     init::mount_early(&options)?;
-    // One thread serves everything; what blocks in the kernel (mounts, building containers) goes to threads that end
-    // again. Their number bounds how many blocked mounts the guest bears at once.
+    // One thread serves everything; what blocks in the kernel (mounts, building containers) goes to
+    // threads that end again. Their number bounds how many blocked mounts the guest bears at once.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()

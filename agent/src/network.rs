@@ -1,10 +1,11 @@
 //! Interfaces, addresses, routes and neighbours of the pod, by rtnetlink (rtnetlink(7)).
 //!
-//! The pod's network namespace is the guest's own. An interface is found by its MAC address, which the host knows from
-//! CNI. Everything is idempotent: a request may be repeated after it failed half-way.
+//! The pod's network namespace is the guest's own. An interface is found by its MAC address, which
+//! the host knows from CNI. Everything is idempotent: a request may be repeated after it failed
+//! half-way.
 //!
-//! One blocking socket a request and one message at a time: a pod has few interfaces, and the kernel answers at once.
-//! Limits: [`ANSWER_BYTES_MAX`] an answer, [`LINKS_MAX`] interfaces.
+//! One blocking socket a request and one message at a time: a pod has few interfaces, and the
+//! kernel answers at once. Limits: [`ANSWER_BYTES_MAX`] an answer, [`LINKS_MAX`] interfaces.
 
 use std::{
     io,
@@ -32,7 +33,8 @@ use nix::sys::socket::{
 };
 use pericarp_protocol::guest::{Interface, Neighbour, Route};
 
-/// Largest datagram of an answer in bytes: the kernel makes them no larger than 32 KiB (netlink(7)).
+/// Largest datagram of an answer in bytes: the kernel makes them no larger than 32 KiB
+/// (netlink(7)).
 const ANSWER_BYTES_MAX: usize = 32 << 10;
 
 /// Interfaces of one pod.

@@ -1,5 +1,6 @@
-//! Notices that the kernel's OOM killer ended something in a container, by watching its cgroup's `memory.events`
-//! (Documentation/admin-guide/cgroup-v2.rst: the file "generates a file modified event" when a value changes).
+//! Notices that the kernel's OOM killer ended something in a container, by watching its cgroup's
+//! `memory.events` (Documentation/admin-guide/cgroup-v2.rst: the file "generates a file modified
+//! event" when a value changes).
 
 use std::{
     collections::HashMap,

@@ -9,11 +9,12 @@
 //!      └─ sandbox: shared PID namespace
 //! ```
 //!
-//! One thread runs all tasks. What blocks in the kernel runs on a thread of its own ([`blocking`]) and takes a container's
-//! lock only there; no lock is held across an await.
+//! One thread runs all tasks. What blocks in the kernel runs on a thread of its own ([`blocking`])
+//! and takes a container's lock only there; no lock is held across an await.
 
 use std::{
     io,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     time::Duration,
@@ -30,7 +31,7 @@ use crate::{
     init::Options,
     log,
     oom::OomWatch,
-    pod_init::PodInit,
+    pod_init::{self, PodInit},
     process::Process,
     reaper::Reaper,
     storage,
@@ -140,7 +141,35 @@ impl Pod {
         self.sandbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Kills every process of the pod, waits for their ends, and takes the mounts of the sandbox away.
+    /// The PID namespace that containers of this pod share. Made when the first container asks, if
+    /// the sandbox's configuration did not; blocks, and the caller holds the reaper.
+    pub(crate) fn shared_pid_namespace(&self) -> Result<OwnedFd, RpcError> {
+        let mut state = self.sandbox();
+        let SandboxState::Configured { pod_init } = &mut *state else {
+            return Err(RpcError::State {
+                object: "sandbox_pid_namespace".to_owned(),
+                reason: "the sandbox is not configured",
+            });
+        };
+        let made = match pod_init {
+            Some(made) => made,
+            None => pod_init.insert(self.start_pod_init()?),
+        };
+        made.namespace
+            .try_clone()
+            .map_err(RpcError::kernel("use the pod's PID namespace"))
+    }
+
+    /// Makes that namespace; blocks, and the caller holds the reaper.
+    pub(crate) fn start_pod_init(&self) -> Result<PodInit, RpcError> {
+        let made = pod_init::spawn().map_err(RpcError::kernel("make the pod's PID namespace"))?;
+        // Nobody waits for its end, but it must be collected.
+        drop(self.reaper.register(made.pid));
+        Ok(made)
+    }
+
+    /// Kills every process of the pod, waits for their ends, and takes the mounts of the sandbox
+    /// away.
     pub(crate) async fn end_everything(&self) {
         let containers = self.containers.all();
         let handles: Vec<_> = containers

@@ -1,7 +1,8 @@
-//! The first process of a PID namespace that the containers of a pod share (`shareProcessNamespace`).
+//! The first process of a PID namespace that the containers of a pod share
+//! (`shareProcessNamespace`).
 //!
-//! It keeps the namespace and collects its orphans. Containers see it as their PID 1, so it holds nothing of the guest:
-//! no capability, a user of its own, and an empty read-only root.
+//! It keeps the namespace and collects its orphans. Containers see it as their PID 1, so it holds
+//! nothing of the guest: no capability, a user of its own, and an empty read-only root.
 
 use std::{
     fs::File,
@@ -72,7 +73,8 @@ pub(crate) fn main() -> ! {
             // It has ended, so it is collected at once.
             let _ = collect(pid);
         }
-        // The first process of a namespace gets no signal that it does not expect, so only SIGCHLD ends the wait.
+        // The first process of a namespace gets no signal that it does not expect, so only SIGCHLD
+        // ends the wait.
         let _ = child_ended.wait();
     }
 }

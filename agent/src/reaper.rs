@@ -1,4 +1,5 @@
-//! Ended processes. As the first process of the guest the agent inherits every orphan, and must collect it.
+//! Ended processes. As the first process of the guest the agent inherits every orphan, and must
+//! collect it.
 //!
 //! ```text
 //! SIGCHLD ─> waitid(all, leave it) ─┬─ registered ──> waitid(pid), its watcher hears the exit
@@ -7,7 +8,8 @@
 //!                                      about to register or to collect by itself
 //! ```
 //!
-//! A process is signalled under the same lock under which it is collected, so a signal never reaches a reused number.
+//! A process is signalled under the same lock under which it is collected, so a signal never
+//! reaches a reused number.
 
 use std::{
     collections::HashMap,
@@ -60,7 +62,8 @@ impl Drop for Hold {
 }
 
 impl Reaper {
-    /// Keeps unknown children uncollected: for code that makes processes and collects or registers them itself.
+    /// Keeps unknown children uncollected: for code that makes processes and collects or registers
+    /// them itself.
     pub(crate) fn hold(self: &Arc<Self>) -> Hold {
         self.state().holds += 1;
         Hold(Arc::clone(self))
@@ -106,7 +109,8 @@ impl Reaper {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Collects everything that may be collected now. Each round ends one process, so the loop is bounded by them.
+    /// Collects everything that may be collected now. Each round ends one process, so the loop is
+    /// bounded by them.
     fn collect(&self) {
         let mut state = self.state();
         while let Some(pid) = peek_ended() {

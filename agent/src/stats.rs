@@ -1,6 +1,8 @@
-//! Figures of a container or of the whole pod: cgroup v2 files, pressure, network devices, file systems.
+//! Figures of a container or of the whole pod: cgroup v2 files, pressure, network devices, file
+//! systems.
 //!
-//! Parsers are pure functions of a file's text. A file that is not there (a controller the kernel lacks) leaves zeroes.
+//! Parsers are pure functions of a file's text. A file that is not there (a controller the kernel
+//! lacks) leaves zeroes.
 
 use std::path::Path;
 

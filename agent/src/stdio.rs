@@ -1,4 +1,5 @@
-//! Standard streams of processes: a pipe or a terminal on one side, a connection of the host on the other.
+//! Standard streams of processes: a pipe or a terminal on one side, a connection of the host on the
+//! other.
 //!
 //! ```text
 //!           without a terminal                                 with one
@@ -7,13 +8,16 @@
 //! stderr  pipe ──pump_out──> stream
 //! ```
 //!
-//! - End of a stdin stream closes the process's stdin. (A terminal has no such end: its user types one.)
+//! - End of a stdin stream closes the process's stdin. (A terminal has no such end: its user types
+//!   one.)
 //! - End of a process's output shuts the stream down for writing.
 //! - A reader that is gone closes the pipe, so that the process gets `SIGPIPE`, as under runc.
-//! - Output counts as delivered when the pipe is at its end, or was found empty after the process had ended: a daemon that
+//! - Output counts as delivered when the pipe is at its end, or was found empty after the process
+//!   had ended: a daemon that
 //!   it left behind may hold the pipe for ever.
 //!
-//! No copy is buffered beyond [`BUFFER_BYTES`] a direction, and an idle stream has no buffer at all.
+//! No copy is buffered beyond [`BUFFER_BYTES`] a direction, and an idle stream has no buffer at
+//! all.
 
 use std::{
     io,
@@ -64,10 +68,14 @@ pub(crate) enum StdioError {
 #[derive(Debug)]
 pub(crate) struct Prepared {
     /// Stream into the process, and its pipe unless there is a terminal.
-    input: Option<(OwnedReadHalf, Option<OwnedFd>)>,
+    input: Option<(Input, Option<OwnedFd>)>,
     /// Streams out of the process with their pipes; without a pipe from the terminal.
     outputs: Vec<(OwnedWriteHalf, Option<OwnedFd>)>,
 }
+
+/// A stream into a process. Its other half is kept for as long: dropping it would tell the host
+/// that nobody reads.
+type Input = (OwnedReadHalf, Option<OwnedWriteHalf>);
 
 impl Prepared {
     /// Takes the streams that a request names. Gives what the process shall have.
@@ -92,7 +100,7 @@ impl Prepared {
             let (reader, writer) = pipe2(OFlag::O_CLOEXEC).map_err(io::Error::from)?;
             let stream = streams.take("streams.stdin", ids.stdin)?;
             stdio.stdin = Some(reader);
-            prepared.input = Some((stream.into_split().0, Some(writer)));
+            prepared.input = Some((input(stream), Some(writer)));
         }
         for (role, id, end) in [
             ("streams.stdout", ids.stdout, &mut stdio.stdout),
@@ -102,7 +110,7 @@ impl Prepared {
                 let (reader, writer) = pipe2(OFlag::O_CLOEXEC).map_err(io::Error::from)?;
                 let stream = streams.take(role, id)?;
                 *end = Some(writer);
-                prepared.outputs.push((write_half(stream)?, Some(reader)));
+                prepared.outputs.push((write_half(stream), Some(reader)));
             }
         }
         Ok((prepared, stdio))
@@ -121,15 +129,15 @@ impl Prepared {
             let stream = streams.take("streams.stdout", ids.stdout)?;
             if ids.stdin == ids.stdout {
                 let (reader, writer) = stream.into_split();
-                prepared.input = Some((reader, None));
+                prepared.input = Some(((reader, None), None));
                 prepared.outputs.push((writer, None));
             } else {
-                prepared.outputs.push((write_half(stream)?, None));
+                prepared.outputs.push((write_half(stream), None));
             }
         }
         if ids.stdin != 0 && ids.stdin != ids.stdout {
             let stream = streams.take("streams.stdin", ids.stdin)?;
-            prepared.input = Some((stream.into_split().0, None));
+            prepared.input = Some((input(stream), None));
         }
         Ok(prepared)
     }
@@ -151,13 +159,15 @@ impl Prepared {
             pumps.spawn(pump_out(source, stream, exit.clone(), owed));
         }
         if let Some((stream, pipe)) = self.input {
-            let sink = match (pipe, &terminal) {
-                (Some(pipe), _) => Some(Arc::new(endpoint(pipe)?)),
-                (None, Some(terminal)) => Some(Arc::clone(terminal)),
-                (None, None) => None,
-            };
-            if let Some(sink) = sink {
-                pumps.spawn(pump_in(stream, sink, closing));
+            match (pipe, &terminal) {
+                (Some(pipe), _) => {
+                    let pipe = Arc::new(endpoint(pipe)?);
+                    pumps.spawn(pump_into_pipe(stream, pipe, closing));
+                }
+                (None, Some(terminal)) => {
+                    pumps.spawn(pump_in(stream, Arc::clone(terminal), closing));
+                }
+                (None, None) => {}
             }
         }
         Ok(Attached {
@@ -235,7 +245,8 @@ async fn pump_out(
 ) {
     let mut ended = false;
     loop {
-        // Readiness is only a hint to try: after the exit it is the read itself that tells whether the pipe is empty.
+        // Readiness is only a hint to try: after the exit it is the read itself that tells whether
+        // the pipe is empty.
         if ended {
             let Ok(mut guard) = source.readable().await else {
                 return;
@@ -289,24 +300,44 @@ async fn drain(source: &AsyncFd<OwnedFd>, stream: &mut OwnedWriteHalf) -> Draine
     }
 }
 
+/// As [`pump_in`], until the process closes its end of the pipe: the host learns that by the end of
+/// the stream.
+async fn pump_into_pipe(
+    stream: Input,
+    pipe: Arc<AsyncFd<OwnedFd>>,
+    closing: watch::Receiver<bool>,
+) {
+    tokio::select! {
+        () = pump_in(stream, Arc::clone(&pipe), closing) => {}
+        // poll(2): the write end of a pipe without readers is in error.
+        _ = pipe.ready(Interest::ERROR) => {}
+    }
+}
+
 /// Copies from the host to a process until either side ends or the host asks to close.
 async fn pump_in(
-    stream: OwnedReadHalf,
+    (stream, _kept): Input,
     sink: Arc<AsyncFd<OwnedFd>>,
     mut closing: watch::Receiver<bool>,
 ) {
     let mut asked = false;
-    loop {
-        if !asked {
-            tokio::select! {
-                ready = stream.readable() => if ready.is_err() { return },
-                // The sender lives as long as this task.
-                _ = closing.wait_for(|asked| *asked) => asked = true,
-            }
+    while !asked {
+        tokio::select! {
+            ready = stream.readable() => if ready.is_err() { return },
+            // The sender lives as long as this task.
+            _ = closing.wait_for(|asked| *asked) => asked = true,
         }
         let mut buffer = vec![0; BUFFER_BYTES];
         loop {
-            match stream.try_read(&mut buffer) {
+            let found = match stream.try_read(&mut buffer) {
+                // Readiness is known to the runtime with a delay; what has arrived is known to the
+                // socket.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && asked => {
+                    read(stream.as_ref(), &mut buffer).map_err(io::Error::from)
+                }
+                other => other,
+            };
+            match found {
                 Ok(0) => return,
                 Ok(length) => {
                     if write_all(&sink, &buffer[..length]).await.is_err() {
@@ -316,9 +347,6 @@ async fn pump_in(
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(_) => return,
             }
-        }
-        if asked {
-            return;
         }
     }
 }
@@ -352,6 +380,11 @@ fn endpoint(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 }
 
 /// The half of an output stream that is used. The host sends nothing on it.
-fn write_half(stream: UnixStream) -> io::Result<OwnedWriteHalf> {
-    Ok(stream.into_split().1)
+fn write_half(stream: UnixStream) -> OwnedWriteHalf {
+    stream.into_split().1
+}
+
+fn input(stream: UnixStream) -> Input {
+    let (reader, writer) = stream.into_split();
+    (reader, Some(writer))
 }

@@ -1,7 +1,9 @@
-//! Connections that the host opened to the stream port: their header line, and those that wait for their process.
+//! Connections that the host opened to the stream port: their header line, and those that wait for
+//! their process.
 //!
-//! Only the host gets here (the peer's context id is checked at accept). Limits: [`STREAM_HEADER_BYTES_MAX`] for a
-//! header, [`HEADER_WAIT`] for its arrival, [`STREAMS_PENDING_MAX`] connections that no process has taken.
+//! Only the host gets here (the peer's context id is checked at accept). Limits:
+//! [`STREAM_HEADER_BYTES_MAX`] for a header, [`HEADER_WAIT`] for its arrival,
+//! [`STREAMS_PENDING_MAX`] connections that no process has taken.
 
 use std::{
     collections::HashMap,
@@ -92,7 +94,8 @@ impl Streams {
         if let Err(error) = self.check_room(id) {
             return refuse(&mut stream, &error).await;
         }
-        // The host must not name the stream before it has the answer, so answering first loses nothing.
+        // The host must not name the stream before it has the answer, so answering first loses
+        // nothing.
         if let Err(error) = stream.write_all(b"ok\n").await {
             log::warn(format_args!(
                 "stream {id} broke before its process came: {error}"

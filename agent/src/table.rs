@@ -5,7 +5,8 @@
 //!                          └─drop──> (nothing)                     └─fill──> ready (removal failed)
 //! ```
 //!
-//! A name is taken from the moment somebody begins to make the thing, so a second create is refused rather than raced.
+//! A name is taken from the moment somebody begins to make the thing, so a second create is refused
+//! rather than raced.
 
 use std::{
     collections::HashMap,

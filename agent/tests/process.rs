@@ -1,10 +1,13 @@
 //! Containers and their processes as the host drives them, against the real agent.
 
+#![expect(clippy::unwrap_used, reason = "a test stops where it fails")]
+
 mod common;
 
 use common::{Guest, deadline, process, refusal};
 use pericarp_protocol::guest::{
-    ContainerRequest, Empty, ExecRequest, ResizeTerminalRequest, SignalRequest, Streams,
+    ContainerRequest, CreateContainerRequest, Empty, ExecRequest, ResizeTerminalRequest,
+    SignalRequest, Streams,
 };
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -331,7 +334,7 @@ async fn many_containers_leave_nothing_behind() {
             .await
             .unwrap()
     };
-    for number in 0..5 {
+    for number in 0..20 {
         guest.run(&format!("warm{number}"), &spec).await.unwrap();
     }
     let before = measure().await;
@@ -343,9 +346,89 @@ async fn many_containers_leave_nothing_behind() {
     assert_eq!(before.mounts, after.mounts);
     assert_eq!(before.cgroups, after.cgroups);
     assert!(
-        after.agent_rss_bytes <= before.agent_rss_bytes + (256 << 10),
+        after.agent_rss_bytes <= before.agent_rss_bytes + (1 << 20),
         "{} -> {}",
         before.agent_rss_bytes,
         after.agent_rss_bytes
     );
+}
+
+#[tokio::test]
+async fn the_host_learns_that_stdin_is_closed() {
+    let Some(guest) = Guest::configured().await else {
+        return;
+    };
+    let (stdin, mut into) = guest.stream().await;
+    let streams = Streams {
+        stdin,
+        ..Default::default()
+    };
+    let spec = guest.spec(&["sh", "-c", "read line; exec <&-; sleep 1000"]);
+    guest.create("c", &spec, streams).await.unwrap();
+    guest.start_process("c", "").await.unwrap();
+    // While the process may read, nothing says otherwise.
+    let mut byte = [0];
+    let early = tokio::time::timeout(std::time::Duration::from_millis(200), into.read(&mut byte));
+    assert!(early.await.is_err());
+    into.write_all(b"line\n").await.unwrap();
+    assert_eq!(into.read(&mut byte).await.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn containers_share_a_pid_namespace_when_the_pod_does() {
+    let Some(guest) = Guest::configured().await else {
+        return;
+    };
+    let create = async |id: &str, args: &[&str], streams: Streams| {
+        let request = CreateContainerRequest {
+            container_id: id.to_owned(),
+            oci_spec: serde_json::to_vec(&guest.spec(args)).unwrap(),
+            streams: Some(streams).into(),
+            sandbox_pid_namespace: true,
+            ..Default::default()
+        };
+        guest
+            .client
+            .create_container(deadline(), &request)
+            .await
+            .unwrap();
+        guest.start_process(id, "").await.unwrap();
+    };
+    create(
+        "a",
+        &["sh", "-c", "sleep 1000 & sleep 2000"],
+        Streams::default(),
+    )
+    .await;
+    let (stdout, mut out) = guest.stream().await;
+    let look = "until pidof sleep >/dev/null; do :; done; cat /proc/1/comm; \
+                ls /proc/1/root/ 2>&1; grep CapPrm /proc/1/status; ps -o comm,args";
+    create(
+        "b",
+        &["sh", "-c", look],
+        Streams {
+            stdout,
+            ..Default::default()
+        },
+    )
+    .await;
+    let mut seen = String::new();
+    out.read_to_string(&mut seen).await.unwrap();
+    assert!(seen.contains("CapPrm:\t0000000000000000"), "{seen}");
+    assert!(seen.contains("sleep 2000"), "{seen}");
+    assert_eq!(guest.wait("b", "").await.unwrap().exit_status, 0);
+    guest.delete("b", "").await.unwrap();
+    // What the first process leaves behind ends with it.
+    let kill = SignalRequest {
+        container_id: "a".to_owned(),
+        signal: 9,
+        ..Default::default()
+    };
+    guest
+        .client
+        .signal_process(deadline(), &kill)
+        .await
+        .unwrap();
+    assert_eq!(guest.wait("a", "").await.unwrap().exit_status, 137);
+    guest.delete("a", "").await.unwrap();
 }

@@ -1,6 +1,7 @@
 //! Children of this process: which have ended and how, and signals by number.
 //!
-//! `nix` names signals by an enum without the real-time ones: a process that such a signal ends is an error there.
+//! `nix` names signals by an enum without the real-time ones: a process that such a signal ends is
+//! an error there.
 
 use std::{io, mem::MaybeUninit};
 
@@ -50,7 +51,8 @@ fn wait(kind: libc::idtype_t, id: libc::id_t, flags: i32) -> io::Result<Option<(
     }
     // SAFETY: zeroes are a valid `siginfo_t`, and the kernel writes valid values over them.
     let info = unsafe { info.assume_init() };
-    // SAFETY: waitid(2) fills in the members of a SIGCHLD, or leaves the zeroes when no child is in that state.
+    // SAFETY: waitid(2) fills in the members of a SIGCHLD, or leaves the zeroes when no child is in
+    // that state.
     let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
     if pid == 0 {
         return Ok(None);

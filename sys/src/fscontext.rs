@@ -1,7 +1,9 @@
-//! The mount API of file system contexts: `fsopen(2)`, `fsconfig(2)`, `fsmount(2)`, `move_mount(2)`.
+//! The mount API of file system contexts: `fsopen(2)`, `fsconfig(2)`, `fsmount(2)`,
+//! `move_mount(2)`.
 //!
-//! Preferred to `mount(2)`: options are not cut at one page (an overlay may have hundreds of layers), a mount is made
-//! before it is visible anywhere, and the kernel says in words what it disliked.
+//! Preferred to `mount(2)`: options are not cut at one page (an overlay may have hundreds of
+//! layers), a mount is made before it is visible anywhere, and the kernel says in words what it
+//! disliked.
 
 use std::{
     ffi::{CStr, CString},
@@ -23,7 +25,8 @@ impl FsContext {
     /// # Errors
     /// The kernel's: `ENODEV` when it does not know the type.
     pub fn open(fs_type: &CStr) -> io::Result<Self> {
-        // SAFETY: `fs_type` is a NUL-terminated string that outlives the call; the kernel keeps no pointer to it.
+        // SAFETY: `fs_type` is a NUL-terminated string that outlives the call; the kernel keeps no
+        // pointer to it.
         let result = unsafe { libc::syscall(libc::SYS_fsopen, fs_type.as_ptr(), 1u32) };
         Ok(Self(owned(result)?))
     }
@@ -52,7 +55,8 @@ impl FsContext {
     /// The kernel's; see [`Self::complaint`].
     pub fn mount(&self, attributes: u64) -> io::Result<DetachedMount> {
         self.configure(libc::FSCONFIG_CMD_CREATE, None, None)?;
-        // The attributes all lie in the lower half (uapi/linux/mount.h), and the call takes an unsigned int.
+        // The attributes all lie in the lower half (uapi/linux/mount.h), and the call takes an
+        // unsigned int.
         let attributes =
             u32::try_from(attributes).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
         // SAFETY: takes numbers only; the descriptor is open as long as `self` lives.
@@ -88,7 +92,8 @@ impl FsContext {
         key: Option<&CStr>,
         value: Option<&CStr>,
     ) -> io::Result<()> {
-        // SAFETY: both pointers are null or NUL-terminated strings that outlive the call; the kernel copies them.
+        // SAFETY: both pointers are null or NUL-terminated strings that outlive the call; the
+        // kernel copies them.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_fsconfig,
@@ -111,7 +116,8 @@ impl FsContext {
 pub struct DetachedMount(OwnedFd);
 
 impl DetachedMount {
-    /// Clones the mount at `path`, with all mounts beneath it when `recursive`, as a bind mount would.
+    /// Clones the mount at `path`, with all mounts beneath it when `recursive`, as a bind mount
+    /// would.
     ///
     /// # Errors
     /// The kernel's.
@@ -167,7 +173,8 @@ impl DetachedMount {
     pub fn attach(self, target: BorrowedFd<'_>) -> io::Result<()> {
         // MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
         let flags = libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_EMPTY_PATH;
-        // SAFETY: both descriptors are open through the call, and the paths are static empty strings.
+        // SAFETY: both descriptors are open through the call, and the paths are static empty
+        // strings.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_move_mount,

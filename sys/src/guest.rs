@@ -1,4 +1,5 @@
-//! What a guest's first process asks of its kernel and `nix` does not offer: entropy, and the size of a terminal.
+//! What a guest's first process asks of its kernel and `nix` does not offer: entropy, and the size
+//! of a terminal.
 
 use std::{
     fs::File,
@@ -38,10 +39,22 @@ pub fn add_entropy(device: &File, seed: &[u8]) -> io::Result<()> {
         bytes: [0; ENTROPY_BYTES_MAX],
     };
     info.bytes[..seed.len()].copy_from_slice(seed);
-    // SAFETY: the kernel reads the two numbers and then `size_bytes` bytes, all inside `info`, which lives through the
-    // call; a `PoolInfo` begins with the two numbers that the request's type names.
+    // SAFETY: the kernel reads the two numbers and then `size_bytes` bytes, all inside `info`,
+    // which lives through the call; a `PoolInfo` begins with the two numbers that the request's
+    // type names.
     unsafe { ioctls::add_entropy(device.as_raw_fd(), (&raw const info).cast()) }?;
     Ok(())
+}
+
+/// Makes all threads allocate from one arena.
+///
+/// glibc gives each thread an arena of its own, whose pages stay touched after the thread has
+/// ended: much, for a process whose threads are few, short-lived and seldom at work together
+/// (mallopt(3), `M_ARENA_MAX`).
+pub fn use_one_arena() {
+    // SAFETY: mallopt(3) takes two numbers and may be called at any time; a refusal leaves the
+    // default.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
 /// Sets the size of the terminal whose master is `terminal`.

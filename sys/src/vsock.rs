@@ -1,7 +1,7 @@
 //! vsock sockets as plain descriptors.
 //!
-//! Reading, writing and shutting down work on them as on any stream socket, so callers may wrap them in the types of
-//! unix stream sockets; only addresses differ, and those are dealt with here.
+//! Reading, writing and shutting down work on them as on any stream socket, so callers may wrap
+//! them in the types of unix stream sockets; only addresses differ, and those are dealt with here.
 
 use std::{
     io,

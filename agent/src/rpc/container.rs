@@ -1,9 +1,6 @@
 //! Containers as a whole: create, update, pause, resume, pids.
 
-use std::{
-    os::fd::OwnedFd,
-    sync::{Arc, PoisonError, RwLock},
-};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use oci_spec::runtime::{LinuxDevice, LinuxResources, Spec};
 use pericarp_protocol::{
@@ -21,7 +18,7 @@ use crate::{
     devices::{self, PciAddress},
     errors::RpcError,
     log,
-    pod::{Contained, Pod, SandboxState, blocking},
+    pod::{Contained, Pod, blocking},
     process::Process,
     reaper::Hold,
     stdio::Prepared,
@@ -105,7 +102,10 @@ fn build(
         .then_some((request.terminal_width, request.terminal_height));
     let options = CreateOptions {
         console_size,
-        sandbox_pid_namespace: shared_pid_namespace(pod, request)?,
+        sandbox_pid_namespace: request
+            .sandbox_pid_namespace
+            .then(|| pod.shared_pid_namespace())
+            .transpose()?,
         cgroup_parent: Pod::cgroup()
             .map_err(RpcError::kernel("make the pod's cgroup"))?
             .into(),
@@ -166,7 +166,8 @@ async fn adopt(
     }
 }
 
-/// Ends what a container's first process leaves behind. In a PID namespace of its own the kernel does that.
+/// Ends what a container's first process leaves behind. In a PID namespace of its own the kernel
+/// does that.
 async fn end_with_init(contained: Arc<Contained>) {
     contained.init.ended().await;
     let ended = blocking(move || {
@@ -186,28 +187,6 @@ async fn end_with_init(contained: Arc<Contained>) {
             "cannot end a container's processes: {}",
             log::chain(&error)
         ));
-    }
-}
-
-fn shared_pid_namespace(
-    pod: &Pod,
-    request: &CreateContainerRequest,
-) -> Result<Option<OwnedFd>, RpcError> {
-    if !request.sandbox_pid_namespace {
-        return Ok(None);
-    }
-    match &*pod.sandbox() {
-        SandboxState::Configured {
-            pod_init: Some(pod_init),
-        } => pod_init
-            .namespace
-            .try_clone()
-            .map(Some)
-            .map_err(RpcError::kernel("use the pod's PID namespace")),
-        _ => Err(RpcError::State {
-            object: "sandbox_pid_namespace".to_owned(),
-            reason: "the sandbox was configured without a shared PID namespace",
-        }),
     }
 }
 

@@ -1,7 +1,7 @@
 //! The requests of `protocol/guest.proto`, one file a family.
 //!
-//! A request that changes something runs as a task of its own: when the host gives up waiting, the change is completed or
-//! rolled back all the same, and never left half-way.
+//! A request that changes something runs as a task of its own: when the host gives up waiting, the
+//! change is completed or rolled back all the same, and never left half-way.
 
 use std::sync::Arc;
 
@@ -65,7 +65,8 @@ fn check_id(field: &'static str, id: &str) -> Result<(), RpcError> {
     Err(RpcError::Invalid {
         field,
         reason: format!(
-            "{id:?} is no id: 1 to {ID_BYTES_MAX} letters, digits, '_', '.' and '-', not beginning with '.'"
+            "{id:?} is no id: 1 to {ID_BYTES_MAX} letters, digits, '_', '.' and '-', not \
+                beginning with '.'"
         ),
     })
 }

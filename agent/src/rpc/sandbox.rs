@@ -1,10 +1,9 @@
 //! The sandbox: configuration, network, storages that belong to no container.
 
-use std::{fs::OpenOptions, path::Path, sync::Arc};
+use std::{fs::OpenOptions, io, path::Path, sync::Arc};
 
-use pericarp_protocol::guest::{
-    ConfigureSandboxRequest, Empty, Scratch, Storage, UpdateNetworkRequest, storage::Source,
-};
+use nix::mount::{MsFlags, mount};
+use pericarp_protocol::guest::{ConfigureSandboxRequest, Empty, Storage, UpdateNetworkRequest};
 use pericarp_sys::guest::ENTROPY_BYTES_MAX;
 
 use super::check_id;
@@ -14,18 +13,17 @@ use crate::{
     init::{self, RUN},
     log, network,
     pod::{Pod, SandboxState, blocking},
-    pod_init::{self, PodInit},
     storage,
 };
 
-/// The pod's shared `/dev/shm`, which containers get as a bind mount.
-const SHM: &str = "/run/pericarp/shm";
+/// The pod's shared memory, which containers get as a bind mount.
+const SHM: &str = "/dev/shm";
 
 /// Size of that when the request does not say: the default of container engines.
 const SHM_BYTES_DEFAULT: u64 = 64 << 20;
 
-/// A difference of clocks that is worth setting: below it, a paravirtual clock is nearer the truth than a number that
-/// has travelled.
+/// A difference of clocks that is worth setting: below it, a paravirtual clock is nearer the truth
+/// than a number that has travelled.
 const CLOCK_DIFFERENCE_NS: u64 = 1_000_000_000;
 
 /// Sysctls of a pod.
@@ -54,7 +52,7 @@ pub(super) async fn configure(
             let hold = pod.reaper.hold();
             apply(&pod, &request)?;
             let pod_init = share_pid_namespace
-                .then(|| start_pod_init(&pod))
+                .then(|| pod.start_pod_init())
                 .transpose()?;
             drop(hold);
             Ok(pod_init)
@@ -89,20 +87,8 @@ fn apply(pod: &Pod, request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
     network::apply(&request.interfaces, &request.routes, &request.neighbours)?;
     set_sysctls(request)?;
     write_resolv_conf(&request.dns_servers)?;
-    let shm = Storage {
-        mount_point: SHM.to_owned(),
-        source: Some(Source::Scratch(Scratch {
-            size_bytes: match request.shm_size_bytes {
-                0 => SHM_BYTES_DEFAULT,
-                size => size,
-            },
-            ..Default::default()
-        })),
-        options: vec!["nosuid".to_owned(), "nodev".to_owned(), "noexec".to_owned()],
-        ..Default::default()
-    };
     let mut added = Vec::new();
-    for storage in std::iter::once(&shm).chain(&request.storages) {
+    for storage in &request.storages {
         if let Err(error) = attach(pod, storage) {
             // What was added before it goes, so that the host may try again.
             for mount_point in added.into_iter().rev() {
@@ -114,7 +100,25 @@ fn apply(pod: &Pod, request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
         }
         added.push(storage.mount_point.as_str());
     }
-    Ok(())
+    mount_shm(request.shm_size_bytes)
+}
+
+fn mount_shm(size_bytes: u64) -> Result<(), RpcError> {
+    let size_bytes = if size_bytes == 0 {
+        SHM_BYTES_DEFAULT
+    } else {
+        size_bytes
+    };
+    let failed = |error: nix::Error| RpcError::kernel(format!("mount {SHM}"))(error.into());
+    // On devtmpfs, where it is not there yet.
+    if let Err(error) = std::fs::create_dir(SHM)
+        && error.kind() != io::ErrorKind::AlreadyExists
+    {
+        return Err(RpcError::kernel(format!("make {SHM}"))(error));
+    }
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let data = format!("mode=1777,size={size_bytes}");
+    mount(Some("shm"), SHM, Some("tmpfs"), flags, Some(data.as_str())).map_err(failed)
 }
 
 fn add_entropy(seed: &[u8]) -> Result<(), RpcError> {
@@ -129,13 +133,6 @@ fn add_entropy(seed: &[u8]) -> Result<(), RpcError> {
         pericarp_sys::guest::add_entropy(&device, part).map_err(RpcError::kernel("add entropy"))?;
     }
     Ok(())
-}
-
-fn start_pod_init(pod: &Pod) -> Result<PodInit, RpcError> {
-    let made = pod_init::spawn().map_err(RpcError::kernel("make the pod's PID namespace"))?;
-    // Nobody waits for its end, but it must be collected.
-    drop(pod.reaper.register(made.pid));
-    Ok(made)
 }
 
 fn set_sysctls(request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
@@ -156,8 +153,9 @@ fn set_sysctls(request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
     Ok(())
 }
 
-/// The file of a sysctl beneath `/proc/sys`. As sysctl(8) reads names: the first separator decides, and the other
-/// character stands for itself, so that interfaces with a dot in their name can be named.
+/// The file of a sysctl beneath `/proc/sys`. As sysctl(8) reads names: the first separator decides,
+/// and the other character stands for itself, so that interfaces with a dot in their name can be
+/// named.
 fn sysctl_path(name: &str) -> Option<String> {
     let known = |byte: u8| byte.is_ascii_alphanumeric() || b"_-./".contains(&byte);
     if name.is_empty() || !name.bytes().all(known) {

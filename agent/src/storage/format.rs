@@ -1,7 +1,8 @@
 //! Making a file system on a blank disk.
 //!
-//! The formatting programs are those of the guest's image; an image without them says so. A disk counts as blank when its
-//! beginning holds nothing but zeroes: whatever else is there might be somebody's data, and is left to `mount` to judge.
+//! The formatting programs are those of the guest's image; an image without them says so. A disk
+//! counts as blank when its beginning holds nothing but zeroes: whatever else is there might be
+//! somebody's data, and is left to `mount` to judge.
 
 use std::{
     fs::File,
@@ -12,8 +13,8 @@ use std::{
 
 use super::StorageError;
 
-/// Bytes at the beginning of a disk that are looked at: the superblocks and partition tables of all that the guest can
-/// mount begin within them.
+/// Bytes at the beginning of a disk that are looked at: the superblocks and partition tables of all
+/// that the guest can mount begin within them.
 const LOOKED_AT_BYTES: u64 = 1 << 20;
 
 /// Output of a formatting program that an error carries, in bytes.

@@ -6,8 +6,8 @@
 //! bind              of a path below /run
 //! ```
 //!
-//! Every path of a request lies beneath `/run/pericarp` and is resolved there without following a symbolic link: a
-//! container can write to some of the directories beneath.
+//! Every path of a request lies beneath `/run/pericarp` and is resolved there without following a
+//! symbolic link: a container can write to some of the directories beneath.
 
 use std::{
     ffi::CString,
@@ -58,7 +58,8 @@ pub(crate) enum StorageError {
     #[error(transparent)]
     Device(#[from] DeviceError),
     /// The kernel refused.
-    #[error("cannot {action} {object}{}", .complaint.as_deref().map(|text| format!(" ({text})")).unwrap_or_default())]
+    #[error("cannot {action} \
+        {object}{}", .complaint.as_deref().map(|text| format!(" ({text})")).unwrap_or_default())]
     Kernel {
         /// What was tried.
         action: &'static str,
@@ -120,7 +121,8 @@ pub(crate) fn attach_all(storages: &[Storage]) -> Result<Vec<Attached>, StorageE
     Ok(attached)
 }
 
-/// Unmounts storages in reverse order. What cannot be unmounted is logged: its owner is gone already.
+/// Unmounts storages in reverse order. What cannot be unmounted is logged: its owner is gone
+/// already.
 pub(crate) fn detach_all(attached: &[Attached]) {
     for one in attached.iter().rev() {
         if let Err(error) = detach(one) {
@@ -429,7 +431,8 @@ fn mount_overlay(
     maker.set("source", Some("overlay"))?;
     for lower in &overlay.lower {
         Target::new("overlay.lower", Path::new(lower))?.open(Missing::Refuse)?;
-        // Linux 6.8: one directory a call, so that their number is not bounded by the length of one option.
+        // Linux 6.8: one directory a call, so that their number is not bounded by the length of one
+        // option.
         maker.set("lowerdir+", Some(lower))?;
     }
     if !overlay.upper.is_empty() {

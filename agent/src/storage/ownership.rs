@@ -1,7 +1,8 @@
 //! Group ownership of a volume (`fsGroup` of Kubernetes' security context).
 //!
-//! As kubelet does it: every file gets the group and, for the group, reading and writing; directories searching and
-//! set-group-id as well. Symbolic links are neither followed nor changed: another container may be using the volume.
+//! As kubelet does it: every file gets the group and, for the group, reading and writing;
+//! directories searching and set-group-id as well. Symbolic links are neither followed nor changed:
+//! another container may be using the volume.
 
 use std::{
     ffi::CStr,

@@ -1,10 +1,11 @@
-//! Runs the real agent in namespaces of its own against unix sockets in place of vsock, and speaks to it as the host does.
+//! Runs the real agent in namespaces of its own against unix sockets in place of vsock, and speaks
+//! to it as the host does.
 //!
 //! Needs root, `unshare` and a static busybox; where one is missing the tests say so and pass.
 //!
-//! The agent is PID 1 of a PID namespace, with its own mount, UTS, IPC, network and cgroup namespaces. Its `/run` is a
-//! tmpfs; `/sys/fs/cgroup` is a cgroup2 mount rooted at a cgroup made for the test, with whatever controllers the machine
-//! gives to version 2.
+//! The agent is PID 1 of a PID namespace, with its own mount, UTS, IPC, network and cgroup
+//! namespaces. Its `/run` is a tmpfs; `/sys/fs/cgroup` is a cgroup2 mount rooted at a cgroup made
+//! for the test, with whatever controllers the machine gives to version 2.
 
 #![expect(dead_code, reason = "each test binary uses a part of it")]
 
@@ -38,7 +39,8 @@ const REQUEST_NS: i64 = 30_000_000_000;
 /// Streams and sandboxes of this test process.
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
-/// What the agent's namespaces are set up by. Arguments: folder of the test, name of its cgroup, the agent and its own.
+/// What the agent's namespaces are set up by. Arguments: folder of the test, name of its cgroup,
+/// the agent and its own.
 const OUTER: &str = r#"
 set -e
 work=$1 name=$2; shift 2
@@ -170,7 +172,8 @@ impl Guest {
         self.folder.path().join("rootfs")
     }
 
-    /// Opens a connection to the stream port and says `header`; gives the answer line and the connection.
+    /// Opens a connection to the stream port and says `header`; gives the answer line and the
+    /// connection.
     pub(crate) async fn connect(&self, header: &str) -> (String, UnixStream) {
         let mut stream = UnixStream::connect(self.folder.path().join("streams.sock"))
             .await
@@ -258,7 +261,8 @@ impl Guest {
             .await
     }
 
-    /// Runs a container from creation to deletion. Gives its output, its errors and its exit status.
+    /// Runs a container from creation to deletion. Gives its output, its errors and its exit
+    /// status.
     pub(crate) async fn run(&self, id: &str, spec: &Value) -> ttrpc::Result<(String, String, u32)> {
         let (stdout, mut out) = self.stream().await;
         let (stderr, mut err) = self.stream().await;
