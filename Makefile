@@ -71,6 +71,7 @@ install: ## copy what was built to DESTDIR/PREFIX (PREFIX=/usr)
 	install -D -m 755 -t $(DESTDIR)$(PREFIX)/libexec/pericarp $(TARGET)/release/pericarp-vmm
 	install -D -m 755 -t $(DESTDIR)$(PREFIX)/libexec/pericarp $(VIRTIOFSD)
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/pericarp $(CACHE)/guest/vmlinux $(CACHE)/guest/guest.erofs
+	cp -R deploy $(DESTDIR)$(PREFIX)/share/pericarp/
 
 .PHONY: clean
 clean: ## remove build outputs of the checkout

@@ -1,4 +1,5 @@
-//! Builds and holds containers: an OCI runtime specification in, a process that waits for its start out.
+//! Builds and holds containers: an OCI runtime specification in, a process that waits for its start
+//! out.
 //!
 //! ```text
 //!  agent (PID 1, many threads)          helper (re-exec, one thread)          init of the container
@@ -13,9 +14,10 @@
 //!  <──── end of file (it runs) or Report::Failed ────────────────────────────-┘
 //! ```
 //!
-//! Why the builder is ours: `docs/decisions/0001-own-container-builder.md`. Everything here is synchronous; callers on an
-//! asynchronous runtime use a thread that may block. Exit statuses are collected by the agent's reaper: the container's
-//! first process is a child of the agent itself (`CLONE_PARENT`), never of the helper.
+//! Why the builder is ours: `docs/decisions/0016-own-container-builder.md`. Everything here is
+//! synchronous; callers on an asynchronous runtime use a thread that may block. Exit statuses are
+//! collected by the agent's reaper: the container's first process is a child of the agent itself
+//! (`CLONE_PARENT`), never of the helper.
 
 use std::{
     fs,
@@ -46,7 +48,8 @@ use plan::{
     namespaces::{Namespaces, clone_flag},
 };
 
-/// The ends of its streams that a process gets; what is `None` becomes `/dev/null`. With a terminal none are given.
+/// The ends of its streams that a process gets; what is `None` becomes `/dev/null`. With a terminal
+/// none are given.
 #[derive(Debug, Default)]
 pub(crate) struct Stdio {
     pub(crate) stdin: Option<OwnedFd>,
@@ -70,7 +73,8 @@ pub(crate) struct CreateOptions {
     pub(crate) console_size: Option<(u32, u32)>,
     /// Join this PID namespace although the specification asks for one of its own.
     pub(crate) sandbox_pid_namespace: Option<OwnedFd>,
-    /// Directory of the cgroup v2 hierarchy beneath which the container's own is made, named by its id.
+    /// Directory of the cgroup v2 hierarchy beneath which the container's own is made, named by its
+    /// id.
     pub(crate) cgroup_parent: PathBuf,
     /// Devices beyond those of the specification; their use is allowed.
     pub(crate) devices: Vec<LinuxDevice>,
@@ -118,7 +122,8 @@ impl Container {
         let waiting = match launch::build(job, luggage, (&cgroup, None), &limits) {
             Ok(waiting) => waiting,
             Err(error) => {
-                // The first error is the one to be told; a cgroup that stays is found by the next create of this id.
+                // The first error is the one to be told; a cgroup that stays is found by the next
+                // create of this id.
                 let _ = cgroup.remove();
                 return Err(error);
             }
@@ -156,7 +161,8 @@ impl Container {
         let mut hooks = self.afterwards.poststart.clone();
         hooks.pid = self.pid;
         launch::hooks(hooks).inspect_err(|_| {
-            // runtime.md, "Lifecycle": a poststart hook that fails ends the container, which then is deleted.
+            // runtime.md, "Lifecycle": a poststart hook that fails ends the container, which then
+            // is deleted.
             let _ = self.cgroup.kill();
         })
     }
@@ -207,7 +213,8 @@ impl Container {
         ))
     }
 
-    /// `CLONE_NEW*` of the namespaces in which the container is not the agent's: joining one's own is an error for some.
+    /// `CLONE_NEW*` of the namespaces in which the container is not the agent's: joining one's own
+    /// is an error for some.
     fn differing_namespaces(&self) -> Result<i32, ContainerError> {
         const FILES: [(&str, LinuxNamespaceType); 8] = [
             ("user", LinuxNamespaceType::User),
@@ -313,8 +320,8 @@ impl Container {
         self.cgroup.oom_kills()
     }
 
-    /// Whether SIGKILL to the first process ends all others, because it is PID 1 of a namespace of their own. When not,
-    /// whoever sees it end must call [`Self::signal_all`].
+    /// Whether SIGKILL to the first process ends all others, because it is PID 1 of a namespace of
+    /// their own. When not, whoever sees it end must call [`Self::signal_all`].
     pub(crate) fn has_own_pid_namespace(&self) -> bool {
         self.namespaces.is_new(LinuxNamespaceType::Pid)
     }
@@ -351,7 +358,8 @@ impl Exec {
     }
 }
 
-/// What `pericarp-agent container-init` does: builds one process from the message on its standard input. Never returns.
+/// What `pericarp-agent container-init` does: builds one process from the message on its standard
+/// input. Never returns.
 pub(crate) fn init_main() -> ! {
     helper::main()
 }
