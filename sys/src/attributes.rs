@@ -1,19 +1,20 @@
-//! Attributes of processes that the kernel keeps beside their memory: limits, scheduling, I/O priority, execution domain,
-//! session keyring.
+//! Attributes of processes that the kernel keeps beside their memory: limits, scheduling, I/O
+//! priority, execution domain, session keyring.
 
 use std::{ffi::CStr, io};
 
 /// Sets the limit `resource` (`RLIMIT_*`) of the process `pid`.
 ///
 /// # Errors
-/// `EPERM` when the hard limit is raised without `CAP_SYS_RESOURCE`, `EINVAL` when soft is above hard.
+/// `EPERM` when the hard limit is raised without `CAP_SYS_RESOURCE`, `EINVAL` when soft is above
+/// hard.
 pub fn set_limit(pid: i32, resource: u32, soft: u64, hard: u64) -> io::Result<()> {
     let limit = libc::rlimit64 {
         rlim_cur: soft,
         rlim_max: hard,
     };
-    // SAFETY: the new limit lives through the call, and no old limit is asked for. The system call itself takes 64-bit
-    // limits whatever the C library's `rlim_t` is.
+    // SAFETY: the new limit lives through the call, and no old limit is asked for. The system call
+    // itself takes 64-bit limits whatever the C library's `rlim_t` is.
     let result = unsafe {
         libc::syscall(
             libc::SYS_prlimit64,

@@ -1,4 +1,5 @@
-//! `bpf(2)`, as far as the device rules of a cgroup need it: load a program, attach it, take it away.
+//! `bpf(2)`, as far as the device rules of a cgroup need it: load a program, attach it, take it
+//! away.
 
 use std::{
     io,
@@ -27,7 +28,8 @@ pub struct Instruction {
     pub immediate: i32,
 }
 
-// The members of `union bpf_attr` that the commands read; the kernel takes shorter unions than its own.
+// The members of `union bpf_attr` that the commands read; the kernel takes shorter unions than its
+// own.
 #[repr(C)]
 struct LoadAttributes {
     prog_type: u32,
@@ -52,7 +54,8 @@ struct AttachAttributes {
 /// Loads a program that decides on the use of devices: 1 allows, 0 refuses.
 ///
 /// # Errors
-/// `EINVAL` or `EACCES` when the kernel's verifier refuses it, `EPERM` without the right to load programs.
+/// `EINVAL` or `EACCES` when the kernel's verifier refuses it, `EPERM` without the right to load
+/// programs.
 pub fn load_device_program(instructions: &[Instruction]) -> io::Result<OwnedFd> {
     let license = c"Apache-2.0";
     let attributes = LoadAttributes {
@@ -66,13 +69,15 @@ pub fn load_device_program(instructions: &[Instruction]) -> io::Result<OwnedFd> 
         kern_version: 0,
         prog_flags: 0,
     };
-    // SAFETY: `insns` and `license` point to live memory of the stated length that the kernel only reads.
+    // SAFETY: `insns` and `license` point to live memory of the stated length that the kernel only
+    // reads.
     let fd = unsafe { bpf(BPF_PROG_LOAD, &attributes) }?;
     // SAFETY: the kernel just made this descriptor for this call, so nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Attaches a device program to the cgroup whose directory is `cgroup`, beside others: all of them must allow.
+/// Attaches a device program to the cgroup whose directory is `cgroup`, beside others: all of them
+/// must allow.
 ///
 /// # Errors
 /// The kernel's.
@@ -107,7 +112,8 @@ fn attachment(
 /// # Safety
 /// Pointers in `attributes` point to live memory as `command` wants it.
 pub(crate) unsafe fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<RawFd> {
-    // SAFETY: the structure lives through the call and its true size is given; for what it points to, the caller answers.
+    // SAFETY: the structure lives through the call and its true size is given; for what it points
+    // to, the caller answers.
     let result = unsafe {
         libc::syscall(
             libc::SYS_bpf,

@@ -1,4 +1,5 @@
-//! Capabilities of the calling thread. Sets are bit masks: bit n is the capability number n of capabilities(7).
+//! Capabilities of the calling thread. Sets are bit masks: bit n is the capability number n of
+//! capabilities(7).
 
 use std::io;
 
@@ -24,7 +25,8 @@ struct Words {
 /// # Errors
 /// `EINVAL` when even the first is unknown.
 pub fn last() -> io::Result<u32> {
-    // PR_CAPBSET_READ fails with EINVAL beyond the last (prctl(2)); 63 is the most that a mask of 64 bits holds.
+    // PR_CAPBSET_READ fails with EINVAL beyond the last (prctl(2)); 63 is the most that a mask of
+    // 64 bits holds.
     (0..64u32)
         .rev()
         .find(|number| prctl(libc::PR_CAPBSET_READ, *number, 0).is_ok())
@@ -57,7 +59,8 @@ pub fn set(effective: u64, permitted: u64, inheritable: u64) -> io::Result<()> {
         permitted: word(permitted, index),
         inheritable: word(inheritable, index),
     });
-    // SAFETY: header and both words live through the call; with version 3 the kernel reads exactly two words.
+    // SAFETY: header and both words live through the call; with version 3 the kernel reads exactly
+    // two words.
     let result = unsafe { libc::syscall(libc::SYS_capset, &raw const header, words.as_ptr()) };
     if result < 0 {
         return Err(io::Error::last_os_error());

@@ -21,24 +21,28 @@ pub enum Forked {
     New,
 }
 
-/// Forks a process into the namespaces `flags` (`CLONE_NEW*`) and makes it a child of the caller's parent, which hears of
-/// its end with SIGCHLD.
+/// Forks a process into the namespaces `flags` (`CLONE_NEW*`) and makes it a child of the caller's
+/// parent, which hears of its end with SIGCHLD.
 ///
 /// # Errors
-/// `EINVAL` for the first process of a PID namespace, `EBUSY` when the process has other threads; else the kernel's.
+/// `EINVAL` for the first process of a PID namespace, `EBUSY` when the process has other threads;
+/// else the kernel's.
 pub fn fork_sibling(flags: u64) -> io::Result<Forked> {
     if !is_single_threaded() {
         return Err(io::Error::from_raw_os_error(libc::EBUSY));
     }
     let mut pidfd: RawFd = -1;
-    // SAFETY: all-zero bytes are a valid `clone_args`: no flags, no stack of its own (as fork does), no pointers.
+    // SAFETY: all-zero bytes are a valid `clone_args`: no flags, no stack of its own (as fork
+    // does), no pointers.
     let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
     let own = i64::from(libc::CLONE_PARENT) | i64::from(libc::CLONE_PIDFD);
     arguments.flags = flags | own.cast_unsigned();
     arguments.pidfd = (&raw mut pidfd).expose_provenance() as u64;
     // SAFETY:
-    // - Without CLONE_VM the child has a copy of this memory, its stack included, so both return from here as after fork.
-    // - This process has one thread (checked above), so no lock is held by a thread that the child lacks.
+    // - Without CLONE_VM the child has a copy of this memory, its stack included, so both return
+    //   from here as after fork.
+    // - This process has one thread (checked above), so no lock is held by a thread that the child
+    //   lacks.
     // - `pidfd` outlives the call and is the only memory of the caller that the kernel writes.
     let result = unsafe {
         libc::syscall(
@@ -59,8 +63,8 @@ pub fn fork_sibling(flags: u64) -> io::Result<Forked> {
 }
 
 fn is_single_threaded() -> bool {
-    // unshare(2): CLONE_THREAD changes nothing in a process of one thread and is EINVAL in any other. Needs no /proc, which
-    // in a container's mount namespace could be anything.
-    // SAFETY: takes a number only, and with this one changes nothing.
+    // unshare(2): CLONE_THREAD changes nothing in a process of one thread and is EINVAL in any
+    // other. Needs no /proc, which in a container's mount namespace could be anything. SAFETY:
+    // takes a number only, and with this one changes nothing.
     unsafe { libc::unshare(libc::CLONE_THREAD) == 0 }
 }

@@ -1,4 +1,5 @@
-//! Descriptors across a process boundary: sent over a socket, taken over from a parent, kept from a child.
+//! Descriptors across a process boundary: sent over a socket, taken over from a parent, kept from a
+//! child.
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
@@ -57,7 +58,8 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, 
     let mut descriptors = Vec::new();
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(fds) = control {
-            // SAFETY: the kernel made these descriptors for this message, so nothing else owns them.
+            // SAFETY: the kernel made these descriptors for this message, so nothing else owns
+            // them.
             descriptors.extend(
                 fds.into_iter()
                     .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
@@ -67,7 +69,8 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, 
     Ok((message.bytes, descriptors))
 }
 
-/// Takes standard input away from the process: gives it as a descriptor of its own and leaves `/dev/null` in its place.
+/// Takes standard input away from the process: gives it as a descriptor of its own and leaves
+/// `/dev/null` in its place.
 ///
 /// # Errors
 /// The kernel's.
@@ -83,7 +86,8 @@ pub fn take_stdin() -> io::Result<OwnedFd> {
 /// The kernel's.
 pub fn close_all_on_exec() -> io::Result<()> {
     let flags = libc::CLOSE_RANGE_CLOEXEC;
-    // SAFETY: takes numbers only; with this flag nothing is closed now, so no owner loses its descriptor.
+    // SAFETY: takes numbers only; with this flag nothing is closed now, so no owner loses its
+    // descriptor.
     if unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, flags) } < 0 {
         return Err(io::Error::last_os_error());
     }

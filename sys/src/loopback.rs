@@ -26,9 +26,11 @@ pub fn bring_up() -> io::Result<()> {
     for (place, byte) in request.ifr_name.iter_mut().zip(b"lo") {
         *place = byte.cast_signed();
     }
-    // The flags of a loopback interface before it is up; the kernel keeps those that cannot be changed (netdevice(7)).
+    // The flags of a loopback interface before it is up; the kernel keeps those that cannot be
+    // changed (netdevice(7)).
     request.ifr_ifru.ifru_flags = UP;
-    // SAFETY: SIOCSIFFLAGS reads one `ifreq` whose name is NUL-terminated (the array was zeroed); it lives through the call.
+    // SAFETY: SIOCSIFFLAGS reads one `ifreq` whose name is NUL-terminated (the array was zeroed);
+    // it lives through the call.
     if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) } < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -1,12 +1,13 @@
-//! What [`crate::fscontext`] leaves out of the mount API: propagation and id mapping by `mount_setattr(2)`.
+//! What [`crate::fscontext`] leaves out of the mount API: propagation and id mapping by
+//! `mount_setattr(2)`.
 
 use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd},
 };
 
-/// Sets the propagation (`MS_SHARED`, `MS_SLAVE`, `MS_PRIVATE` or `MS_UNBINDABLE`) of the mount that `mount` is open on,
-/// and of those beneath it when `recursive`.
+/// Sets the propagation (`MS_SHARED`, `MS_SLAVE`, `MS_PRIVATE` or `MS_UNBINDABLE`) of the mount
+/// that `mount` is open on, and of those beneath it when `recursive`.
 ///
 /// # Errors
 /// The kernel's.
@@ -14,7 +15,8 @@ pub fn set_propagation(mount: BorrowedFd<'_>, kind: u64, recursive: bool) -> io:
     set(mount, &attributes(0, 0, kind), recursive)
 }
 
-/// Sets and clears `MOUNT_ATTR_*` of the mount that `mount` is open on, and of those beneath it when `recursive`.
+/// Sets and clears `MOUNT_ATTR_*` of the mount that `mount` is open on, and of those beneath it
+/// when `recursive`.
 ///
 /// # Errors
 /// The kernel's.
@@ -27,11 +29,12 @@ pub fn set_attributes(
     set(mount, &attributes(set_, clear, 0), recursive)
 }
 
-/// Shows the files of the mount with their owners mapped as the user namespace `user_namespace` maps them. Only a mount that
-/// is attached nowhere can be changed so.
+/// Shows the files of the mount with their owners mapped as the user namespace `user_namespace`
+/// maps them. Only a mount that is attached nowhere can be changed so.
 ///
 /// # Errors
-/// `EINVAL` when its file system does not support it, `EPERM` when it is mapped already; else the kernel's.
+/// `EINVAL` when its file system does not support it, `EPERM` when it is mapped already; else the
+/// kernel's.
 pub fn map_ids(
     mount: BorrowedFd<'_>,
     user_namespace: BorrowedFd<'_>,
@@ -56,8 +59,8 @@ fn attributes(attr_set: u64, attr_clr: u64, propagation: u64) -> libc::mount_att
 
 fn set(mount: BorrowedFd<'_>, attributes: &libc::mount_attr, recursive: bool) -> io::Result<()> {
     let recursion = if recursive { libc::AT_RECURSIVE } else { 0 };
-    // SAFETY: the structure lives through the call and its true size is given; the path is a static empty string and the
-    // descriptor is borrowed for the call.
+    // SAFETY: the structure lives through the call and its true size is given; the path is a static
+    // empty string and the descriptor is borrowed for the call.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,

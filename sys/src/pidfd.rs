@@ -47,7 +47,8 @@ pub fn send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether the process ended within `timeout_ms` (-1: waits for it). It need not be a child, and is not collected.
+/// Whether the process ended within `timeout_ms` (-1: waits for it). It need not be a child, and is
+/// not collected.
 ///
 /// # Errors
 /// The kernel's.
@@ -70,7 +71,8 @@ pub fn collect(pidfd: impl AsFd) -> io::Result<()> {
     loop {
         match waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED) {
             Err(Errno::EINTR) => {}
-            // EINVAL: nix does not know the real-time signal that ended it; it is collected all the same.
+            // EINVAL: nix does not know the real-time signal that ended it; it is collected all the
+            // same.
             Ok(_) | Err(Errno::ECHILD | Errno::EINVAL) => return Ok(()),
             Err(error) => return Err(error.into()),
         }

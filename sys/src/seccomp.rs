@@ -19,17 +19,19 @@ pub struct Instruction {
 const _: () = assert!(size_of::<Instruction>() == size_of::<libc::sock_filter>());
 const _: () = assert!(align_of::<Instruction>() >= align_of::<libc::sock_filter>());
 
-/// Puts `filter` on the calling thread, for good. `flags` are `SECCOMP_FILTER_FLAG_*` without those that make a descriptor.
+/// Puts `filter` on the calling thread, for good. `flags` are `SECCOMP_FILTER_FLAG_*` without those
+/// that make a descriptor.
 ///
 /// # Errors
-/// `EACCES` without `no_new_privs` and `CAP_SYS_ADMIN`, `EINVAL` for a filter that the kernel finds unsound.
+/// `EACCES` without `no_new_privs` and `CAP_SYS_ADMIN`, `EINVAL` for a filter that the kernel finds
+/// unsound.
 pub fn install(filter: &[Instruction], flags: u32) -> io::Result<()> {
     let program = libc::sock_fprog {
         len: u16::try_from(filter.len()).map_err(io::Error::other)?,
         filter: filter.as_ptr().cast_mut().cast(),
     };
-    // SAFETY: `program` and the instructions, which have the layout of `sock_filter` (asserted above), live through the call;
-    // the kernel copies and verifies them and writes nothing.
+    // SAFETY: `program` and the instructions, which have the layout of `sock_filter` (asserted
+    // above), live through the call; the kernel copies and verifies them and writes nothing.
     let result = unsafe {
         libc::syscall(
             libc::SYS_seccomp,

@@ -5,7 +5,8 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
 };
 
-/// Unlocks the pseudo-terminal of `master` and opens its other end, without a path that somebody could have replaced.
+/// Unlocks the pseudo-terminal of `master` and opens its other end, without a path that somebody
+/// could have replaced.
 ///
 /// # Errors
 /// `ENOTTY` when `master` is no such master.

@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 
 /// Why a container could not be built, run or removed.
 ///
-/// Crosses the socket between the helper and the agent, hence plain data: errors of the kernel are held as errno.
+/// Crosses the socket between the helper and the agent, hence plain data: errors of the kernel are
+/// held as errno.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub(crate) enum ContainerError {
     /// The caller's mistake.
@@ -22,7 +23,8 @@ pub(crate) enum ContainerError {
     ExecutableNotFound {
         /// `process.args[0]`.
         program: String,
-        /// As runc says it: "executable file not found in $PATH", or "stat /x: no such file or directory".
+        /// As runc says it: "executable file not found in $PATH", or "stat /x: no such file or
+        /// directory".
         reason: String,
     },
     /// The program exists and cannot be executed (a shell's 126).
@@ -61,7 +63,8 @@ pub(crate) enum ContainerError {
         /// Its exit code and the end of what it said.
         reason: String,
     },
-    /// The helper ended, or did not answer in time: a fault of the agent or of a guest out of memory.
+    /// The helper ended, or did not answer in time: a fault of the agent or of a guest out of
+    /// memory.
     #[error("building the container: {reason}")]
     Helper {
         /// What was seen.

@@ -1,4 +1,5 @@
-//! The agent's side of building a process: starts the helper, tells it what to do, hears what came of it.
+//! The agent's side of building a process: starts the helper, tells it what to do, hears what came
+//! of it.
 
 use std::{
     io,
@@ -21,10 +22,12 @@ use super::{
     plan::process::ProcessLimits,
 };
 
-/// How long the helper may be silent. Building takes milliseconds; hooks, which are part of it, may take a minute each.
+/// How long the helper may be silent. Building takes milliseconds; hooks, which are part of it, may
+/// take a minute each.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
 
-/// The helper's program: this very binary, whatever its path was. Tests, which are another binary, name it.
+/// The helper's program: this very binary, whatever its path was. Tests, which are another binary,
+/// name it.
 const PROGRAM: &str = match option_env!("CARGO_BIN_EXE_pericarp-agent") {
     Some(path) => path,
     None => "/proc/self/exe",
@@ -76,7 +79,8 @@ struct Helper {
 
 impl Drop for Helper {
     fn drop(&mut self) {
-        // It ends by itself when its work is done; when it hangs, its work has failed. Somebody else may collect it.
+        // It ends by itself when its work is done; when it hangs, its work has failed. Somebody
+        // else may collect it.
         if !pidfd::wait_ended(self.pidfd.as_fd(), 0).unwrap_or(false) {
             let _ = pidfd::wait_ended(self.pidfd.as_fd(), GRACE_MS);
             let _ = pidfd::send_signal(self.pidfd.as_fd(), libc::SIGKILL);

@@ -10,8 +10,9 @@
 //! Report::Failed may come in place of any answer and is the last.
 //! ```
 //!
-//! A message is its length (u32, little-endian) and JSON. Descriptors travel with the first byte. What comes from the helper
-//! is bounded as tightly as if the container had sent it: a privileged container could trace its own first process.
+//! A message is its length (u32, little-endian) and JSON. Descriptors travel with the first byte.
+//! What comes from the helper is bounded as tightly as if the container had sent it: a privileged
+//! container could trace its own first process.
 
 use std::{
     io::{self, Read, Write},
@@ -29,10 +30,12 @@ use super::{
     plan::{ContainerPlan, ExecPlan, hooks::HooksPlan},
 };
 
-/// Changes with every change of a type that crosses; both ends are the same binary, so a difference means a broken guest image.
+/// Changes with every change of a type that crosses; both ends are the same binary, so a difference
+/// means a broken guest image.
 pub(super) const VERSION: u32 = 1;
 
-/// Most bytes of an [`InitMessage`]: environment and arguments are bounded by the RPC that brought them.
+/// Most bytes of an [`InitMessage`]: environment and arguments are bounded by the RPC that brought
+/// them.
 pub(super) const INIT_BYTES_MAX: u32 = 16 << 20;
 
 /// Most bytes of a [`Report`]: one error text.

@@ -1,4 +1,5 @@
-//! `linux.resources`. Controllers that the machine's unified hierarchy does not have are told, not tested.
+//! `linux.resources`. Controllers that the machine's unified hierarchy does not have are told, not
+//! tested.
 
 use serde_json::{Value, json};
 

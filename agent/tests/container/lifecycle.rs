@@ -158,7 +158,8 @@ fn nothing_of_the_agents_is_in_reach() {
         "ls /proc/self/fd | tr '\\n' ' '; readlink /proc/self/fd/0; ls /proc | grep -c '^[0-9]'";
     let mut place = Place::new();
     let outcome = place.sh(script);
-    // 3 is the directory that ls itself reads; the two processes are the shell and what it runs, with grep.
+    // 3 is the directory that ls itself reads; the two processes are the shell and what it runs,
+    // with grep.
     let lines: Vec<_> = outcome.stdout.lines().collect();
     assert!(lines[0].starts_with("0 1 2 3 /dev/null"), "{lines:?}");
     let running = Place::new().sleeping();
@@ -222,4 +223,32 @@ fn hooks_run_where_the_specification_says() {
     );
     place.spec["hooks"] = json!({"createRuntime": [{"path": "/no/such/hook"}]});
     assert!(place.error().contains("No such file"), "{}", place.error());
+}
+
+/// Alone in its process, since it counts what belongs to the process: `--ignored --test-threads=1 growth`.
+#[test]
+#[ignore = "counts descriptors of the whole process; run alone"]
+fn many_containers_leave_no_growth() {
+    let mut place = Place::new();
+    place.spec["process"]["args"] = json!(["true"]);
+    place.try_run().unwrap();
+    let count = || {
+        let entries = |path: &str| std::fs::read_dir(path).unwrap().count();
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo")
+            .unwrap()
+            .lines()
+            .count();
+        let cgroups = std::fs::read_dir(cgroup_parent()).unwrap().flatten();
+        let cgroups = cgroups
+            .filter(|entry| entry.file_type().unwrap().is_dir())
+            .count();
+        (entries("/proc/self/fd"), mounts, cgroups)
+    };
+    let before = count();
+    let start = std::time::Instant::now();
+    for _ in 0..200 {
+        place.try_run().unwrap();
+    }
+    println!("200 containers in {:?}", start.elapsed());
+    assert_eq!(count(), before);
 }

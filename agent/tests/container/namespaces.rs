@@ -198,3 +198,44 @@ fn mistakes_are_named() {
         "open net namespace /no/such/namespace: No such file or directory (os error 2)"
     );
 }
+
+#[test]
+fn a_user_namespace_works_with_namespaces_that_it_does_not_own() {
+    let mut place = Place::new();
+    place.user_namespace();
+    place.spec.as_object_mut().unwrap().remove("hostname");
+    for kind in ["network", "ipc", "uts", "cgroup"] {
+        place.without_namespace(kind);
+    }
+    let outcome = place.sh("ls /sys/class/net | grep lo; stat -f -c %T /dev/mqueue; id -u");
+    assert_eq!(
+        (outcome.status, outcome.stdout.lines().next()),
+        (0, Some("lo")),
+        "{outcome:?}"
+    );
+}
+
+#[test]
+fn a_user_namespace_is_joined_with_those_that_it_owns() {
+    let mut first = Place::new();
+    first.user_namespace();
+    let first = first.sleeping();
+    let mut place = Place::new();
+    place.user_namespace();
+    place.spec.as_object_mut().unwrap().remove("hostname");
+    for (kind, file) in [
+        ("user", "user"),
+        ("network", "net"),
+        ("ipc", "ipc"),
+        ("uts", "uts"),
+    ] {
+        let path = format!("/proc/{}/ns/{file}", first.pid);
+        place.namespace(json!({"type": kind, "path": path}));
+    }
+    let outcome = place.sh("id -u; hostname; readlink /proc/self/ns/user; ls /sys/class/net | grep lo; echo x > /dev/null");
+    let user = std::fs::read_link(format!("/proc/{}/ns/user", first.pid)).unwrap();
+    assert_eq!(
+        outcome.stdout,
+        format!("0\ninside\n{}\nlo\n", user.display())
+    );
+}

@@ -1,8 +1,8 @@
 //! Device rules as a program of the kernel's (bpf(2), `BPF_PROG_TYPE_CGROUP_DEVICE`).
 //!
-//! A rule list means: for each kind of access asked for, the last rule that concerns the device and that kind decides; none
-//! refuses. The program goes through the list from its end and strikes out the kinds that are allowed; a rule against a kind
-//! that still stands refuses.
+//! A rule list means: for each kind of access asked for, the last rule that concerns the device and
+//! that kind decides; none refuses. The program goes through the list from its end and strikes out
+//! the kinds that are allowed; a rule against a kind that still stands refuses.
 
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType};
 use pericarp_sys::bpf::Instruction;
@@ -38,8 +38,8 @@ const fn allow(device_type: u32, major: Option<u32>, minor: Option<u32>, access:
 
 const ALL: u32 = MKNOD | READ | WRITE;
 
-/// What every container may use, as under runc: nodes of any device may be made, and the devices that every system has may
-/// be used (config-linux.md, "Default Devices"), with pseudo-terminals.
+/// What every container may use, as under runc: nodes of any device may be made, and the devices
+/// that every system has may be used (config-linux.md, "Default Devices"), with pseudo-terminals.
 const DEFAULTS: [Rule; 10] = [
     allow(CHARACTER, None, None, MKNOD),
     allow(BLOCK, None, None, MKNOD),
@@ -53,7 +53,8 @@ const DEFAULTS: [Rule; 10] = [
     allow(CHARACTER, Some(136), None, ALL),
 ];
 
-/// The rules of the specification, then for devices that the caller adds, then the default ones, as runc orders them.
+/// The rules of the specification, then for devices that the caller adds, then the default ones, as
+/// runc orders them.
 pub(super) fn rules(
     given: &[LinuxDeviceCgroup],
     added: &[LinuxDevice],
@@ -115,7 +116,8 @@ fn parse(rule: &LinuxDeviceCgroup, field: &str) -> Result<Rule, ContainerError> 
             }
         };
     }
-    // Rules of type "a" stand for every device and every access, whatever else they say (cgroup-v1/devices.rst).
+    // Rules of type "a" stand for every device and every access, whatever else they say
+    // (cgroup-v1/devices.rst).
     let everything = device_type.is_none();
     Ok(Rule {
         allow: rule.allow(),
@@ -138,7 +140,8 @@ fn parse(rule: &LinuxDeviceCgroup, field: &str) -> Result<Rule, ContainerError> 
     })
 }
 
-// Operations of uapi/linux/bpf.h that the program uses; the second register operand stands in the upper half of `registers`.
+// Operations of uapi/linux/bpf.h that the program uses; the second register operand stands in the
+// upper half of `registers`.
 const LOAD_WORD: u8 = 0x61;
 const MOVE_REGISTER: u8 = 0xbc;
 const MOVE: u8 = 0xb7;
@@ -168,7 +171,8 @@ fn operation(code: u8, registers: u8, offset: i16, immediate: u32) -> Instructio
 
 /// Puts `rules` into instructions.
 pub(super) fn program(rules: &[Rule]) -> Vec<Instruction> {
-    // struct bpf_cgroup_dev_ctx: access in the upper half of the first word, type in the lower; then major, minor.
+    // struct bpf_cgroup_dev_ctx: access in the upper half of the first word, type in the lower;
+    // then major, minor.
     let mut program = vec![
         operation(LOAD_WORD, CONTEXT << 4 | DEVICE_TYPE, 0, 0),
         operation(MOVE_REGISTER, DEVICE_TYPE << 4 | ACCESS, 0, 0),
@@ -180,7 +184,8 @@ pub(super) fn program(rules: &[Rule]) -> Vec<Instruction> {
     for rule in rules.iter().rev() {
         program.extend(rule_code(rule));
         if rule.device_type.is_none() && rule.access == ALL {
-            // Everything before it is overruled, and the kernel's verifier refuses what cannot be reached.
+            // Everything before it is overruled, and the kernel's verifier refuses what cannot be
+            // reached.
             return program;
         }
     }

@@ -1,7 +1,7 @@
 //! `linux.resources` as files of a cgroup and their values. Pure.
 //!
-//! The specification speaks of the first version of cgroups; the conversions to the second are those of runc 1.5
-//! (`opencontainers/cgroups`), so that a pod gets the same share here as there.
+//! The specification speaks of the first version of cgroups; the conversions to the second are
+//! those of runc 1.5 (`opencontainers/cgroups`), so that a pod gets the same share here as there.
 
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
 
@@ -107,7 +107,8 @@ fn unified(resources: &LinuxResources) -> Result<Vec<Setting>, ContainerError> {
     let entries = resources.unified().iter().flatten();
     for (file, value) in entries {
         plan::bounded(settings.len(), "linux.resources.unified")?;
-        // A controller's file and nothing else: no path, and none of cgroup's own, which would break the container's cage.
+        // A controller's file and nothing else: no path, and none of cgroup's own, which would
+        // break the container's cage.
         if file.contains('/') || !file.contains('.') || file.starts_with("cgroup.") {
             let reason = format!("{file:?} is no file of a controller");
             return Err(ContainerError::invalid("linux.resources.unified", reason));
@@ -168,8 +169,8 @@ fn cpu_settings(cpu: &LinuxCpu, settings: &mut Vec<Setting>) -> Result<(), Conta
 
 /// Shares (2 to 262144, 1024 usual) as weight (1 to 10000, 100 usual).
 ///
-/// A quadratic in the logarithm through the three pairs (2, 1), (1024, 100) and (262144, 10000), so that the usual value of
-/// one is the usual value of the other.
+/// A quadratic in the logarithm through the three pairs (2, 1), (1024, 100) and (262144, 10000), so
+/// that the usual value of one is the usual value of the other.
 pub(super) fn cpu_weight(shares: u64) -> Option<u64> {
     match shares {
         0 => None,
@@ -196,7 +197,8 @@ fn memory_settings(
     settings: &mut Vec<Setting>,
 ) -> Result<(), ContainerError> {
     let limit = memory.limit().filter(|limit| *limit != 0);
-    // First the swap when it becomes unlimited, then the memory: neither order can fail in this version of cgroups.
+    // First the swap when it becomes unlimited, then the memory: neither order can fail in this
+    // version of cgroups.
     if let Some(swap) = memory_swap(memory.swap(), limit)? {
         let mut swap = setting("memory.swap.max", swap, "linux.resources.memory.swap");
         // A kernel without swap has no such file; no swap is what these two say.

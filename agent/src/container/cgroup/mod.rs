@@ -4,12 +4,12 @@
 //! <parent>/<id>      limits and device rules of the container; its processes, unless it makes cgroups of its own beneath
 //! ```
 //!
-//! Written on the files themselves: reading and writing a dozen of them is less than what a library around them would be, and
-//! none of those at hand attaches device programs.
+//! Written on the files themselves: reading and writing a dozen of them is less than what a library
+//! around them would be, and none of those at hand attaches device programs.
 
 use std::{
-    fs::{self, File},
-    io::{self, Read},
+    fs::{self, File, OpenOptions},
+    io::{self, Read, Write},
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
@@ -30,14 +30,15 @@ pub(super) mod limits;
 #[cfg(test)]
 mod tests;
 
-/// How long processes may take to freeze or to be gone after SIGKILL. Only a process that sleeps in the kernel without
-/// being killable takes longer than milliseconds.
+/// How long processes may take to freeze or to be gone after SIGKILL. Only a process that sleeps in
+/// the kernel without being killable takes longer than milliseconds.
 const SETTLE_TIME: Duration = Duration::from_secs(10);
 
 /// Most processes that are listed, and cgroups that a container may have made beneath its own.
 const ENTRIES_MAX: usize = 1 << 16;
 
-/// Deepest nesting of cgroups that is walked; the kernel's own default (`cgroup.max.depth`) is unlimited.
+/// Deepest nesting of cgroups that is walked; the kernel's own default (`cgroup.max.depth`) is
+/// unlimited.
 const DEPTH_MAX: usize = 64;
 
 /// A container's cgroup. Exists from [`Cgroup::create`] to [`Cgroup::remove`].
@@ -50,8 +51,16 @@ pub(super) struct Cgroup {
     added_devices: Vec<LinuxDevice>,
 }
 
+/// Writes to a file of the kernel's, which is there or not: asked to create one, cgroup2 answers EACCES for either.
+fn put(path: &Path, value: &str) -> io::Result<()> {
+    OpenOptions::new()
+        .write(true)
+        .open(path)?
+        .write_all(value.as_bytes())
+}
+
 fn write(path: &Path, value: &str) -> Result<(), ContainerError> {
-    fs::write(path, value).map_err(|error| {
+    put(path, value).map_err(|error| {
         ContainerError::kernel("write", format!("{value:?} to {}", path.display()), &error)
     })
 }
@@ -90,11 +99,12 @@ impl Cgroup {
         &self.path
     }
 
-    /// Moves the process `pid` in. `first` is the container's first process when there is one: if the container has divided
-    /// its cgroup, no process may live in its root, and the new one goes where the first is.
+    /// Moves the process `pid` in. `first` is the container's first process when there is one: if
+    /// the container has divided its cgroup, no process may live in its root, and the new one goes
+    /// where the first is.
     pub(super) fn add(&self, pid: i32, first: Option<i32>) -> Result<(), ContainerError> {
         let procs = self.path.join("cgroup.procs");
-        match fs::write(&procs, pid.to_string()) {
+        match put(&procs, &pid.to_string()) {
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
                 let home = first
                     .and_then(|first| self.home_of(first))
@@ -122,7 +132,7 @@ impl Cgroup {
         limits::check_usage(resources, || self.number("memory.current"))?;
         for setting in limits::of(resources, |file| self.path.join(file).exists())? {
             let path = self.path.join(&setting.file);
-            match fs::write(&path, &setting.value) {
+            match put(&path, &setting.value) {
                 Err(error) if setting.optional && error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => {
                     let object = format!("{:?} to {}", setting.value, path.display());
@@ -138,7 +148,8 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Attaches the device rules of `resources`, then takes away those that were attached: between the two both must allow.
+    /// Attaches the device rules of `resources`, then takes away those that were attached: between
+    /// the two both must allow.
     pub(super) fn set_devices(&self, resources: &LinuxResources) -> Result<(), ContainerError> {
         let rules = devices::rules(
             resources.devices().as_deref().unwrap_or_default(),
@@ -262,7 +273,8 @@ impl Cgroup {
             .unwrap_or(0)
     }
 
-    /// Kills what is left within, waits until it is gone, and removes the cgroup with those beneath it.
+    /// Kills what is left within, waits until it is gone, and removes the cgroup with those beneath
+    /// it.
     pub(super) fn remove(&self) -> Result<(), ContainerError> {
         if !self.path.exists() {
             return Ok(());
@@ -286,22 +298,38 @@ impl Cgroup {
     }
 }
 
-/// Lets the children of `parent` have every controller that `parent` itself has.
+/// Lets the children of `parent` have every controller that the hierarchy has.
 fn delegate_controllers(parent: &Path) -> Result<(), ContainerError> {
     fs::create_dir_all(parent)
         .map_err(|error| ContainerError::kernel("create", parent.display(), &error))?;
-    let path = parent.join("cgroup.controllers");
-    let controllers = fs::read_to_string(&path)
-        .map_err(|error| ContainerError::kernel("read", path.display(), &error))?;
-    let path = parent.join("cgroup.subtree_control");
-    let enabled = fs::read_to_string(&path)
-        .map_err(|error| ContainerError::kernel("read", path.display(), &error))?;
+    let mut path: Vec<_> = parent.ancestors().collect();
+    path.retain(|directory| directory.join("cgroup.subtree_control").exists());
+    for directory in path.into_iter().rev() {
+        let enabled = enable_controllers(directory);
+        // Further up another may have set what is allowed; what then is missing here is missed by the limit that needs it.
+        if directory == parent {
+            enabled?;
+        }
+    }
+    Ok(())
+}
+
+fn enable_controllers(directory: &Path) -> Result<(), ContainerError> {
+    let read = |file: &str| {
+        let path = directory.join(file);
+        let text = fs::read_to_string(&path);
+        text.map_err(|error| ContainerError::kernel("read", path.display(), &error))
+    };
+    let (controllers, enabled) = (read("cgroup.controllers")?, read("cgroup.subtree_control")?);
     for controller in controllers.split_whitespace() {
         if !enabled
             .split_whitespace()
             .any(|present| present == controller)
         {
-            write(&path, &format!("+{controller}"))?;
+            write(
+                &directory.join("cgroup.subtree_control"),
+                &format!("+{controller}"),
+            )?;
         }
     }
     Ok(())

@@ -1,4 +1,5 @@
-//! Conversions against the values of runc, and device programs against an interpreter and the meaning of the rules.
+//! Conversions against the values of runc, and device programs against an interpreter and the
+//! meaning of the rules.
 
 use oci_spec::runtime::LinuxDeviceCgroup;
 use pericarp_sys::bpf::Instruction;
@@ -10,7 +11,10 @@ use super::{devices, limits};
 fn settings(resources: Value) -> Vec<(String, String)> {
     let resources = serde_json::from_value(resources).unwrap();
     let settings = limits::of(&resources, |_| false).unwrap();
-    settings.into_iter().map(|setting| (setting.file, setting.value)).collect()
+    settings
+        .into_iter()
+        .map(|setting| (setting.file, setting.value))
+        .collect()
 }
 
 fn error(resources: Value) -> String {
@@ -19,7 +23,10 @@ fn error(resources: Value) -> String {
 }
 
 fn pairs(expected: &[(&str, &str)]) -> Vec<(String, String)> {
-    expected.iter().map(|(file, value)| ((*file).to_owned(), (*value).to_owned())).collect()
+    expected
+        .iter()
+        .map(|(file, value)| ((*file).to_owned(), (*value).to_owned()))
+        .collect()
 }
 
 #[test]
@@ -50,8 +57,14 @@ fn cpu() {
             ("cpuset.mems", "0"),
         ])
     );
-    assert_eq!(settings(json!({"cpu": {"quota": -1, "period": 50_000}})), pairs(&[("cpu.max", "max 50000")]));
-    assert_eq!(settings(json!({"cpu": {"idle": 1, "shares": 2}})), pairs(&[("cpu.idle", "1")]));
+    assert_eq!(
+        settings(json!({"cpu": {"quota": -1, "period": 50_000}})),
+        pairs(&[("cpu.max", "max 50000")])
+    );
+    assert_eq!(
+        settings(json!({"cpu": {"idle": 1, "shares": 2}})),
+        pairs(&[("cpu.idle", "1")])
+    );
     assert!(error(json!({"cpu": {"cpus": "zero"}})).starts_with("linux.resources.cpu.cpus: "));
 }
 
@@ -59,31 +72,56 @@ fn cpu() {
 fn memory() {
     assert_eq!(
         settings(json!({"memory": {"limit": 1000, "swap": 1500, "reservation": 500}})),
-        pairs(&[("memory.swap.max", "500"), ("memory.max", "1000"), ("memory.low", "500")])
+        pairs(&[
+            ("memory.swap.max", "500"),
+            ("memory.max", "1000"),
+            ("memory.low", "500")
+        ])
     );
     assert_eq!(
         settings(json!({"memory": {"limit": -1, "swap": -1}})),
         pairs(&[("memory.swap.max", "max"), ("memory.max", "max")])
     );
     assert_eq!(settings(json!({"memory": {"limit": 0, "swap": 0}})), []);
-    assert!(error(json!({"memory": {"swap": 5}})).starts_with("linux.resources.memory.swap: needs"));
+    assert!(
+        error(json!({"memory": {"swap": 5}})).starts_with("linux.resources.memory.swap: needs")
+    );
 }
 
 #[test]
 fn the_rest() {
-    assert_eq!(settings(json!({"pids": {"limit": -1}})), pairs(&[("pids.max", "max")]));
     assert_eq!(
-        settings(json!({"blockIO": {"weight": 1000, "throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1024}],
-            "throttleWriteIOPSDevice": [{"major": 8, "minor": 0, "rate": 0}]}})),
-        pairs(&[("io.weight", "default 10000"), ("io.max", "8:0 rbps=1024"), ("io.max", "8:0 wiops=max")])
+        settings(json!({"pids": {"limit": -1}})),
+        pairs(&[("pids.max", "max")])
     );
     assert_eq!(
-        settings(json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 5}], "unified": {"memory.high": "7"}})),
-        pairs(&[("hugetlb.2MB.max", "5"), ("hugetlb.2MB.rsvd.max", "5"), ("memory.high", "7")])
+        settings(
+            json!({"blockIO": {"weight": 1000, "throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1024}],
+            "throttleWriteIOPSDevice": [{"major": 8, "minor": 0, "rate": 0}]}})
+        ),
+        pairs(&[
+            ("io.weight", "default 10000"),
+            ("io.max", "8:0 rbps=1024"),
+            ("io.max", "8:0 wiops=max")
+        ])
+    );
+    assert_eq!(
+        settings(
+            json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 5}], "unified": {"memory.high": "7"}})
+        ),
+        pairs(&[
+            ("hugetlb.2MB.max", "5"),
+            ("hugetlb.2MB.rsvd.max", "5"),
+            ("memory.high", "7")
+        ])
     );
     assert!(error(json!({"unified": {"a/b.c": "1"}})).starts_with("linux.resources.unified: "));
-    assert!(error(json!({"hugepageLimits": [{"pageSize": "../x", "limit": 5}]})).contains("page size"));
-    assert!(error(json!({"rdma": {"mlx5": {"hcaHandles": 1}}})).starts_with("linux.resources.rdma: "));
+    assert!(
+        error(json!({"hugepageLimits": [{"pageSize": "../x", "limit": 5}]})).contains("page size")
+    );
+    assert!(
+        error(json!({"rdma": {"mlx5": {"hcaHandles": 1}}})).starts_with("linux.resources.rdma: ")
+    );
 }
 
 /// Runs a device program: registers are 64 bits wide, the context is three words.
@@ -93,11 +131,22 @@ fn run(program: &[Instruction], context: [u32; 3]) -> u64 {
     loop {
         let instruction = program[at];
         at += 1;
-        let (to, from) = (usize::from(instruction.registers & 15), usize::from(instruction.registers >> 4));
+        let (to, from) = (
+            usize::from(instruction.registers & 15),
+            usize::from(instruction.registers >> 4),
+        );
         let immediate = u64::from(instruction.immediate.cast_unsigned());
-        let jump = |taken: bool| if taken { usize::try_from(instruction.offset).unwrap() } else { 0 };
+        let jump = |taken: bool| {
+            if taken {
+                usize::try_from(instruction.offset).unwrap()
+            } else {
+                0
+            }
+        };
         match instruction.code {
-            0x61 => registers[to] = context[usize::try_from(instruction.offset).unwrap() / 4].into(),
+            0x61 => {
+                registers[to] = context[usize::try_from(instruction.offset).unwrap() / 4].into()
+            }
             0xbc => registers[to] = registers[from] & 0xffff_ffff,
             0xb7 => registers[to] = immediate,
             0x54 => registers[to] = (registers[to] & immediate) & 0xffff_ffff,
@@ -111,7 +160,13 @@ fn run(program: &[Instruction], context: [u32; 3]) -> u64 {
     }
 }
 
-fn allowed(rules: &[LinuxDeviceCgroup], device_type: u32, major: u32, minor: u32, access: u32) -> bool {
+fn allowed(
+    rules: &[LinuxDeviceCgroup],
+    device_type: u32,
+    major: u32,
+    minor: u32,
+    access: u32,
+) -> bool {
     let program = devices::program(&devices::rules(rules, &[]).unwrap());
     run(&program, [access << 16 | device_type, major, minor]) == 1
 }
@@ -152,12 +207,31 @@ fn a_later_refusal_takes_a_part_away() {
 
 fn any_rule() -> impl Strategy<Value = devices::Rule> {
     let part = prop::option::of(0..3u32);
-    (any::<bool>(), prop::option::of(1..3u32), part.clone(), part, 1..8u32).prop_map(
-        |(allow, device_type, major, minor, access)| match device_type {
-            None => devices::Rule { allow, device_type, major: None, minor: None, access: 7 },
-            Some(_) => devices::Rule { allow, device_type, major, minor, access },
-        },
+    (
+        any::<bool>(),
+        prop::option::of(1..3u32),
+        part.clone(),
+        part,
+        1..8u32,
     )
+        .prop_map(
+            |(allow, device_type, major, minor, access)| match device_type {
+                None => devices::Rule {
+                    allow,
+                    device_type,
+                    major: None,
+                    minor: None,
+                    access: 7,
+                },
+                Some(_) => devices::Rule {
+                    allow,
+                    device_type,
+                    major,
+                    minor,
+                    access,
+                },
+            },
+        )
 }
 
 proptest! {

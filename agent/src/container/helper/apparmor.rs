@@ -1,4 +1,5 @@
-//! AppArmor: the profile under which the program will run, where the guest's kernel has AppArmor at all.
+//! AppArmor: the profile under which the program will run, where the guest's kernel has AppArmor at
+//! all.
 
 use std::{fs, io::Write, os::fd::AsFd};
 
@@ -20,8 +21,8 @@ pub(super) fn check(profile: Option<&str>) -> Result<(), ContainerError> {
     Err(ContainerError::invalid("process.apparmorProfile", reason))
 }
 
-/// Lets the next execve(2) change to `profile`. Written to an instance of procfs of our own: in a container's, the file could
-/// be anything.
+/// Lets the next execve(2) change to `profile`. Written to an instance of procfs of our own: in a
+/// container's, the file could be anything.
 pub(super) fn apply(profile: Option<&str>) -> Result<(), ContainerError> {
     let Some(profile) = profile.filter(|profile| *profile != "unconfined") else {
         return Ok(());

@@ -1,8 +1,9 @@
 //! Paths of an image, resolved beneath its root only.
 //!
-//! What exists is resolved by the kernel (`RESOLVE_IN_ROOT`, openat2(2)). What does not exist yet is made name by name, each
-//! opened without following it, so that a symbolic link is read by us and leads no further than the root, and a link that is
-//! changed meanwhile leads to an error at worst.
+//! What exists is resolved by the kernel (`RESOLVE_IN_ROOT`, openat2(2)). What does not exist yet
+//! is made name by name, each opened without following it, so that a symbolic link is read by us
+//! and leads no further than the root, and a link that is changed meanwhile leads to an error at
+//! worst.
 
 use std::{
     collections::VecDeque,
@@ -46,14 +47,16 @@ pub(super) fn open_with(root: BorrowedFd<'_>, path: &str, flags: OFlag) -> io::R
         .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
     loop {
         match openat2(root, path, how) {
-            // EAGAIN: something was renamed while the kernel resolved ".."; openat2(2) says to try again.
+            // EAGAIN: something was renamed while the kernel resolved ".."; openat2(2) says to try
+            // again.
             Err(Errno::EAGAIN | Errno::EINTR) => {}
             result => return Ok(result?),
         }
     }
 }
 
-/// Opens `path` beneath `root` as a place and makes what is missing: directories on the way, and `make` at its end.
+/// Opens `path` beneath `root` as a place and makes what is missing: directories on the way, and
+/// `make` at its end.
 pub(super) fn create(root: BorrowedFd<'_>, path: &str, make: Make) -> io::Result<OwnedFd> {
     match open(root, path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -67,7 +70,8 @@ pub(super) fn create(root: BorrowedFd<'_>, path: &str, make: Make) -> io::Result
     walk.into_place()
 }
 
-/// The directory of `path` beneath `root`, made when missing, and the last name, whose own link is not followed.
+/// The directory of `path` beneath `root`, made when missing, and the last name, whose own link is
+/// not followed.
 pub(super) fn parent(root: BorrowedFd<'_>, path: &str) -> io::Result<(OwnedFd, String)> {
     let trimmed = path.trim_end_matches('/');
     let (directory, name) = trimmed.rsplit_once('/').unwrap_or(("", trimmed));

@@ -1,4 +1,5 @@
-//! The helper's own part of a container: opens what lies in the guest, joins namespaces, and makes the process.
+//! The helper's own part of a container: opens what lies in the guest, joins namespaces, and makes
+//! the process.
 
 use std::{
     fs::{self, File},
@@ -38,10 +39,14 @@ pub(super) fn build(
     let streams = Streams::take(&mut descriptors)?;
     streams.give_to(plan.process.stdio_owner);
     // What lies in the guest is opened while this is still a process of the guest.
-    let sources = Sources::open(plan)?;
-    join(plan, &mut descriptors)?;
+    let mut sources = Sources::open(plan)?;
+    let users = join(plan, &mut descriptors)?;
+    sources.mount_shared(plan)?;
     if plan.namespaces.is_new(LinuxNamespaceType::Time) {
         new_time_namespace(plan)?;
+    }
+    if let Some(users) = users {
+        setns(users.as_fd(), CloneFlags::CLONE_NEWUSER).step("join", "the user namespace")?;
     }
     let (near, far) = UnixStream::pair().step("create", "a socket pair")?;
     let flags = plan.namespaces.clone_flags();
@@ -58,7 +63,8 @@ pub(super) fn build(
     }
 }
 
-/// Does for the new process what only the helper can: its id maps, and hooks in the guest's namespaces.
+/// Does for the new process what only the helper can: its id maps, and hooks in the guest's
+/// namespaces.
 fn accompany(plan: &ContainerPlan, pid: i32, mut near: UnixStream) -> Result<(), ContainerError> {
     if plan.namespaces.is_new(LinuxNamespaceType::User) {
         map_ids(
@@ -104,7 +110,12 @@ pub(super) fn map_ids(
     Ok(())
 }
 
-fn join(plan: &ContainerPlan, descriptors: &mut Descriptors) -> Result<(), ContainerError> {
+/// Joins what is to be joined, but for the user namespace, which takes away the right to; that is given back.
+fn join(
+    plan: &ContainerPlan,
+    descriptors: &mut Descriptors,
+) -> Result<Option<OwnedFd>, ContainerError> {
+    let mut users = None;
     let mut opened = Vec::new();
     for (kind, origin) in plan.namespaces.joined() {
         let (fd, object) = match origin {
@@ -126,13 +137,18 @@ fn join(plan: &ContainerPlan, descriptors: &mut Descriptors) -> Result<(), Conta
         opened.push((kind, fd, object));
     }
     for (kind, fd, object) in opened {
+        if kind == LinuxNamespaceType::User {
+            users = Some(fd);
+            continue;
+        }
         let flag = CloneFlags::from_bits_retain(clone_flag(kind));
         setns(fd.as_fd(), flag).step("join", object)?;
     }
-    Ok(())
+    Ok(users)
 }
 
-/// A new time namespace is for children; its clocks can be set until the first of them is in it (time_namespaces(7)).
+/// A new time namespace is for children; its clocks can be set until the first of them is in it
+/// (time_namespaces(7)).
 fn new_time_namespace(plan: &ContainerPlan) -> Result<(), ContainerError> {
     let flag = CloneFlags::from_bits_retain(libc::CLONE_NEWTIME);
     nix::sched::unshare(flag).step("create", "a time namespace")?;

@@ -21,7 +21,8 @@ const DEPTH_MAX: usize = 64;
 /// Most files that are copied; what is bigger belongs on a volume.
 const ENTRIES_MAX: usize = 65_536;
 
-/// Copies what is in the directory `from` into the directory `to`, with owners and modes. Devices and sockets are left out.
+/// Copies what is in the directory `from` into the directory `to`, with owners and modes. Devices
+/// and sockets are left out.
 pub(super) fn copy(from: &OwnedFd, to: &OwnedFd) -> io::Result<()> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
     let from = beneath::open_with(from.as_fd(), "/", flags)?;

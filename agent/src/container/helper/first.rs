@@ -110,7 +110,8 @@ pub(super) fn new_session(id: &str) -> Result<(), ContainerError> {
     let name = CString::new(format!("_ses.{id}"))
         .map_err(|_| ContainerError::invalid("container id", "holds a NUL"))?;
     match attributes::join_session_keyring(&name) {
-        // A kernel without keyrings has no key to hide, and a full quota leaves no key in reach either.
+        // A kernel without keyrings has no key to hide, and a full quota leaves no key in reach
+        // either.
         Err(error)
             if !matches!(
                 error.raw_os_error(),
@@ -135,8 +136,8 @@ fn name_host(plan: &ContainerPlan) -> Result<(), ContainerError> {
     Ok(())
 }
 
-/// An instance of procfs that is attached nowhere: no mount of an image's or of another container's can stand in for its
-/// files. None where the user namespace does not own the PID namespace.
+/// An instance of procfs that is attached nowhere: no mount of an image's or of another container's
+/// can stand in for its files. None where the user namespace does not own the PID namespace.
 fn own_proc() -> Option<OwnedFd> {
     let context = FsContext::open(c"proc").ok()?;
     let hardened = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;

@@ -74,7 +74,8 @@ fn empty_directory() -> io::Result<DetachedMount> {
     )
 }
 
-/// One mount for all paths of a kind: only a mount that is attached can be cloned, so the first is attached itself.
+/// One mount for all paths of a kind: only a mount that is attached can be cloned, so the first is
+/// attached itself.
 enum Cover {
     Missing,
     Detached(DetachedMount),

@@ -16,8 +16,8 @@ use super::super::{error::ContainerError, plan::hooks::Hook};
 /// How much of what a hook said on its standard error is repeated in an error.
 const WORDS_BYTES_MAX: u64 = 1024;
 
-/// How long a hook without a limit of its own may take. The specification sets none; a builder that waits for ever helps
-/// nobody.
+/// How long a hook without a limit of its own may take. The specification sets none; a builder that
+/// waits for ever helps nobody.
 const DEFAULT_TIMEOUT_S: u32 = 60;
 
 /// Runs `hooks` in their order; the first that fails ends it.

@@ -14,8 +14,8 @@ use super::{
     Step,
 };
 
-/// Takes the ids and capabilities of `plan`. `CAP_SYS_ADMIN` stays permitted, though not effective, where the system call
-/// filter needs it; [`finish`] gives it up.
+/// Takes the ids and capabilities of `plan`. `CAP_SYS_ADMIN` stays permitted, though not effective,
+/// where the system call filter needs it; [`finish`] gives it up.
 pub(super) fn assume(plan: &ProcessPlan) -> Result<(), ContainerError> {
     let last = capabilities::last().step("read", "the kernel's capabilities")?;
     let sets = known(plan.capabilities, last);
@@ -68,7 +68,8 @@ pub(super) fn prepare_filter(plan: &ProcessPlan) -> Result<(), ContainerError> {
     set(sets, sets.effective | SYS_ADMIN, sets.permitted | SYS_ADMIN)
 }
 
-/// What [`finish`] shall set, read before the filter is there: it must not need more system calls than one.
+/// What [`finish`] shall set, read before the filter is there: it must not need more system calls
+/// than one.
 pub(super) fn last_capability() -> Result<u32, ContainerError> {
     capabilities::last().step("read", "the kernel's capabilities")
 }

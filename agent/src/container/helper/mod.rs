@@ -1,11 +1,13 @@
-//! What runs in `pericarp-agent container-init`: a process of one thread that builds one process of a container.
+//! What runs in `pericarp-agent container-init`: a process of one thread that builds one process of
+//! a container.
 //!
-//! A process of its own because building changes what belongs to a whole process (namespaces, umask, working directory,
-//! `oom_score_adj`, session), which the agent with its threads cannot lend, and because a fork of a process with one thread may
-//! go on with ordinary code.
+//! A process of its own because building changes what belongs to a whole process (namespaces,
+//! umask, working directory, `oom_score_adj`, session), which the agent with its threads cannot
+//! lend, and because a fork of a process with one thread may go on with ordinary code.
 //!
-//! From its first instruction it cannot be traced or read by a container (not dumpable), and it is in the container's
-//! cgroup before it reads what to do, so that all it uses is the container's to pay.
+//! From its first instruction it cannot be traced or read by a container (not dumpable), and it is
+//! in the container's cgroup before it reads what to do, so that all it uses is the container's to
+//! pay.
 
 use std::{
     io,
@@ -71,7 +73,8 @@ impl Streams {
         })
     }
 
-    /// Lets the user of the process open its streams again, as `/dev/stdout`: pipes are files with an owner.
+    /// Lets the user of the process open its streams again, as `/dev/stdout`: pipes are files with
+    /// an owner.
     fn give_to(&self, owner: Option<u32>) {
         let Some(owner) = owner.filter(|owner| *owner != 0) else {
             return;
@@ -116,7 +119,8 @@ pub(super) fn main() -> ! {
 }
 
 fn serve() -> io::Result<()> {
-    // Before anything secret is read: neither /proc/<pid>/mem nor ptrace reach a process that is not dumpable.
+    // Before anything secret is read: neither /proc/<pid>/mem nor ptrace reach a process that is
+    // not dumpable.
     nix::sys::prctl::set_dumpable(false)?;
     umask(Mode::empty());
     let socket = UnixStream::from(descriptors::take_stdin()?);

@@ -3,7 +3,8 @@
 /// Most bytes that are read of it.
 pub(super) const PASSWD_BYTES_MAX: u64 = 1 << 20;
 
-/// The home of the user `uid` in the text of a passwd(5) file: the first entry that has this id and an absolute path.
+/// The home of the user `uid` in the text of a passwd(5) file: the first entry that has this id and
+/// an absolute path.
 pub(super) fn home(text: &[u8], uid: u32) -> Option<String> {
     text.split(|byte| *byte == b'\n').find_map(|line| {
         let line = std::str::from_utf8(line).ok()?;

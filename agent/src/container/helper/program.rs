@@ -1,7 +1,8 @@
 //! The last steps of every process, the container's first or a further one: streams, user, program.
 //!
-//! Everything that can fail for reasons of the specification fails before [`Report::Ready`], so that the caller hears it from
-//! the call that built the process. What comes after its start is only what must not be there while it waits.
+//! Everything that can fail for reasons of the specification fails before [`Report::Ready`], so
+//! that the caller hears it from the call that built the process. What comes after its start is
+//! only what must not be there while it waits.
 
 use std::{
     convert::Infallible,
@@ -102,7 +103,8 @@ fn take_streams(
     Ok(Some(master))
 }
 
-/// The container's `/dev/null` in place of the guest's, so that no file of the guest's is in its reach.
+/// The container's `/dev/null` in place of the guest's, so that no file of the guest's is in its
+/// reach.
 fn containers_own(fd: OwnedFd) -> OwnedFd {
     let is_null = |fd: &OwnedFd| fstat(fd).is_ok_and(|stat| stat.st_rdev == makedev(1, 3));
     if !is_null(&fd) {
@@ -119,14 +121,15 @@ fn containers_own(fd: OwnedFd) -> OwnedFd {
     }
 }
 
-/// Goes to `process.cwd`: as the builder where its user may not, as the user where root may not (runc tries both too).
+/// Goes to `process.cwd`: as the builder where its user may not, as the user where root may not
+/// (runc tries both too).
 fn enter_directory(plan: &ProcessPlan, entered: nix::Result<()>) -> Result<(), ContainerError> {
     let object = || format!("process.cwd {}", plan.cwd.display());
     if entered.is_err() {
         chdir(&plan.cwd).step("enter", object())?;
     }
-    // getcwd(3): a directory outside of the root has no path. No descriptor of such is open here, so this cannot be; were it
-    // so all the same, the container would be out.
+    // getcwd(3): a directory outside of the root has no path. No descriptor of such is open here,
+    // so this cannot be; were it so all the same, the container would be out.
     match std::env::current_dir() {
         Ok(path) if path.is_absolute() => Ok(()),
         Ok(_) => Err(ContainerError::invalid(

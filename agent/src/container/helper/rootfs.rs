@@ -1,7 +1,8 @@
-//! The container's root file system: what is mounted where, and the turn from the guest's root to it.
+//! The container's root file system: what is mounted where, and the turn from the guest's root to
+//! it.
 //!
-//! All of it happens on descriptors beneath the root's own ([`beneath`]), before the root is entered: at no time does a path
-//! of the image lead to the guest.
+//! All of it happens on descriptors beneath the root's own ([`beneath`]), before the root is
+//! entered: at no time does a path of the image lead to the guest.
 
 use std::{
     ffi::CString,
@@ -36,7 +37,8 @@ use super::{
     terminal::Terminal,
 };
 
-/// File systems whose instances are the kernel's own: `ro` is of the mount, not of an instance that others use too.
+/// File systems whose instances are the kernel's own: `ro` is of the mount, not of an instance that
+/// others use too.
 const KERNEL_FILE_SYSTEMS: [&str; 7] = [
     "proc", "sysfs", "cgroup2", "mqueue", "devpts", "tmpfs", "devtmpfs",
 ];
@@ -52,7 +54,8 @@ pub(super) struct Root {
 }
 
 impl Root {
-    /// Attaches the root's mount, over the guest's root for want of a better place: [`Self::pivot`] takes that away.
+    /// Attaches the root's mount, over the guest's root for want of a better place: [`Self::pivot`]
+    /// takes that away.
     pub(super) fn attach(mount: DetachedMount) -> Result<Self, ContainerError> {
         // What is mounted in the container is nobody else's, whatever the guest shares.
         mount_tree::set_propagation(mount.as_fd(), libc::MS_PRIVATE, true)
@@ -83,9 +86,10 @@ impl Root {
         sources: &mut Sources,
     ) -> Result<(), ContainerError> {
         for (index, mount) in plan.mounts.iter().enumerate() {
-            let detached = match sources.binds.remove(&index) {
+            let prepared = sources.binds.remove(&index);
+            let detached = match prepared.or_else(|| sources.file_systems.remove(&index)) {
                 Some(detached) => detached,
-                None => self.file_system(mount, sources)?,
+                None => make_file_system(mount)?,
             };
             self.place(mount, detached)?;
         }
@@ -129,37 +133,6 @@ impl Root {
             _ => {}
         }
         Ok(())
-    }
-
-    fn file_system(
-        &self,
-        mount: &MountPlan,
-        sources: &mut Sources,
-    ) -> Result<DetachedMount, ContainerError> {
-        let Source::FileSystem { kind, device, data } = &mount.source else {
-            let reason = format!("{} is a bind mount without its source", mount.field);
-            return Err(ContainerError::Helper { reason });
-        };
-        let made = make_file_system(mount, kind, device.as_deref(), data);
-        match (made, kind.as_str()) {
-            // The user namespace owns no network namespace: the guest's sysfs is what it may see.
-            (
-                Err(ContainerError::Kernel {
-                    errno: libc::EPERM, ..
-                }),
-                "sysfs",
-            ) => {
-                let guests = sources.sysfs.take().ok_or_else(|| ContainerError::Helper {
-                    reason: "a second sysfs in a user namespace".to_owned(),
-                })?;
-                let set = mount.attributes.set;
-                guests
-                    .set_attributes(set, 0, true)
-                    .step("set the options of", &mount.field)?;
-                Ok(guests)
-            }
-            (made, _) => made,
-        }
     }
 
     /// Makes `process.cwd` where the image has none, as runc does.
@@ -228,7 +201,8 @@ impl Root {
     /// Makes the root the process's own and lets go of the guest's.
     pub(super) fn pivot(self, plan: &ContainerPlan) -> Result<(), ContainerError> {
         fchdir(&self.directory).step("enter", "the root file system")?;
-        // pivot_root(2), "pivot_root(".", ".")": the old root ends up on top of the new one, whence it is taken off.
+        // pivot_root(2), "pivot_root(".", ".")": the old root ends up on top of the new one, whence
+        // it is taken off.
         pivot_root(".", ".").step("pivot to", "the root file system")?;
         umount2(".", MntFlags::MNT_DETACH).step("unmount", "the guest's root")?;
         chdir("/").step("enter", "/")?;
@@ -242,12 +216,12 @@ fn is_read_only(mount: &MountPlan) -> bool {
     mount.attributes.set & libc::MOUNT_ATTR_RDONLY != 0
 }
 
-fn make_file_system(
-    mount: &MountPlan,
-    kind: &str,
-    device: Option<&str>,
-    data: &[String],
-) -> Result<DetachedMount, ContainerError> {
+/// Makes the instance of a file system that `mount` asks for.
+pub(super) fn make_file_system(mount: &MountPlan) -> Result<DetachedMount, ContainerError> {
+    let Source::FileSystem { kind, device, data } = &mount.source else {
+        let reason = format!("{} is a bind mount without its source", mount.field);
+        return Err(ContainerError::Helper { reason });
+    };
     let object = || format!("{} ({kind}) at {}", mount.field, mount.destination);
     let text =
         |text: &str| CString::new(text).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL));
@@ -257,7 +231,7 @@ fn make_file_system(
         if let Some(device) = device {
             context.set_string(c"source", &text(device)?)?;
         }
-        if is_read_only(mount) && !KERNEL_FILE_SYSTEMS.contains(&kind) {
+        if is_read_only(mount) && !KERNEL_FILE_SYSTEMS.contains(&kind.as_str()) {
             context.set_flag(c"ro")?;
         }
         for option in data {

@@ -1,7 +1,8 @@
-//! Everything of the guest that a container sees, opened before the helper leaves the guest's namespaces.
+//! Everything of the guest that a container sees, opened before the helper leaves the guest's
+//! namespaces.
 //!
-//! Each is a mount attached nowhere yet: with its attributes set, its owners mapped, out of reach of the image. In a user
-//! namespace the container's side could do none of that.
+//! Each is a mount attached nowhere yet: with its attributes set, its owners mapped, out of reach
+//! of the image. In a user namespace the container's side could do none of that.
 
 use std::{
     collections::BTreeMap,
@@ -19,6 +20,7 @@ use nix::{
     sched::{CloneFlags, unshare},
     sys::stat::{Mode, SFlag, makedev, mknodat},
 };
+use oci_spec::runtime::LinuxNamespaceType;
 use pericarp_sys::{
     clone::{Forked, fork_sibling},
     fscontext::{DetachedMount, FsContext},
@@ -34,7 +36,7 @@ use super::{
             mounts::{IdMap, MountPlan, Source},
         },
     },
-    Step, builder,
+    Step, builder, rootfs,
 };
 
 /// Mounts that wait to be attached.
@@ -48,8 +50,8 @@ pub(super) struct Sources {
     pub(super) devices: BTreeMap<usize, DetachedMount>,
     /// For masking files.
     pub(super) null: DetachedMount,
-    /// The guest's sysfs, for a container whose user namespace owns no network namespace.
-    pub(super) sysfs: Option<DetachedMount>,
+    /// Instances, by their mounts' index, of namespaces that the container's user namespace does not own.
+    pub(super) file_systems: BTreeMap<usize, DetachedMount>,
 }
 
 impl Sources {
@@ -64,11 +66,7 @@ impl Sources {
             }
         }
         let null = clone_tree(Path::new("/dev/null"), false).step("open", "/dev/null")?;
-        let is_sysfs = |mount: &MountPlan| matches!(&mount.source, Source::FileSystem { kind, .. } if kind == "sysfs");
         let user = plan.namespaces.has_user_namespace();
-        let sysfs = (user && plan.mounts.iter().any(is_sysfs))
-            .then(|| clone_tree(Path::new("/sys"), true).step("open", "/sys"))
-            .transpose()?;
         // Last: it hides the guest's /dev from here on.
         let devices = if user {
             device_nodes(plan)?
@@ -80,8 +78,32 @@ impl Sources {
             binds,
             devices,
             null,
-            sysfs,
+            file_systems: BTreeMap::new(),
         })
+    }
+
+    /// Makes the file systems that show a namespace which is not of the container's user namespace: in there, the right to
+    /// mount them would be missing. To be called in those namespaces, and not yet in that of users.
+    pub(super) fn mount_shared(&mut self, plan: &ContainerPlan) -> Result<(), ContainerError> {
+        if !plan.namespaces.has_user_namespace() {
+            return Ok(());
+        }
+        for (index, mount) in plan.mounts.iter().enumerate() {
+            let Source::FileSystem { kind, .. } = &mount.source else {
+                continue;
+            };
+            let shows = match kind.as_str() {
+                "sysfs" => LinuxNamespaceType::Network,
+                "mqueue" => LinuxNamespaceType::Ipc,
+                "cgroup2" => LinuxNamespaceType::Cgroup,
+                _ => continue,
+            };
+            if !plan.namespaces.is_new(shows) {
+                self.file_systems
+                    .insert(index, rootfs::make_file_system(mount)?);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -126,7 +148,8 @@ fn bind(
     Ok(tree)
 }
 
-/// A user namespace with the mappings of `id_map`. It needs a process to exist in, which lives as long as its socket.
+/// A user namespace with the mappings of `id_map`. It needs a process to exist in, which lives as
+/// long as its socket.
 fn mapped_namespace(plan: &ContainerPlan, id_map: &IdMap) -> Result<OwnedFd, ContainerError> {
     let pick = |own: &[IdMapping], containers: &[IdMapping]| {
         if own.is_empty() {
@@ -158,10 +181,11 @@ fn mapped_namespace(plan: &ContainerPlan, id_map: &IdMap) -> Result<OwnedFd, Con
     }
 }
 
-/// Device nodes on a file system of the guest's: those on one of a user namespace's cannot be opened.
+/// Device nodes on a file system of the guest's: those on one of a user namespace's cannot be
+/// opened.
 ///
-/// The file system hides `/dev` of a mount namespace that nobody but this helper is in, since only from a mount that is
-/// attached somewhere others can be cloned.
+/// The file system hides `/dev` of a mount namespace that nobody but this helper is in, since only
+/// from a mount that is attached somewhere others can be cloned.
 fn device_nodes(plan: &ContainerPlan) -> Result<BTreeMap<usize, DetachedMount>, ContainerError> {
     unshare(CloneFlags::CLONE_NEWNS).step("create", "a mount namespace for device nodes")?;
     let none: Option<&str> = None;

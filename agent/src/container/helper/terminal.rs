@@ -31,7 +31,8 @@ impl Terminal {
     /// A new terminal of the devpts instance whose root is `devpts`.
     pub(super) fn open(devpts: BorrowedFd<'_>) -> Result<Self, ContainerError> {
         let object = "/dev/pts/ptmx";
-        // In a running container anything may have been mounted there: only the kernel's own is a terminal.
+        // In a running container anything may have been mounted there: only the kernel's own is a
+        // terminal.
         let is_devpts =
             fstatfs(devpts).step("read", object)?.filesystem_type() == DEVPTS_SUPER_MAGIC;
         if !is_devpts {
@@ -77,7 +78,8 @@ impl Terminal {
 
     /// Makes the terminal the session's own and gives the end for the agent.
     pub(super) fn control(self, uid: u32) -> Result<(OwnedFd, OwnedFd), ContainerError> {
-        // The user may open it by name; a terminal that cannot be given away is still usable as the descriptor.
+        // The user may open it by name; a terminal that cannot be given away is still usable as the
+        // descriptor.
         let _ = nix::unistd::fchown(&self.slave, Some(uid.into()), None);
         terminal::set_controlling(self.slave.as_fd()).step("control", "the terminal")?;
         Ok((self.master, self.slave))

@@ -1,6 +1,7 @@
 //! Hooks: programs that the specification wants run at points of a container's life.
 //!
-//! Those of the host were taken out by the shim; what remains is run where it says, and a missing program is an error.
+//! Those of the host were taken out by the shim; what remains is run where it says, and a missing
+//! program is an error.
 
 use std::collections::BTreeMap;
 
@@ -34,7 +35,8 @@ impl State {
     /// The unchanging part of the state of container `id`.
     pub(super) fn of(id: &str, spec: &Spec) -> Self {
         let root = spec.root().as_ref().map(runtime::Root::path);
-        // The bundle stays on the host; in the guest the directory of the root file system comes nearest.
+        // The bundle stays on the host; in the guest the directory of the root file system comes
+        // nearest.
         let bundle = root.and_then(|path| path.parent());
         Self {
             oci_version: spec.version().clone(),
@@ -91,7 +93,8 @@ impl HooksPlan {
     }
 }
 
-/// The hooks that run in the guest's namespaces while the container is built: `prestart`, then `createRuntime`.
+/// The hooks that run in the guest's namespaces while the container is built: `prestart`, then
+/// `createRuntime`.
 pub(super) fn runtime(hooks: &runtime::Hooks) -> Result<Vec<Hook>, ContainerError> {
     // Deprecated since 1.1, but older specifications have it and runc still runs it.
     let mut all = of(hooks.prestart().as_deref(), "prestart")?;

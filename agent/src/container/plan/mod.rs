@@ -1,7 +1,8 @@
-//! From an OCI runtime specification to a plan: every field is checked, resolved to the kernel's numbers, or refused by name.
+//! From an OCI runtime specification to a plan: every field is checked, resolved to the kernel's
+//! numbers, or refused by name.
 //!
-//! All of it is pure: nothing here touches a file or the kernel, so it is tested without either. Plans cross to the helper
-//! as they are.
+//! All of it is pure: nothing here touches a file or the kernel, so it is tested without either.
+//! Plans cross to the helper as they are.
 
 use std::path::PathBuf;
 
@@ -25,7 +26,8 @@ use mounts::{MountPlan, Propagation};
 use namespaces::Namespaces;
 use process::ProcessPlan;
 
-/// Most mounts, devices, sysctls or hidden paths of one container. Kubernetes' own limits are far lower.
+/// Most mounts, devices, sysctls or hidden paths of one container. Kubernetes' own limits are far
+/// lower.
 pub(super) const ENTRIES_MAX: usize = 1024;
 
 /// A container to be built.
@@ -239,7 +241,8 @@ pub(super) fn bounded(count: usize, field: &str) -> Result<(), ContainerError> {
     Ok(())
 }
 
-/// Sysctls of namespaces only: any other would change the guest, and with it the pod's other containers.
+/// Sysctls of namespaces only: any other would change the guest, and with it the pod's other
+/// containers.
 fn sysctls(
     linux: &oci_spec::runtime::Linux,
     namespaces: &Namespaces,
@@ -251,7 +254,8 @@ fn sysctls(
     let mut result = Vec::new();
     for (key, value) in sysctls {
         let field = format!("linux.sysctl[{key:?}]");
-        // sysctl(8): with a slash before any dot the separators are swapped, so that names may hold dots.
+        // sysctl(8): with a slash before any dot the separators are swapped, so that names may hold
+        // dots.
         let slashes = key
             .find('/')
             .is_some_and(|slash| key.find('.').is_none_or(|dot| slash < dot));

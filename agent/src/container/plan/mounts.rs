@@ -1,4 +1,5 @@
-//! Mounts: their options as the kernel's attributes, what is left to the file system, and in which order it all applies.
+//! Mounts: their options as the kernel's attributes, what is left to the file system, and in which
+//! order it all applies.
 
 use oci_spec::runtime::{LinuxNamespaceType, Mount};
 use serde::{Deserialize, Serialize};
@@ -76,8 +77,9 @@ const RELATIME: (u64, u64) = (libc::MOUNT_ATTR_RELATIME, libc::MOUNT_ATTR__ATIME
 const NOATIME: (u64, u64) = (libc::MOUNT_ATTR_NOATIME, libc::MOUNT_ATTR__ATIME);
 const STRICTATIME: (u64, u64) = (libc::MOUNT_ATTR_STRICTATIME, libc::MOUNT_ATTR__ATIME);
 
-/// config.md, "Linux mount options": (name, set, clear). Each exists with a leading `r` for the whole tree. What changes
-/// the time of access clears its three-valued field first, as mount_setattr(2) demands.
+/// config.md, "Linux mount options": (name, set, clear). Each exists with a leading `r` for the
+/// whole tree. What changes the time of access clears its three-valued field first, as
+/// mount_setattr(2) demands.
 const ATTRIBUTES: [(&str, u64, u64); 18] = [
     ("ro", libc::MOUNT_ATTR_RDONLY, 0),
     ("rw", 0, libc::MOUNT_ATTR_RDONLY),
@@ -194,7 +196,8 @@ fn destination(mount: &Mount, field: &str) -> Result<String, ContainerError> {
     let Some(destination) = destination else {
         return refuse("is not UTF-8");
     };
-    // Relative destinations are deprecated (config.md, "Mounts") and mean the root, as runc reads them.
+    // Relative destinations are deprecated (config.md, "Mounts") and mean the root, as runc reads
+    // them.
     let names = destination
         .split('/')
         .filter(|name| !name.is_empty() && *name != ".");
@@ -290,7 +293,8 @@ impl MountPlan {
                     "missing, and the options name no bind",
                 ));
             }
-            // The guest has the unified hierarchy alone, whatever the specification's author saw on the host.
+            // The guest has the unified hierarchy alone, whatever the specification's author saw on
+            // the host.
             if kind == "cgroup" {
                 "cgroup2".clone_into(kind);
             }

@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{super::error::ContainerError, IdMapping, id_mappings};
 
-/// Where the container's namespace of one type comes from. A type without an entry is the guest's own.
+/// Where the container's namespace of one type comes from. A type without an entry is the guest's
+/// own.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(in super::super) enum Origin {
     New,
@@ -70,16 +71,10 @@ impl Namespaces {
             })
     }
 
-    /// Those to be joined: (type, from where), the user namespace last because it takes away the right to join others.
-    pub(in super::super) fn joined(&self) -> Vec<(LinuxNamespaceType, &Origin)> {
-        let mut joined: Vec<_> = self
-            .entries
-            .iter()
-            .filter(|(_, origin)| *origin != Origin::New)
-            .map(|(kind, origin)| (*kind, origin))
-            .collect();
-        joined.sort_by_key(|(kind, _)| *kind == LinuxNamespaceType::User);
-        joined
+    /// Those to be joined: (type, from where).
+    pub(in super::super) fn joined(&self) -> impl Iterator<Item = (LinuxNamespaceType, &Origin)> {
+        let entries = self.entries.iter().map(|(kind, origin)| (*kind, origin));
+        entries.filter(|(_, origin)| **origin != Origin::New)
     }
 }
 

@@ -65,7 +65,8 @@ pub(in super::super) struct SchedulingPlan {
     pub(in super::super) period_ns: u64,
 }
 
-/// Plans `process`, a process of the container that `linux` describes; `field` is where it stands, for errors.
+/// Plans `process`, a process of the container that `linux` describes; `field` is where it stands,
+/// for errors.
 pub(in super::super) fn of(
     process: &Process,
     field: &str,

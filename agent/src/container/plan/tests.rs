@@ -47,21 +47,41 @@ fn plans_survive_the_socket() {
 fn mount_options_become_attributes() {
     let plan = mount(json!({"destination": "/x", "source": "/y", "options":
         ["rbind", "ro", "nosuid", "noatime", "rro", "rnodev", "rslave", "defaults"]}));
-    assert_eq!(plan.source, Source::Bind { path: "/y".to_owned(), recursive: true });
+    assert_eq!(
+        plan.source,
+        Source::Bind {
+            path: "/y".to_owned(),
+            recursive: true
+        }
+    );
     let expected = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOATIME;
     assert_eq!(plan.attributes.set, expected);
     assert_eq!(plan.attributes.clear, libc::MOUNT_ATTR__ATIME);
-    assert_eq!(plan.recursive_attributes.set, libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NODEV);
+    assert_eq!(
+        plan.recursive_attributes.set,
+        libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NODEV
+    );
     let propagation = plan.propagation.unwrap();
-    assert_eq!((propagation.kind, propagation.recursive), (libc::MS_SLAVE, true));
+    assert_eq!(
+        (propagation.kind, propagation.recursive),
+        (libc::MS_SLAVE, true)
+    );
 }
 
 #[test]
 fn the_last_of_two_opposite_options_wins() {
     let plan = mount(json!({"destination": "/x", "source": "/y", "options": ["bind", "ro", "rw"]}));
-    assert_eq!((plan.attributes.set, plan.attributes.clear), (0, libc::MOUNT_ATTR_RDONLY));
-    let plan = mount(json!({"destination": "/x", "source": "/y", "options": ["bind", "noatime", "relatime"]}));
-    assert_eq!((plan.attributes.set, plan.attributes.clear), (0, libc::MOUNT_ATTR__ATIME));
+    assert_eq!(
+        (plan.attributes.set, plan.attributes.clear),
+        (0, libc::MOUNT_ATTR_RDONLY)
+    );
+    let plan = mount(
+        json!({"destination": "/x", "source": "/y", "options": ["bind", "noatime", "relatime"]}),
+    );
+    assert_eq!(
+        (plan.attributes.set, plan.attributes.clear),
+        (0, libc::MOUNT_ATTR__ATIME)
+    );
 }
 
 #[test]
@@ -73,8 +93,11 @@ fn every_option_of_the_specification_is_known() {
         rstrictatime rsuid rsymfollow runbindable rw shared silent slave strictatime suid symfollow sync unbindable";
     for option in options.split_whitespace() {
         let plan = mount(json!({"destination": "/x", "type": "tmpfs", "options": [option]}));
-        let Source::FileSystem { data, .. } = plan.source else { panic!() };
-        // These are of the file system's instance, which knows them by the same names (fsconfig(2)).
+        let Source::FileSystem { data, .. } = plan.source else {
+            panic!()
+        };
+        // These are of the file system's instance, which knows them by the same names
+        // (fsconfig(2)).
         let instance = ["dirsync", "iversion", "lazytime", "silent", "sync"].contains(&option);
         assert_eq!(data == [option], instance, "{option}");
     }
@@ -82,8 +105,12 @@ fn every_option_of_the_specification_is_known() {
 
 #[test]
 fn cgroup_is_the_unified_hierarchy() {
-    let plan = mount(json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "options": ["ro", "memory"]}));
-    let Source::FileSystem { kind, data, .. } = plan.source else { panic!() };
+    let plan = mount(
+        json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "options": ["ro", "memory"]}),
+    );
+    let Source::FileSystem { kind, data, .. } = plan.source else {
+        panic!()
+    };
     assert_eq!((kind.as_str(), data.len()), ("cgroup2", 0));
 }
 
@@ -95,11 +122,23 @@ fn refusals_name_their_field() {
         ("/linux", Value::Null, "linux: missing"),
         ("/root/path", json!("relative"), "root.path: "),
         ("/ociVersion", json!("2.0.0"), "ociVersion: "),
-        ("/linux/namespaces", json!([{"type": "mount"}, {"type": "mount"}]), "linux.namespaces[1]: "),
-        ("/linux/namespaces", json!([{"type": "mount"}, {"type": "net", "path": "x"}]), ""),
+        (
+            "/linux/namespaces",
+            json!([{"type": "mount"}, {"type": "mount"}]),
+            "linux.namespaces[1]: ",
+        ),
+        (
+            "/linux/namespaces",
+            json!([{"type": "mount"}, {"type": "net", "path": "x"}]),
+            "",
+        ),
         ("/process/args", json!(["a\u{0}b"]), "process.args[0]: "),
         ("/process/cwd", json!("x"), "process.cwd: "),
-        ("/linux/maskedPaths", json!(["proc"]), "linux.maskedPaths[0]: "),
+        (
+            "/linux/maskedPaths",
+            json!(["proc"]),
+            "linux.maskedPaths[0]: ",
+        ),
         ("/hostname", json!("x".repeat(65)), "hostname: "),
         ("/linux/intelRdt", json!({}), "linux.intelRdt: "),
     ];
@@ -121,7 +160,8 @@ fn refusals_name_their_field() {
     let error = refusal(|spec| spec["hostname"] = json!("x"));
     assert!(error.starts_with("hostname: needs a UTS namespace"));
     let error = refusal(|spec| {
-        spec["mounts"] = json!([{"destination": "/x", "source": "/y", "options": ["bind", "size=1"]}]);
+        spec["mounts"] =
+            json!([{"destination": "/x", "source": "/y", "options": ["bind", "size=1"]}]);
     });
     assert!(error.starts_with("mounts[0].options: "), "{error}");
     let error = refusal(|spec| {
@@ -133,11 +173,22 @@ fn refusals_name_their_field() {
 #[test]
 fn ids_are_mapped() {
     let mappings = [
-        IdMapping { inside: 0, outside: 1000, size: 10 },
-        IdMapping { inside: 100, outside: 0, size: 1 },
+        IdMapping {
+            inside: 0,
+            outside: 1000,
+            size: 10,
+        },
+        IdMapping {
+            inside: 100,
+            outside: 0,
+            size: 1,
+        },
     ];
     let outside = |id| IdMapping::to_outside(&mappings, id);
-    assert_eq!([outside(0), outside(9), outside(10), outside(100)], [Some(1000), Some(1009), None, Some(0)]);
+    assert_eq!(
+        [outside(0), outside(9), outside(10), outside(100)],
+        [Some(1000), Some(1009), None, Some(0)]
+    );
     assert_eq!(IdMapping::lines(&mappings), "0 1000 10\n100 0 1\n");
 }
 
@@ -150,7 +201,8 @@ fn cpu_lists() {
 }
 
 proptest! {
-    // Whatever a specification says, planning answers and does not panic, and destinations are normal.
+    // Whatever a specification says, planning answers and does not panic, and destinations are
+    // normal.
     #[test]
     fn destinations_are_normal_or_refused(destination in "[/a.]{0,12}") {
         let mut spec = spec();

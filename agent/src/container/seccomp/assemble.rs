@@ -1,8 +1,10 @@
-//! Instructions of classic BPF for verdicts: a search tree over the numbers, then the conditions of the number found.
+//! Instructions of classic BPF for verdicts: a search tree over the numbers, then the conditions of
+//! the number found.
 //!
-//! Jumps of classic BPF only go forward, conditional ones by at most 255 instructions; longer ones go by an unconditional
-//! jump. Fields of `struct seccomp_data` (seccomp(2)): number at 0, architecture at 4, arguments of 8 bytes from 16 on,
-//! in the byte order of the processor, which is little-endian on all that this knows.
+//! Jumps of classic BPF only go forward, conditional ones by at most 255 instructions; longer ones
+//! go by an unconditional jump. Fields of `struct seccomp_data` (seccomp(2)): number at 0,
+//! architecture at 4, arguments of 8 bytes from 16 on, in the byte order of the processor, which is
+//! little-endian on all that this knows.
 
 use std::collections::BTreeMap;
 
@@ -149,7 +151,8 @@ pub(super) fn section(
         push(&mut ranges, *number, leaf(verdict, default));
         next = number + 1;
     }
-    // Beyond the newest call that the profile names; without any name there is nothing to be newer than.
+    // Beyond the newest call that the profile names; without any name there is nothing to be newer
+    // than.
     let beyond = if verdicts.is_empty() {
         default
     } else {
@@ -196,7 +199,8 @@ fn split(start: u32, low: Vec<Instruction>, high: Vec<Instruction>) -> Vec<Instr
 }
 
 fn length(body: &[Instruction]) -> u32 {
-    // Programs beyond BPF_MAXINSNS are refused whole, so a length that does not fit is never installed.
+    // Programs beyond BPF_MAXINSNS are refused whole, so a length that does not fit is never
+    // installed.
     u32::try_from(body.len()).unwrap_or(u32::MAX)
 }
 
@@ -212,7 +216,8 @@ fn leaf(verdict: &Verdict, default: u32) -> Vec<Instruction> {
 /// Falls through behind its end when the rule does not match.
 fn rule_code(rule: &Rule) -> Vec<Instruction> {
     let mut body = vec![statement(RETURN, rule.result)];
-    // Built from the end, so that the distance to it is known: six conditions of seven instructions stay far below 255.
+    // Built from the end, so that the distance to it is known: six conditions of seven instructions
+    // stay far below 255.
     for condition in rule.conditions.iter().rev() {
         let to_end = u8::try_from(body.len()).unwrap_or(u8::MAX);
         let mut code = condition_code(condition, to_end);

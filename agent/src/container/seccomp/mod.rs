@@ -1,14 +1,15 @@
 //! OCI seccomp profiles to filters of the kernel.
 //!
-//! Pure: a profile in, instructions out. Written here because libseccomp is a C library under the LGPL that would be linked
-//! into a static binary, and because `seccompiler` knows one architecture per filter and one action per match.
+//! Pure: a profile in, instructions out. Written here because libseccomp is a C library under the
+//! LGPL that would be linked into a static binary, and because `seccompiler` knows one architecture
+//! per filter and one action per match.
 //!
 //! Meaning, where config-linux.md leaves it open, as libseccomp and runc have it:
 //! - A name that an architecture does not have is no error: profiles list what any kernel may have.
 //! - Several conditions on one argument are alternatives; on different arguments all must hold.
 //! - An entry whose action is the default one adds nothing.
-//! - A system call newer than all that the profile names fails with ENOSYS where the default action would refuse it, so that
-//!   C libraries fall back to older calls.
+//! - A system call newer than all that the profile names fails with ENOSYS where the default action
+//!   would refuse it, so that C libraries fall back to older calls.
 //! - An architecture that the profile does not name ends the thread.
 
 use std::collections::BTreeMap;
@@ -151,7 +152,8 @@ fn architectures(profile: &LinuxSeccomp) -> Result<Vec<Architecture>, ContainerE
             Arch::ScmpArchX32 => Architecture::X32,
             Arch::ScmpArchAarch64 => Architecture::Aarch64,
             Arch::ScmpArchArm => Architecture::Arm,
-            // Of processors on which this guest cannot be: a program for one cannot run, filtered or not.
+            // Of processors on which this guest cannot be: a program for one cannot run, filtered
+            // or not.
             _ => continue,
         };
         if !result.contains(&known) {
@@ -206,7 +208,8 @@ fn verdicts(
     Ok(verdicts)
 }
 
-/// The conditions of an entry: any of the lists must hold, each with all of its members. None: it always applies.
+/// The conditions of an entry: any of the lists must hold, each with all of its members. None: it
+/// always applies.
 fn alternatives(entry: &LinuxSyscall, field: &str) -> Result<Vec<Vec<Condition>>, ContainerError> {
     // seccomp(2): a system call has six arguments.
     const ARGUMENTS: usize = 6;

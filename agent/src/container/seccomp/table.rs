@@ -7,7 +7,8 @@ use std::{env, str::FromStr};
 pub(super) enum Architecture {
     X86_64,
     X86,
-    /// Programs with 32-bit pointers on x86-64; the kernel marks their calls by a bit in the number.
+    /// Programs with 32-bit pointers on x86-64; the kernel marks their calls by a bit in the
+    /// number.
     X32,
     Aarch64,
     Arm,
@@ -44,7 +45,8 @@ impl Architecture {
             Self::Arm => of::<syscalls::arm::Sysno>(name)?.id(),
         };
         let number = u32::try_from(number).ok()?;
-        // x32 numbers the calls that differ from x86-64 by themselves; profiles name the common ones, which carry the bit.
+        // x32 numbers the calls that differ from x86-64 by themselves; profiles name the common
+        // ones, which carry the bit.
         Some(if self == Self::X32 {
             number | X32_BIT
         } else {

@@ -1,4 +1,5 @@
-//! Filters against an interpreter of the instructions and against the meaning of the profile, evaluated directly.
+//! Filters against an interpreter of the instructions and against the meaning of the profile,
+//! evaluated directly.
 
 use oci_spec::runtime::{LinuxSeccompArg, LinuxSeccompOperator};
 use proptest::prelude::*;
