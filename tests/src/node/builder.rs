@@ -173,7 +173,11 @@ impl Builder {
         let request = Request::SetUp(set_up.clone());
         let output = control.request(&request, None, None, self.boot_timeout)?;
         output.checked("set-up of the node")?;
-        Ok(Node::new(control, machine, set_up))
+        let node = Node::new(control, machine, set_up);
+        if kind == Kind::Qemu {
+            node.write(pericarp::EMULATED_CONFIG_FILE, pericarp::EMULATED_CONFIG)?;
+        }
+        Ok(node)
     }
 }
 

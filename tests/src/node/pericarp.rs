@@ -24,6 +24,21 @@ pub const LIBEXEC_FOLDER: &str = "/usr/libexec/pericarp";
 /// Where the node has kernel and image.
 pub const SHARE_FOLDER: &str = "/usr/share/pericarp";
 
+/// Drop-in of Pericarp's configuration that an emulated node needs.
+pub(super) const EMULATED_CONFIG_FILE: &str = "/etc/pericarp/config.d/50-test-node.toml";
+
+/// Its content. The SVM that QEMU 7.2 emulates does not intercept XSETBV, so guests must not see
+/// XSAVE; and emulation is many times slower than a processor, most of all on a busy computer.
+pub(super) const EMULATED_CONFIG: &str = "[vm]
+cpu_features = ['-xsave']
+default_memory_mib = 192
+
+[timeouts]
+agent_ready_ms = 120000
+rpc_ms = 60000
+exec_ms = 60000
+";
+
 /// Programs of the build that go to the node when they are there.
 const PROGRAMS: [(&str, &str); 3] = [
     (SHIM, BINARY_FOLDER),
