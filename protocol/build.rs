@@ -25,12 +25,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         let kept: String = text
             .lines()
             .filter(|line| !line.starts_with("#!["))
-            .map(|line| {
-                if line.starts_with("//!") {
-                    format!("//{}\n", &line[3..])
-                } else {
-                    format!("{line}\n")
-                }
+            .map(|line| match line.strip_prefix("//!") {
+                Some(text) => format!("//{text}\n"),
+                None => format!("{line}\n"),
             })
             .collect();
         fs::write(&path, kept)?;

@@ -4,8 +4,12 @@
 //! launch VMM KERNEL [key=value ...]
 //!   memory=MiB max=MiB vcpus=N vcpus-max=N cpu=LIST pages=base|transparent|2m|1g
 //!   initramfs=FILE pmem=FILE disk=FILE tap=NAME cmdline=TEXT
+//!   later=FILE   a disk that is added when the guest's log says HOT-PLUG and removed when it says HOT-UNPLUG; when it says
+//!                MEM-PLUG, memory grows to max, and when it says CPU-PLUG, vCPUs to vcpus-max
 //!   until=TEXT   end when the guest's log has this text      exits=1   print KVM's counters at that moment
 //! ```
+
+#![expect(clippy::print_stdout, reason = "what it finds out is its output")]
 
 use std::{
     collections::BTreeMap,
@@ -22,9 +26,9 @@ use std::{
 };
 
 use pericarp_protocol::machine::{
-    Balloon, Blk, CONTROL_DESCRIPTOR, CacheMode, Console, CpuMode, Descriptor, Device, DeviceKind,
-    Event, List, MESSAGE_BYTES, Machine, Mem, Message, Nothing, PageKind, Pmem, RateLimit, Request,
-    Rng, Text, Vsock, decode_message, encode_request,
+    Balloon, Blk, Bytes, CONTROL_DESCRIPTOR, CacheMode, Console, CpuMode, Descriptor, Device,
+    DeviceKind, Event, List, MESSAGE_BYTES, Machine, Mem, Message, Named, Nothing, PageKind, Pmem,
+    RateLimit, Request, Rng, Text, Vcpus, Vsock, decode_message, encode_request,
 };
 use pericarp_sys::{
     memory_file::{self, Pages},
@@ -193,16 +197,7 @@ fn add_devices(shim: &mut Shim, options: &Options, output: BorrowedFd<'_>) -> An
         shim.add("mem", DeviceKind::Mem(mem), &[])?;
     }
     if let Some(path) = options.text("disk") {
-        let file = OpenOptions::new().read(true).write(true).open(path)?;
-        let blk = Blk {
-            file: at(0),
-            read_only: false,
-            serial: Text::new("serial", "launch")?,
-            queues: 1,
-            cache: CacheMode::WriteBack,
-            limit,
-        };
-        shim.add("disk", DeviceKind::Blk(blk), &[file.as_fd()])?;
+        add_disk(shim, "disk", path)?;
     }
     Ok(())
 }
@@ -241,7 +236,9 @@ fn watch(
             let count = log.read(&mut buffer)?;
             log_open = count > 0;
             io::stdout().write_all(&buffer[..count])?;
-            text += &String::from_utf8_lossy(&buffer[..count]);
+            let new = String::from_utf8_lossy(&buffer[..count]);
+            react(shim, &new, options)?;
+            text += &new;
             let wanted = options.text("until");
             if wanted.is_some_and(|wanted| text.contains(wanted)) {
                 println!("launch: after {} ms", start.elapsed().as_millis());
@@ -253,6 +250,42 @@ fn watch(
             return Ok(());
         }
     }
+}
+
+/// Does what the guest's log asks for.
+fn react(shim: &mut Shim, log: &str, options: &Options) -> Anything<()> {
+    let Some(path) = options.text("later") else {
+        return Ok(());
+    };
+    if log.contains("HOT-PLUG") {
+        add_disk(shim, "later", path)?;
+    }
+    if log.contains("HOT-UNPLUG") {
+        let device = Text::new("device", "later")?;
+        shim.send(&Request::RemoveDevice(Named { device }), &[])?;
+    }
+    if log.contains("MEM-PLUG") {
+        let bytes = options.number("max", 0)? << 20;
+        shim.send(&Request::ResizeMemory(Bytes { bytes }), &[])?;
+    }
+    if log.contains("CPU-PLUG") {
+        let count = u16::try_from(options.number("vcpus-max", 1)?)?;
+        shim.send(&Request::ResizeVcpus(Vcpus { count }), &[])?;
+    }
+    Ok(())
+}
+
+fn add_disk(shim: &mut Shim, name: &str, path: &str) -> Anything<()> {
+    let file = OpenOptions::new().read(true).write(true).open(path)?;
+    let blk = Blk {
+        file: at(0),
+        read_only: false,
+        serial: Text::new("serial", "launch")?,
+        queues: 1,
+        cache: CacheMode::WriteBack,
+        limit: RateLimit::default(),
+    };
+    shim.add(name, DeviceKind::Blk(blk), &[file.as_fd()])
 }
 
 /// Prints one message; false at the end.

@@ -108,8 +108,8 @@ const VCPU: &[Rule] = &[
     ),
     (
         libc::SYS_fcntl,
-        Commands(&[1030]),
-        "F_DUPFD_CLOEXEC: a second handle of an eventfd",
+        Commands(&[1, 1030]),
+        "F_GETFD: checks of the standard library; F_DUPFD_CLOEXEC: second handles of eventfds",
     ),
 ];
 
@@ -318,6 +318,37 @@ mod tests {
                     "{call} twice"
                 );
             }
+        }
+    }
+
+    /// Names the test below to the process that it starts.
+    const VICTIM: &str = "PERICARP_FILTER_VICTIM";
+
+    #[test]
+    fn a_forbidden_call_kills() {
+        use std::{os::unix::process::ExitStatusExt, process::Command};
+        if let Some(kind) = std::env::var_os(VICTIM) {
+            prepare().unwrap();
+            let kind = if kind == "vcpu" {
+                Kind::Vcpu
+            } else {
+                Kind::Loop
+            };
+            confine(kind).unwrap();
+            let _ = std::fs::File::open("/dev/null");
+            std::process::exit(0);
+        }
+        for kind in ["vcpu", "loop"] {
+            let status = Command::new(std::env::current_exe().unwrap())
+                .args([
+                    "filters::tests::a_forbidden_call_kills",
+                    "--exact",
+                    "--nocapture",
+                ])
+                .env(VICTIM, kind)
+                .status()
+                .unwrap();
+            assert_eq!(status.signal(), Some(libc::SIGSYS), "{kind}: {status}");
         }
     }
 

@@ -190,11 +190,6 @@ impl VirtioFunction {
         self.reset();
     }
 
-    /// Kind and name of the device.
-    pub(crate) fn name(&self) -> &str {
-        &self.name
-    }
-
     /// The device, for commands and counters.
     pub(crate) fn device(&self) -> MutexGuard<'_, Box<dyn VirtioDevice>> {
         lock(&self.device)
