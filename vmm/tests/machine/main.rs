@@ -332,7 +332,10 @@ fn scribble(base: u32, mask: u32) -> Vec<u8> {
     code.extend_from_slice(&base.to_le_bytes());
     code.extend_from_slice(&[0x89, 0x03, 0x8b, 0x13]);
     let back = code.len() + 2 - start;
-    code.extend_from_slice(&[0xe2, 0_u8.wrapping_sub(u8::try_from(back).unwrap())]);
+    code.extend_from_slice(&[
+        0xe2,
+        0_u8.wrapping_sub(u8::try_from(back).expect("a short loop")),
+    ]);
     code.extend_from_slice(&POWER_OFF);
     code
 }

@@ -28,7 +28,7 @@ use pericarp_sys::{
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Why a test cannot run here, if so.
-pub fn missing() -> Option<String> {
+pub(crate) fn missing() -> Option<String> {
     if let Err(error) = OpenOptions::new().read(true).write(true).open("/dev/kvm") {
         return Some(format!("/dev/kvm: {error}"));
     }
@@ -46,13 +46,13 @@ macro_rules! need_kvm {
     };
 }
 
-pub fn at(position: u8) -> Descriptor {
+pub(crate) fn at(position: u8) -> Descriptor {
     Descriptor { position }
 }
 
 /// A running VMM and our end of its socket.
-pub struct Vmm {
-    pub child: Child,
+pub(crate) struct Vmm {
+    pub(crate) child: Child,
     socket: Option<OwnedFd>,
     number: u32,
     events: Vec<Event>,
@@ -60,7 +60,7 @@ pub struct Vmm {
 
 impl Vmm {
     /// Starts the VMM.
-    pub fn spawn() -> Self {
+    pub(crate) fn spawn() -> Self {
         let (ours, theirs) = seqpacket::pair().unwrap();
         let placement = Placement {
             descriptors: &[(theirs.as_raw_fd(), CONTROL_DESCRIPTOR)],
@@ -83,7 +83,7 @@ impl Vmm {
     }
 
     /// Sends a request.
-    pub fn send(&mut self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> u32 {
+    pub(crate) fn send(&mut self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> u32 {
         self.number += 1;
         let bytes = encode_request(self.number, request);
         seqpacket::send(self.socket(), &bytes, descriptors).unwrap();
@@ -91,12 +91,12 @@ impl Vmm {
     }
 
     /// Sends bytes as they are.
-    pub fn send_bytes(&mut self, bytes: &[u8]) {
+    pub(crate) fn send_bytes(&mut self, bytes: &[u8]) {
         seqpacket::send(self.socket(), bytes, &[]).unwrap();
     }
 
     /// The next message; `None` at the end.
-    pub fn receive(&mut self) -> Option<(u32, Message)> {
+    pub(crate) fn receive(&mut self) -> Option<(u32, Message)> {
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
         let mut set = [PollFd::new(self.socket(), PollFlags::POLLIN)];
         let ready = poll(&mut set, PollTimeout::try_from(PATIENCE).unwrap()).unwrap();
@@ -114,7 +114,7 @@ impl Vmm {
     }
 
     /// The reply to a request; events that come first are kept.
-    pub fn reply(&mut self, number: u32) -> Result<Success, Failure> {
+    pub(crate) fn reply(&mut self, number: u32) -> Result<Success, Failure> {
         loop {
             match self.receive().expect("a reply comes before the end") {
                 (_, Message::Event(event)) => self.events.push(event),
@@ -126,7 +126,7 @@ impl Vmm {
     }
 
     /// Sends a request and takes its reply.
-    pub fn ask(
+    pub(crate) fn ask(
         &mut self,
         request: &Request,
         descriptors: &[BorrowedFd<'_>],
@@ -136,7 +136,7 @@ impl Vmm {
     }
 
     /// The next event.
-    pub fn event(&mut self) -> Event {
+    pub(crate) fn event(&mut self) -> Event {
         if !self.events.is_empty() {
             return self.events.remove(0);
         }
@@ -147,19 +147,19 @@ impl Vmm {
     }
 
     /// Hangs up and waits for the process; tells how long that took.
-    pub fn hang_up(&mut self) -> (ExitStatus, Duration) {
+    pub(crate) fn hang_up(&mut self) -> (ExitStatus, Duration) {
         self.socket = None;
         let start = Instant::now();
         (self.wait(), start.elapsed())
     }
 
     /// Waits for the process.
-    pub fn wait(&mut self) -> ExitStatus {
+    pub(crate) fn wait(&mut self) -> ExitStatus {
         self.child.wait().unwrap()
     }
 
     /// A machine with `code` as its kernel, with console, random numbers and vsock, about to run.
-    pub fn with_guest(code: &[u8]) -> Self {
+    pub(crate) fn with_guest(code: &[u8]) -> Self {
         let mut vmm = Self::spawn();
         let start = Start::new(code);
         vmm.ask(&Request::Start(start.machine.clone()), &start.descriptors())
@@ -182,7 +182,7 @@ impl Vmm {
     }
 
     /// As [`Self::with_guest`], running.
-    pub fn running(code: &[u8]) -> Self {
+    pub(crate) fn running(code: &[u8]) -> Self {
         let mut vmm = Self::with_guest(code);
         vmm.ask(&Request::Run(Nothing {}), &[]).unwrap();
         assert_eq!(vmm.event(), Event::Started(Nothing {}));
@@ -190,7 +190,7 @@ impl Vmm {
     }
 
     /// Adds a device.
-    pub fn add(
+    pub(crate) fn add(
         &mut self,
         name: &str,
         kind: DeviceKind,
@@ -209,16 +209,16 @@ impl Drop for Vmm {
 }
 
 /// The first request with its descriptors.
-pub struct Start {
-    pub machine: Machine,
-    pub kvm: File,
-    pub memory: OwnedFd,
-    pub kernel: File,
+pub(crate) struct Start {
+    pub(crate) machine: Machine,
+    pub(crate) kvm: File,
+    pub(crate) memory: OwnedFd,
+    pub(crate) kernel: File,
 }
 
 impl Start {
     /// One vCPU, 32 MiB.
-    pub fn new(code: &[u8]) -> Self {
+    pub(crate) fn new(code: &[u8]) -> Self {
         let bytes = 32 << 20;
         let machine = Machine {
             vcpus: 1,
@@ -248,7 +248,7 @@ impl Start {
         }
     }
 
-    pub fn descriptors(&self) -> [BorrowedFd<'_>; 3] {
+    pub(crate) fn descriptors(&self) -> [BorrowedFd<'_>; 3] {
         [self.kvm.as_fd(), self.memory.as_fd(), self.kernel.as_fd()]
     }
 }

@@ -16,7 +16,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_queue::{Queue, QueueT};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 /// §2.1: status bits that we look at.
 const FEATURES_OK: u8 = 8;
@@ -79,14 +79,18 @@ impl QueueRegisters {
     /// The queue, if what the driver set up is one.
     pub(crate) fn build(&self, memory: &GuestMemoryMmap, features: u64) -> Result<Queue, String> {
         let mut queue = Queue::new(self.max).map_err(|error| error.to_string())?;
-        let addresses = [self.descriptors, self.available, self.used].map(halves);
-        let [descriptors, available, used] = addresses.map(|[low, high]| (Some(low), Some(high)));
+        let text = |error: virtio_queue::Error| error.to_string();
+        queue.try_set_size(self.size).map_err(text)?;
+        // Those that cannot fail leave the old address in place where they should.
         queue
-            .try_set_size(self.size)
-            .map_err(|error| error.to_string())?;
-        queue.set_desc_table_address(descriptors.0, descriptors.1);
-        queue.set_avail_ring_address(available.0, available.1);
-        queue.set_used_ring_address(used.0, used.1);
+            .try_set_desc_table_address(GuestAddress(self.descriptors))
+            .map_err(text)?;
+        queue
+            .try_set_avail_ring_address(GuestAddress(self.available))
+            .map_err(text)?;
+        queue
+            .try_set_used_ring_address(GuestAddress(self.used))
+            .map_err(text)?;
         queue.set_event_idx(features & EVENT_IDX != 0);
         queue.set_ready(true);
         if queue.is_valid(memory) {
@@ -352,7 +356,6 @@ impl Registers {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use vm_memory::GuestAddress;
 
     use super::*;
 
