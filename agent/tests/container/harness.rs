@@ -222,6 +222,12 @@ impl Running {
         self.finish();
     }
 
+    /// Waits for an end that the test brought about.
+    pub(crate) fn ended(mut self, status: i32) {
+        assert_eq!(wait(self.pid), status);
+        self.container.take().unwrap().delete().unwrap();
+    }
+
     fn finish(&mut self) {
         if let Some(container) = self.container.take() {
             container.signal_all(libc::SIGKILL).unwrap();

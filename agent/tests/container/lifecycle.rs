@@ -92,8 +92,7 @@ fn signals_pause_and_state() {
     container.resume().unwrap();
     assert_eq!(running.sh("echo again").stdout, "again\n");
     container.signal_all(libc::SIGTERM).unwrap();
-    assert_eq!(wait(running.pid), 7);
-    std::mem::forget(running);
+    running.ended(7);
 }
 
 #[test]
