@@ -1,5 +1,6 @@
-//! Shim and VMM: fixed-size messages on one `AF_UNIX` `SOCK_SEQPACKET` socket, with file descriptors (`SCM_RIGHTS`) from
-//! shim to VMM only. The socket is descriptor [`CONTROL_DESCRIPTOR`] of the VMM, which takes no arguments.
+//! Shim and VMM: fixed-size messages on one `AF_UNIX` `SOCK_SEQPACKET` socket, with file
+//! descriptors (`SCM_RIGHTS`) from shim to VMM only. The socket is descriptor
+//! [`CONTROL_DESCRIPTOR`] of the VMM, which takes no arguments.
 //!
 //! ```text
 //! shim                                                     VMM
@@ -10,12 +11,13 @@
 //!                                                    <----   Event::Started
 //!  Pause, Resume, AddDevice, RemoveDevice, ...       ---->
 //!                                                    <----   Reply, Event
-//!  Shutdown                                          ---->   Reply, then the process ends with status 0
+//!  Shutdown                                          ---->   Reply; the process ends, status 0
 //! ```
 //!
-//! The shim need not wait for a reply before the next request: it may send Start, every AddDevice and Run at once. After a
-//! request before Run has failed every later one fails too, and nothing of the guest has run. A request names its
-//! descriptors by their position in the same message; a descriptor that nothing names is closed.
+//! The shim need not wait for a reply before the next request: it may send Start, every AddDevice
+//! and Run at once. After a request before Run has failed every later one fails too, and nothing of
+//! the guest has run. A request names its descriptors by their position in the same message; a
+//! descriptor that nothing names is closed.
 //!
 //! The end of the socket is the end of the VMM, and the end of the VMM is the end of the socket.
 
@@ -40,10 +42,12 @@ pub const VERSION: u16 = 1;
 /// Descriptor on which the VMM finds its control socket.
 pub const CONTROL_DESCRIPTOR: i32 = 3;
 
-/// Descriptors in one message: a network interface with all its queue pairs needs 32 (the kernel allows 253).
+/// Descriptors in one message: a network interface with all its queue pairs needs 32 (the kernel
+/// allows 253).
 pub const DESCRIPTORS_MAX: usize = 64;
 
-/// Sizes of memory are multiples of this: guest memory is mapped in pages of 2 MiB wherever the host has them.
+/// Sizes of memory are multiples of this: guest memory is mapped in pages of 2 MiB wherever the
+/// host has them.
 pub const ALIGNMENT_BYTES: u64 = 2 << 20;
 
 /// First bytes of every message: version and request number.
@@ -55,7 +59,8 @@ pub const REQUEST_BYTES: usize = HEADER_BYTES + <Request as Wire>::SIZE;
 /// Size of every message from the VMM in bytes.
 pub const MESSAGE_BYTES: usize = HEADER_BYTES + <Message as Wire>::SIZE;
 
-// One datagram of a unix socket is never split, but it must fit the default send buffer of 208 KiB several times over.
+// One datagram of a unix socket is never split, but it must fit the default send buffer of 208 KiB
+// several times over.
 const _: () = assert!(larger(REQUEST_BYTES, MESSAGE_BYTES) <= 8192);
 const _: () = assert!(QUEUES_MAX as usize * 2 <= DESCRIPTORS_MAX);
 const _: () = assert!(VSOCK_PORTS_MAX < DESCRIPTORS_MAX);

@@ -25,7 +25,8 @@ pub const CAP_PRE_FAULT_MEMORY: u64 = 236;
 #[must_use]
 pub fn from_descriptor(descriptor: OwnedFd) -> Kvm {
     let raw = descriptor.into_raw_fd();
-    // SAFETY: the descriptor is open and its ownership moves in. On a file that is not /dev/kvm the ioctls fail.
+    // SAFETY: the descriptor is open and its ownership moves in. On a file that is not /dev/kvm the
+    // ioctls fail.
     unsafe { std::os::fd::FromRawFd::from_raw_fd(raw) }
 }
 
@@ -67,8 +68,8 @@ impl Slots {
             memory_size: length as u64,
             userspace_addr: start.addr().get() as u64,
         };
-        // SAFETY: the range is mapped and stays so while `used` holds `backing`, which is until the slot is deleted; other
-        // owners of the memory access it as memory shared with a guest.
+        // SAFETY: the range is mapped and stays so while `used` holds `backing`, which is until the
+        // slot is deleted; other owners of the memory access it as memory shared with a guest.
         unsafe { self.vm.set_user_memory_region(region) }?;
         used.insert(slot, (guest_address, backing));
         Ok(slot)
@@ -113,7 +114,8 @@ impl Drop for Slots {
     }
 }
 
-/// Makes the vCPU's run end for `signal` although the thread blocks it, with no moment at which it could be missed.
+/// Makes the vCPU's run end for `signal` although the thread blocks it, with no moment at which it
+/// could be missed.
 ///
 /// # Errors
 /// The kernel's.
@@ -129,7 +131,8 @@ pub fn interrupt_run_by(vcpu: &VcpuFd, signal: i32) -> io::Result<()> {
         length: 8,
         blocked: blocked.to_ne_bytes(),
     };
-    // SAFETY: `mask` is a `struct kvm_signal_mask` with its 8 bytes of signals, read by the kernel only.
+    // SAFETY: `mask` is a `struct kvm_signal_mask` with its 8 bytes of signals, read by the kernel
+    // only.
     let result = unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_SIGNAL_MASK, &raw const mask) };
     if result < 0 {
         return Err(io::Error::last_os_error());
@@ -137,8 +140,8 @@ pub fn interrupt_run_by(vcpu: &VcpuFd, signal: i32) -> io::Result<()> {
     Ok(())
 }
 
-/// Has the kernel enter `length` bytes of guest memory from `guest_address` into the vCPU's page tables, so that their
-/// first access does not fault. Stops at what it cannot do.
+/// Has the kernel enter `length` bytes of guest memory from `guest_address` into the vCPU's page
+/// tables, so that their first access does not fault. Stops at what it cannot do.
 ///
 /// # Errors
 /// The kernel's; `ENOTTY` or `EOPNOTSUPP` before Linux 6.11 and without two-dimensional paging.

@@ -1,4 +1,5 @@
-//! Memory that a virtual machine sees: its own, pages that the VMM shows it, and files as persistent memory.
+//! Memory that a virtual machine sees: its own, pages that the VMM shows it, and files as
+//! persistent memory.
 //!
 //! All mappings start at a multiple of 2 MiB or more, so that KVM can map huge pages.
 
@@ -27,8 +28,9 @@ pub struct GuestPages {
     pub transparent: bool,
 }
 
-/// Maps `length` bytes of `file` from `offset` as guest memory at `guest_address`, shared with all who map the file. The
-/// mapping stays for the life of the process, because devices and KVM hold pointers into it.
+/// Maps `length` bytes of `file` from `offset` as guest memory at `guest_address`, shared with all
+/// who map the file. The mapping stays for the life of the process, because devices and KVM hold
+/// pointers into it.
 ///
 /// # Errors
 /// The kernel's, or the range wraps around.
@@ -51,7 +53,8 @@ pub fn map_guest_memory(
         Some((file.as_raw_fd(), offset)),
     )?;
     if pages.transparent {
-        // SAFETY: advice on the mapping just made; the kernel may refuse it, which costs speed only.
+        // SAFETY: advice on the mapping just made; the kernel may refuse it, which costs speed
+        // only.
         unsafe { libc::madvise(place.start.as_ptr().cast(), length, libc::MADV_HUGEPAGE) };
     }
     let start = place.keep();
@@ -66,7 +69,8 @@ pub fn map_guest_memory(
         .ok_or_else(|| io::Error::other("guest memory wraps around the address space"))
 }
 
-/// Memory of whole pages that the VMM writes and a guest reads, as words. Both see every store; only whole words are atomic.
+/// Memory of whole pages that the VMM writes and a guest reads, as words. Both see every store;
+/// only whole words are atomic.
 #[derive(Debug)]
 pub struct SharedWords(Reservation);
 
@@ -78,7 +82,8 @@ impl SharedWords {
     pub fn new(length: usize) -> io::Result<Self> {
         assert_eq!(length % PAGE_BYTES, 0, "KVM maps whole pages");
         let place = Reservation::new(length, PAGE_BYTES)?;
-        // Private, so that pages never written are the one zero page of the host (this process does not fork).
+        // Private, so that pages never written are the one zero page of the host (this process does
+        // not fork).
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         place.map(0, length, libc::PROT_READ | libc::PROT_WRITE, flags, None)?;
         Ok(Self(place))
@@ -90,8 +95,9 @@ impl Deref for SharedWords {
 
     fn deref(&self) -> &[AtomicU32] {
         let start = self.0.start.as_ptr().cast_const().cast();
-        // SAFETY: the mapping is readable and writable, aligned to a page, lives as long as `self`, and whoever else maps it
-        // (a guest) does so as plain memory, for which atomics are the right type.
+        // SAFETY: the mapping is readable and writable, aligned to a page, lives as long as `self`,
+        // and whoever else maps it (a guest) does so as plain memory, for which atomics are the
+        // right type.
         unsafe { std::slice::from_raw_parts(start, self.0.length / size_of::<AtomicU32>()) }
     }
 }
@@ -155,7 +161,8 @@ struct Reservation {
     length: usize,
 }
 
-// SAFETY: a reservation is a range of address space without a thread's affinity; it gives out no reference by itself.
+// SAFETY: a reservation is a range of address space without a thread's affinity; it gives out no
+// reference by itself.
 unsafe impl Send for Reservation {}
 // SAFETY: as above; the types around it decide how its memory is accessed.
 unsafe impl Sync for Reservation {}
@@ -167,7 +174,8 @@ impl Reservation {
             .filter(|_| length > 0)
             .ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        // SAFETY: a new private mapping at an address of the kernel's choice touches no existing memory.
+        // SAFETY: a new private mapping at an address of the kernel's choice touches no existing
+        // memory.
         let base = unsafe { libc::mmap(ptr::null_mut(), whole, libc::PROT_NONE, flags, -1, 0) };
         if base == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
@@ -176,7 +184,8 @@ impl Reservation {
         let head = base.align_offset(alignment);
         let start = base.wrapping_add(head);
         let tail = whole - head - length;
-        // SAFETY: both ranges lie within the mapping just made (head is less than the alignment), and nothing uses them.
+        // SAFETY: both ranges lie within the mapping just made (head is less than the alignment),
+        // and nothing uses them.
         unsafe {
             if head > 0 {
                 libc::munmap(base.cast(), head);
@@ -202,7 +211,8 @@ impl Reservation {
         let (descriptor, offset) = source.unwrap_or((-1, 0));
         let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
         let place = self.start.as_ptr().wrapping_add(from).cast();
-        // SAFETY: MAP_FIXED replaces a part of our own reservation only (asserted), which has no references yet.
+        // SAFETY: MAP_FIXED replaces a part of our own reservation only (asserted), which has no
+        // references yet.
         let result = unsafe {
             libc::mmap(
                 place,
@@ -229,7 +239,8 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        // SAFETY: the range is ours, and the types around it give out references only for their own life.
+        // SAFETY: the range is ours, and the types around it give out references only for their own
+        // life.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
     }
 }

@@ -1,8 +1,9 @@
 //! The file that a guest's memory is made of.
 //!
-//! Transparent huge pages of a memfd depend on a setting of the whole host (`shmem_enabled`), which is "never" on most. A
-//! tmpfs of our own may have them whatever the host says, and it needs no place in any mount namespace: it is made detached,
-//! holds one nameless file, and goes when the file goes.
+//! Transparent huge pages of a memfd depend on a setting of the whole host (`shmem_enabled`), which
+//! is "never" on most. A tmpfs of our own may have them whatever the host says, and it needs no
+//! place in any mount namespace: it is made detached, holds one nameless file, and goes when the
+//! file goes.
 
 use std::{
     fs::File,
@@ -36,8 +37,8 @@ pub enum Pages {
 /// Makes a file of `bytes`, close-on-exec, none of it allocated.
 ///
 /// # Errors
-/// The kernel's: `EPERM` for [`Pages::Transparent`] without `CAP_SYS_ADMIN`, `EINVAL` for a size that is no multiple of the
-/// page.
+/// The kernel's: `EPERM` for [`Pages::Transparent`] without `CAP_SYS_ADMIN`, `EINVAL` for a size
+/// that is no multiple of the page.
 pub fn create(bytes: u64, pages: Pages) -> io::Result<OwnedFd> {
     let kind = match pages {
         Pages::Transparent => return create_transparent(bytes),

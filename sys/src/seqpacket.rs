@@ -76,7 +76,8 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received
     let mut descriptors = Vec::new();
     for part in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(numbers) = part {
-            // SAFETY: the kernel has just made these descriptors for this message, and nothing else knows their numbers.
+            // SAFETY: the kernel has just made these descriptors for this message, and nothing else
+            // knows their numbers.
             descriptors.extend(
                 numbers
                     .into_iter()

@@ -1,12 +1,15 @@
-//! Plays the shim for one machine: opens the descriptors, starts the VMM, prints what it says and what the guest logs.
+//! Plays the shim for one machine: opens the descriptors, starts the VMM, prints what it says and
+//! what the guest logs.
 //!
 //! ```text
 //! launch VMM KERNEL [key=value ...]
 //!   memory=MiB max=MiB vcpus=N vcpus-max=N cpu=LIST pages=base|transparent|2m|1g
 //!   initramfs=FILE pmem=FILE disk=FILE tap=NAME cmdline=TEXT
-//!   later=FILE   a disk that is added when the guest's log says HOT-PLUG and removed when it says HOT-UNPLUG; when it says
+//!   later=FILE   a disk that is added when the guest's log says HOT-PLUG and removed when it
+//!                says HOT-UNPLUG; when it says
 //!                MEM-PLUG, memory grows to max, and when it says CPU-PLUG, vCPUs to vcpus-max
-//!   until=TEXT   end when the guest's log has this text      exits=1   print KVM's counters at that moment
+//!   until=TEXT   end when the guest's log has this text
+//!   exits=1      print KVM's counters at that moment
 //! ```
 
 #![expect(clippy::print_stdout, reason = "what it finds out is its output")]

@@ -1,4 +1,5 @@
-//! The control socket: requests in, replies and events out, never blocking on the shim once the machine runs.
+//! The control socket: requests in, replies and events out, never blocking on the shim once the
+//! machine runs.
 
 use std::{
     collections::VecDeque,
@@ -12,8 +13,8 @@ use pericarp_protocol::machine::{
 };
 use pericarp_sys::seqpacket;
 
-/// Messages that wait for a shim that does not read. Beyond it no request is read, and events are dropped: a shim that let
-/// this many lie will find the machine's state by asking.
+/// Messages that wait for a shim that does not read. Beyond it no request is read, and events are
+/// dropped: a shim that let this many lie will find the machine's state by asking.
 const WAITING_MAX: usize = 64;
 
 /// The descriptors of one request, each taken once.
@@ -80,7 +81,8 @@ impl Control {
         Ok(())
     }
 
-    /// Receives; `None` when nothing is there (after [`Self::stop_blocking`]) or too much waits to be sent.
+    /// Receives; `None` when nothing is there (after [`Self::stop_blocking`]) or too much waits to
+    /// be sent.
     pub(crate) fn receive(&mut self) -> io::Result<Option<Incoming>> {
         if self.waiting.len() >= WAITING_MAX {
             return Ok(None);
@@ -161,7 +163,8 @@ fn interpret(buffer: &[u8], received: seqpacket::Received) -> Incoming {
     }
 }
 
-/// The number of a request that could not be read as a whole, so that its sender knows which it was.
+/// The number of a request that could not be read as a whole, so that its sender knows which it
+/// was.
 fn number_of(bytes: &[u8]) -> u32 {
     match bytes {
         [_, _, a, b, c, d, ..] => u32::from_le_bytes([*a, *b, *c, *d]),

@@ -1,4 +1,5 @@
-//! One epoll loop serves everything but the vCPUs; this module names what it waits for and how others wake it.
+//! One epoll loop serves everything but the vCPUs; this module names what it waits for and how
+//! others wake it.
 
 use std::{
     io,
@@ -163,7 +164,8 @@ pub(crate) enum End {
     Vcpu(u16, String),
 }
 
-/// How vCPU threads wake the loop. Whatever a guest does, it is a handful of flags: nothing queues up.
+/// How vCPU threads wake the loop. Whatever a guest does, it is a handful of flags: nothing queues
+/// up.
 #[derive(Debug)]
 pub(crate) struct Doorbell {
     eventfd: EventFd,

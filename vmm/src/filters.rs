@@ -1,6 +1,8 @@
-//! Filters of system calls, one for each kind of thread: what is not in the table kills the process.
+//! Filters of system calls, one for each kind of thread: what is not in the table kills the
+//! process.
 //!
-//! Each rule has its reason. The programs are compiled from the table at start, before the jail is entered.
+//! Each rule has its reason. The programs are compiled from the table at start, before the jail is
+//! entered.
 
 use std::{collections::BTreeMap, io, sync::OnceLock};
 

@@ -3,14 +3,14 @@
 //! | step | what is gone afterwards |
 //! |---|---|
 //! | limits | core dumps, more than [`DESCRIPTORS_MAX`] descriptors |
-//! | namespaces | the host's mounts, network, IPC and host name (the PID namespace is made by who starts us) |
+//! | namespaces | the host's mounts, network, IPC and name (our starter makes the PID namespace) |
 //! | root | every file: the root is an empty read-only tmpfs |
 //! | ids | root; supplementary groups |
 //! | capabilities | all sets, the bounding set included |
 //! | flags | new privileges, being traced by others of the same user, living on without the shim |
 //!
-//! The filters of system calls follow on each thread ([`crate::filters`]). Nothing is opened after the jail; what a device
-//! needs later comes over the control socket.
+//! The filters of system calls follow on each thread ([`crate::filters`]). Nothing is opened after
+//! the jail; what a device needs later comes over the control socket.
 
 use std::io;
 
@@ -71,7 +71,8 @@ pub(crate) fn enter(uid: u32, gid: u32) -> Result<(), JailError> {
     capabilities::set(0, 0, 0).map_err(at("capabilities"))?;
     prctl::set_no_new_privs().map_err(at("no new privileges"))?;
     prctl::set_dumpable(false).map_err(at("not traceable"))?;
-    // Cleared by the change of user, so it comes after; the end of the control socket covers the time before.
+    // Cleared by the change of user, so it comes after; the end of the control socket covers the
+    // time before.
     prctl::set_pdeathsig(Some(Signal::SIGKILL)).map_err(at("death with the shim"))?;
     Ok(())
 }
@@ -90,7 +91,8 @@ fn empty_root() -> Result<(), JailError> {
     )
     .map_err(at("empty root"))?;
     chdir(MOUNT_POINT).map_err(at("empty root"))?;
-    // pivot_root(2) with the same folder twice stacks the old root on the new one, where it can be taken off.
+    // pivot_root(2) with the same folder twice stacks the old root on the new one, where it can be
+    // taken off.
     pivot_root(".", ".").map_err(at("change of root"))?;
     umount2(".", MntFlags::MNT_DETACH).map_err(at("the old root"))?;
     chdir("/").map_err(at("empty root"))?;

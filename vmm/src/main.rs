@@ -1,8 +1,9 @@
 //! `pericarp-vmm`: the virtual machine monitor of one pod.
 //!
-//! A process of its own for one machine. It is started without arguments by the shim, as the first process of a PID
-//! namespace, with its control socket as descriptor 3, and opens nothing: whatever it works with comes over that socket
-//! (`pericarp_protocol::machine`). Standard error is its log, which is empty unless something of its own fails.
+//! A process of its own for one machine. It is started without arguments by the shim, as the first
+//! process of a PID namespace, with its control socket as descriptor 3, and opens nothing: whatever
+//! it works with comes over that socket (`pericarp_protocol::machine`). Standard error is its log,
+//! which is empty unless something of its own fails.
 //!
 //! | module | what it does |
 //! |---|---|

@@ -3,7 +3,8 @@
 //! ```text
 //!  waiting for Start --> assembling (AddDevice) --> Run: boot, jail, threads --> serving --> end
 //!        |                     |                        |
-//!        +---------------------+------------------------+--> failed: every later request fails, until the shim hangs up
+//!        +---------------------+------------------------+--> failed: every later request
+//!                                                                  fails, until the shim hangs up
 //! ```
 
 use std::{io, os::fd::AsRawFd, sync::Arc};
@@ -304,7 +305,8 @@ impl Session {
     }
 }
 
-/// Everything between the description and the gate: the jail is closed before any thread of the guest's exists.
+/// Everything between the description and the gate: the jail is closed before any thread of the
+/// guest's exists.
 fn boot(machine: &mut Machine) -> Result<(), Failure> {
     let host = |error: &dyn std::error::Error| failure(ErrorCode::Host, error.to_string());
     filters::prepare().map_err(|error| host(&error))?;

@@ -11,8 +11,8 @@ pub const SERIAL_BYTES_MAX: usize = 20;
 /// Longest tag of a shared file system in bytes (virtio 1.2 §5.11.4).
 pub const TAG_BYTES_MAX: usize = 36;
 
-/// Queues of a disk, and queue pairs of a network interface: one a vCPU is the most that helps, and a vector each must fit
-/// the MSI-X table of the transport.
+/// Queues of a disk, and queue pairs of a network interface: one a vCPU is the most that helps, and
+/// a vector each must fit the MSI-X table of the transport.
 pub const QUEUES_MAX: u16 = 16;
 
 /// Connections that a guest may open to the host: one entry each.
@@ -115,7 +115,8 @@ wire_struct! {
     VsockPort {
         /// Port of the host (CID 2).
         port: u32,
-        /// The already connected stream socket it gets. Several entries of one port are taken in order.
+        /// The already connected stream socket it gets. Several entries of one port are taken in
+        /// order.
         socket: Descriptor,
     }
 }
@@ -153,7 +154,8 @@ wire_struct! {
 wire_struct! {
     /// The guest's log, towards the host only.
     Console {
-        /// Where its bytes go: a pipe, written without blocking; what does not fit is dropped and counted.
+        /// Where its bytes go: a pipe, written without blocking; what does not fit is dropped and
+        /// counted.
         output: Descriptor,
     }
 }

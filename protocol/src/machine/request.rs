@@ -16,7 +16,8 @@ pub const VCPUS_MAX: u16 = 256;
 /// Least memory that our kernel boots in.
 pub const MEMORY_BYTES_MIN: u64 = 32 << 20;
 
-/// Most memory of a machine: what 46 bits of physical address leave below the window of 64-bit BARs.
+/// Most memory of a machine: what 46 bits of physical address leave below the window of 64-bit
+/// BARs.
 pub const MEMORY_BYTES_MAX: u64 = 16 << 40;
 
 wire_code! {
@@ -54,8 +55,8 @@ wire_struct! {
         vcpus_max: u16,
         /// Memory at boot; a multiple of the page.
         memory_bytes: u64,
-        /// Memory with all that the `mem` device can plug; equal to `memory_bytes` without such a device. The memfd has
-        /// this size.
+        /// Memory with all that the `mem` device can plug; equal to `memory_bytes` without such a
+        /// device. The memfd has this size.
         memory_max_bytes: u64,
         /// What pages the memfd is made of.
         pages: PageKind,
@@ -141,7 +142,8 @@ wire_choice! {
     Request {
         /// The machine. First of all, once.
         Start(Machine) = 1,
-        /// A device: attached at boot before Run, plugged in after it. The reply is [`super::Success::Added`].
+        /// A device: attached at boot before Run, plugged in after it. The reply is
+        /// [`super::Success::Added`].
         AddDevice(Device) = 2,
         /// Build the jail and boot. Once.
         Run(Nothing) = 3,
@@ -151,9 +153,11 @@ wire_choice! {
         Resume(Nothing) = 5,
         /// Take a device away; the guest has let go of it before.
         RemoveDevice(Named) = 6,
-        /// Memory in all: boot memory and what the `mem` device shall plug. The guest obeys in its own time.
+        /// Memory in all: boot memory and what the `mem` device shall plug. The guest obeys in its
+        /// own time.
         ResizeMemory(Bytes) = 7,
-        /// vCPUs that run. More: before the agent brings them online; fewer: after it took them offline.
+        /// vCPUs that run. More: before the agent brings them online; fewer: after it took them
+        /// offline.
         ResizeVcpus(Vcpus) = 8,
         /// Bytes that the balloon shall take from the guest.
         SetBalloon(Bytes) = 9,

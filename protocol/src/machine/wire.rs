@@ -1,7 +1,8 @@
 //! The encoding of the machine messages: little-endian, fixed-size, no padding other than zeros.
 //!
-//! A message type is declared once, as a table, by the three macros of this module; size, encoder and decoder follow from it,
-//! and a decoder's error names the field. What decodes also encodes to the same bytes: there is one spelling of each value.
+//! A message type is declared once, as a table, by the three macros of this module; size, encoder
+//! and decoder follow from it, and a decoder's error names the field. What decodes also encodes to
+//! the same bytes: there is one spelling of each value.
 
 use std::fmt;
 
@@ -267,7 +268,9 @@ macro_rules! wire_struct {
 
 /// Declares an enum without data: its 16-bit codes.
 macro_rules! wire_code {
-    ($(#[$meta:meta])* $name:ident { $($(#[$code_meta:meta])* $variant:ident = $code:literal,)* }) => {
+    ($(#[$meta:meta])* $name:ident {
+        $($(#[$code_meta:meta])* $variant:ident = $code:literal,)*
+    }) => {
         $(#[$meta])*
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum $name { $($(#[$code_meta])* $variant,)* }
@@ -299,7 +302,8 @@ macro_rules! wire_code {
     };
 }
 
-/// Declares an enum with one payload a variant: a 16-bit tag, then the payload, padded to the largest one.
+/// Declares an enum with one payload a variant: a 16-bit tag, then the payload, padded to the
+/// largest one.
 macro_rules! wire_choice {
     ($(#[$meta:meta])* $name:ident {
         $($(#[$tag_meta:meta])* $variant:ident($payload:ty) = $tag:literal,)*

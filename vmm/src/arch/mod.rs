@@ -1,4 +1,5 @@
-//! The one switch of architecture: every folder below exports the same names, and nothing outside asks which one it is.
+//! The one switch of architecture: every folder below exports the same names, and nothing outside
+//! asks which one it is.
 //!
 //! | name | what it is |
 //! |---|---|

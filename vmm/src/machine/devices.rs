@@ -43,7 +43,8 @@ fn refused(error: &dyn std::error::Error) -> DeviceError {
     DeviceError::Refused(format!("{error}{source}"))
 }
 
-/// Whether a device of this kind stays for the machine's life, so that more functions may stand behind its own.
+/// Whether a device of this kind stays for the machine's life, so that more functions may stand
+/// behind its own.
 pub(crate) fn is_permanent(kind: &DeviceKind) -> bool {
     match kind {
         DeviceKind::Vsock(_)

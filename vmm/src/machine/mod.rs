@@ -1,8 +1,8 @@
 //! The virtual machine: made from its description, then told what to do.
 //!
 //! ```text
-//!  Machine::new  --add * n-->  assembled  --boot-->  vCPUs wait at the gate  --start-->  running <--> paused
-//!  (Start)       (AddDevice)               (Run)                                         add, remove, resize, ...
+//!  Machine::new --add * n--> assembled --boot--> vCPUs at the gate --resume--> running <--> paused
+//!  (Start)      (AddDevice)              (Run)                                 add, remove, ...
 //! ```
 //!
 //! All of it belongs to the event loop's thread; vCPU threads hold what [`vcpu::Context`] names.
@@ -52,7 +52,8 @@ use crate::{
     },
 };
 
-/// Alignment of a device's region: a memory section of Linux, within which nothing else may lie (128 MiB).
+/// Alignment of a device's region: a memory section of Linux, within which nothing else may lie
+/// (128 MiB).
 const REGION_ALIGNMENT_BYTES: u64 = 128 << 20;
 
 /// Why the machine did not do what was asked.
@@ -340,7 +341,8 @@ impl Machine {
         }
         if let Some(first) = vcpus.first() {
             let ecam = arch::layout::ECAM;
-            // A page fault less for each function that a scan of the bus looks at. Before Linux 6.11 there is no such call.
+            // A page fault less for each function that a scan of the bus looks at. Before Linux
+            // 6.11 there is no such call.
             let _ = kvm::pre_fault(first, ecam.start, ecam.end - ecam.start);
         }
         Ok(vcpus)

@@ -7,7 +7,8 @@
 //!                          +---+
 //! ```
 //!
-//! The signal that ends a run is blocked in the thread and let through by KVM_RUN alone, so it is never missed.
+//! The signal that ends a run is blocked in the thread and let through by KVM_RUN alone, so it is
+//! never missed.
 
 use std::{
     io,
@@ -44,7 +45,8 @@ struct GateState {
     running: u16,
 }
 
-/// Holds vCPUs back: all of them before the start and while paused, and those beyond the number that may run.
+/// Holds vCPUs back: all of them before the start and while paused, and those beyond the number
+/// that may run.
 #[derive(Debug)]
 pub(crate) struct Gate {
     state: Mutex<GateState>,
@@ -106,7 +108,8 @@ pub(crate) struct Vcpus {
 const STACK_BYTES: usize = 128 << 10;
 
 impl Vcpus {
-    /// Starts one thread a vCPU, all waiting at the gate. `confine` puts the syscall filter on each.
+    /// Starts one thread a vCPU, all waiting at the gate. `confine` puts the syscall filter on
+    /// each.
     pub(crate) fn spawn(
         vcpus: Vec<VcpuFd>,
         context: impl Fn() -> Context,

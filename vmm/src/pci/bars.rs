@@ -17,8 +17,8 @@ struct Placed {
     function: Arc<dyn PciFunction>,
 }
 
-/// Decoded ranges. Guests choose them, so they may wish for anything: a range that overlaps another one, or reaches out of
-/// the windows, is not decoded.
+/// Decoded ranges. Guests choose them, so they may wish for anything: a range that overlaps another
+/// one, or reaches out of the windows, is not decoded.
 #[derive(Debug)]
 pub(crate) struct Bars {
     windows: [Range<u64>; 2],
@@ -80,7 +80,8 @@ impl Bars {
     }
 }
 
-/// Hands out addresses of a window to BARs that are there at boot; guests place later ones themselves.
+/// Hands out addresses of a window to BARs that are there at boot; guests place later ones
+/// themselves.
 #[derive(Debug)]
 pub(crate) struct Allocator {
     free: Range<u64>,

@@ -1,4 +1,5 @@
-//! Configuration space of one function: current values in memory that the guest reads, and which bits it may change.
+//! Configuration space of one function: current values in memory that the guest reads, and which
+//! bits it may change.
 
 use std::{
     ops::Range,
@@ -26,7 +27,8 @@ const MULTIFUNCTION: u32 = 1 << (16 + 7);
 /// BAR of memory space: 64-bit.
 const BAR_64: u32 = 0b100;
 
-/// Registers by word: identity, command and status, class, header type, first BAR, subsystem, capabilities.
+/// Registers by word: identity, command and status, class, header type, first BAR, subsystem,
+/// capabilities.
 const IDENTITY: usize = 0;
 const COMMAND: usize = 1;
 const CLASS: usize = 2;
@@ -122,8 +124,8 @@ impl ConfigSpace {
         }
     }
 
-    /// Adds a 64-bit memory BAR of `size` bytes, a power of two of at least a page, at register `bar` and the next. A start
-    /// of 0 leaves it to the guest.
+    /// Adds a 64-bit memory BAR of `size` bytes, a power of two of at least a page, at register
+    /// `bar` and the next. A start of 0 leaves it to the guest.
     pub(crate) fn add_bar(&mut self, bar: u8, size: u64, start: u64) {
         assert!(size.is_power_of_two() && size >= 4096 && start.is_multiple_of(size));
         let index = BARS + usize::from(bar);
@@ -150,7 +152,8 @@ impl ConfigSpace {
         (start != 0).then_some(start..end)
     }
 
-    /// Adds a capability: `bytes` without its two bytes of header, `writable` bits in the same places. Returns its offset.
+    /// Adds a capability: `bytes` without its two bytes of header, `writable` bits in the same
+    /// places. Returns its offset.
     pub(crate) fn add_capability(&mut self, id: u8, bytes: &[u8], writable: &[u8]) -> usize {
         let offset = self.next_capability;
         let length = (2 + bytes.len()).next_multiple_of(4);
@@ -187,7 +190,8 @@ impl ConfigSpace {
         self.get(offset / 4)
     }
 
-    /// The guest writes: only the bits it may change do. What crosses a word or lies beyond is dropped.
+    /// The guest writes: only the bits it may change do. What crosses a word or lies beyond is
+    /// dropped.
     pub(crate) fn write(&mut self, offset: u16, data: &[u8]) -> Changed {
         let offset = usize::from(offset);
         let (index, at) = (offset / 4, offset % 4);
@@ -278,7 +282,8 @@ mod tests {
     proptest! {
         #[test]
         fn hostile_writes_change_only_what_they_may(
-            writes in prop::collection::vec((any::<u16>(), prop::collection::vec(any::<u8>(), 0..9)), 0..64)
+            writes in prop::collection::vec(
+                (any::<u16>(), prop::collection::vec(any::<u8>(), 0..9)), 0..64)
         ) {
             let mut space = space();
             for (offset, data) in writes {

@@ -1,10 +1,13 @@
-//! One PCI Express root bus without bridges (PCI Express base specification 6.0; PCI local bus specification 3.0 §6).
+//! One PCI Express root bus without bridges (PCI Express base specification 6.0; PCI local bus
+//! specification 3.0 §6).
 //!
-//! A guest reads configuration space without an exit: the bus's ECAM range is memory of ours that the guest may only read.
-//! Writes exit and come to [`root::Root::write_config`], and the function answers by changing what is read. This is why every
-//! register is kept in [`config::ConfigSpace`] as its current value and nothing is computed at a read.
+//! A guest reads configuration space without an exit: the bus's ECAM range is memory of ours that
+//! the guest may only read. Writes exit and come to [`root::Root::write_config`], and the function
+//! answers by changing what is read. This is why every register is kept in [`config::ConfigSpace`]
+//! as its current value and nothing is computed at a read.
 //!
-//! Functions are addressed by slot: device number times 8 plus function number, as in the ECAM address.
+//! Functions are addressed by slot: device number times 8 plus function number, as in the ECAM
+//! address.
 
 pub(crate) mod bars;
 pub(crate) mod config;

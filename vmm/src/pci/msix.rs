@@ -1,4 +1,5 @@
-//! MSI-X (PCI 3.0 §6.8.2): a table of messages in a BAR, a mask for each, and bits for what waited behind a mask.
+//! MSI-X (PCI 3.0 §6.8.2): a table of messages in a BAR, a mask for each, and bits for what waited
+//! behind a mask.
 
 use std::{
     io,
@@ -24,7 +25,8 @@ pub(crate) const CAPABILITY: u8 = 0x11;
 const ENABLED: u16 = 1 << 15;
 const ALL_MASKED: u16 = 1 << 14;
 
-/// The most vectors of a function (the size field has 11 bits); pending bits are kept in as few words as that needs.
+/// The most vectors of a function (the size field has 11 bits); pending bits are kept in as few
+/// words as that needs.
 pub(crate) const VECTORS_MAX: u16 = 64;
 
 #[derive(Debug, Default)]
@@ -76,8 +78,8 @@ impl Msix {
         }
     }
 
-    /// The capability without its header (§6.8.2.3): control, table offset, offset of the pending bits, both in `bar`; and
-    /// which bits of it the guest may write.
+    /// The capability without its header (§6.8.2.3): control, table offset, offset of the pending
+    /// bits, both in `bar`; and which bits of it the guest may write.
     pub(crate) fn capability(&self, bar: u8, table: u32, pending: u32) -> ([u8; 10], [u8; 2]) {
         let count = u16::try_from(self.lock().entries.len()).expect("at most VECTORS_MAX");
         let mut bytes = [0; 10];

@@ -1,4 +1,5 @@
-//! The root bus: configuration space in memory, functions by slot, and the order in which slots are given out.
+//! The root bus: configuration space in memory, functions by slot, and the order in which slots are
+//! given out.
 
 use std::{
     collections::BTreeMap,
@@ -19,11 +20,13 @@ const SLOTS: usize = 256;
 /// Functions of a device.
 const FUNCTIONS: u8 = 8;
 
-/// Devices, the host bridge's included, whose first function never goes away, so that more functions can be found behind it.
-/// Each costs a guest seven reads at boot; with four of them 64 functions fit: 32 first ones and 32 behind these.
+/// Devices, the host bridge's included, whose first function never goes away, so that more
+/// functions can be found behind it. Each costs a guest seven reads at boot; with four of them 64
+/// functions fit: 32 first ones and 32 behind these.
 pub(crate) const PERMANENT_DEVICES_MAX: usize = 5;
 
-/// Our host bridge: the vendor number is Red Hat's, the device number that of a generic PCIe host bridge of QEMU.
+/// Our host bridge: the vendor number is Red Hat's, the device number that of a generic PCIe host
+/// bridge of QEMU.
 const HOST_BRIDGE: Identity = Identity {
     vendor: 0x1b36,
     device: 0x0008,
@@ -59,8 +62,9 @@ impl Slots {
         }
     }
 
-    /// Takes a slot. Linux looks for functions 1 to 7 of a device only where it found function 0 with the multifunction
-    /// bit, so further functions go only behind permanent ones. The second value is that bit.
+    /// Takes a slot. Linux looks for functions 1 to 7 of a device only where it found function 0
+    /// with the multifunction bit, so further functions go only behind permanent ones. The second
+    /// value is that bit.
     pub(crate) fn take(&mut self, permanent: bool) -> Option<(Slot, bool)> {
         let first = (1..32)
             .map(|device| device * FUNCTIONS)
@@ -136,7 +140,8 @@ impl Root {
         functions.remove(&slot);
     }
 
-    /// The guest reads configuration space with an exit: only where its instruction had to be emulated.
+    /// The guest reads configuration space with an exit: only where its instruction had to be
+    /// emulated.
     pub(crate) fn read_config(&self, offset: u64, data: &mut [u8]) {
         for (at, byte) in (offset..).zip(data) {
             let index = usize::try_from(at / 4).unwrap_or(usize::MAX);

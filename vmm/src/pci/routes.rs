@@ -1,6 +1,7 @@
 //! Messages behind eventfds: KVM's table of interrupt routes.
 //!
-//! Only back ends outside this process (vhost, vhost-user) need one; the VMM's own devices send their messages directly.
+//! Only back ends outside this process (vhost, vhost-user) need one; the VMM's own devices send
+//! their messages directly.
 
 use std::{
     collections::BTreeMap,
@@ -77,7 +78,8 @@ impl Routes {
         })
     }
 
-    /// Points a route at `message`, or disconnects it (a masked vector): signals then wait in the eventfd.
+    /// Points a route at `message`, or disconnects it (a masked vector): signals then wait in the
+    /// eventfd.
     pub(crate) fn point(
         &self,
         route: &mut Route,

@@ -1,4 +1,5 @@
-//! Machine tests: the real VMM with guests of a few instructions, on any host whose `/dev/kvm` runs those.
+//! Machine tests: the real VMM with guests of a few instructions, on any host whose `/dev/kvm` runs
+//! those.
 
 mod support;
 

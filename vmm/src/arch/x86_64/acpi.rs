@@ -1,6 +1,8 @@
-//! ACPI tables of a hardware-reduced machine (ACPI 6.5 §4.1): RSDP, XSDT, FADT, MADT, MCFG and a small DSDT.
+//! ACPI tables of a hardware-reduced machine (ACPI 6.5 §4.1): RSDP, XSDT, FADT, MADT, MCFG and a
+//! small DSDT.
 //!
-//! There is no I/O APIC, no PIC, no PIT and no RTC: every interrupt is a message, and x2APIC is on from the start.
+//! There is no I/O APIC, no PIC, no PIT and no RTC: every interrupt is a message, and x2APIC is on
+//! from the start.
 
 use acpi_tables::{
     Aml, AmlSink, aml,
@@ -115,7 +117,8 @@ fn port_register(port: u16) -> GAS {
 }
 
 fn fadt(dsdt: u64) -> impl Aml {
-    // Without an I/O APIC the kernel learns from nothing else that message interrupts need physical destinations.
+    // Without an I/O APIC the kernel learns from nothing else that message interrupts need physical
+    // destinations.
     let mut fadt = FADTBuilder::new(OEM, TABLE, REVISION)
         .dsdt_64(dsdt)
         .flag(Flags::HwReducedAcpi)
@@ -161,7 +164,8 @@ fn mcfg() -> MCFG {
     mcfg
 }
 
-/// The name space: a host bridge with its windows, the motherboard resource that vouches for ECAM, and pvpanic.
+/// The name space: a host bridge with its windows, the motherboard resource that vouches for ECAM,
+/// and pvpanic.
 fn dsdt(layout: &Layout) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", 36, 2, OEM, TABLE, REVISION);
     dsdt.append_slice(&host_bridge(layout));
@@ -193,7 +197,8 @@ fn host_bridge(layout: &Layout) -> Vec<u8> {
     ))
 }
 
-/// Linux believes an MCFG only when a motherboard device holds the range (PCI firmware specification 3.3 §4.1.2).
+/// Linux believes an MCFG only when a motherboard device holds the range (PCI firmware
+/// specification 3.3 §4.1.2).
 fn motherboard() -> Vec<u8> {
     let size = below_4g(layout::ECAM.end - layout::ECAM.start);
     let ecam = aml::Memory32Fixed::new(true, below_4g(layout::ECAM.start), size);

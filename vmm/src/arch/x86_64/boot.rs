@@ -1,6 +1,8 @@
-//! The kernel in memory and what it is told, by the PVH boot protocol (Xen's `docs/misc/pvh.pandoc`, `start_info.h`).
+//! The kernel in memory and what it is told, by the PVH boot protocol (Xen's
+//! `docs/misc/pvh.pandoc`, `start_info.h`).
 //!
-//! The kernel image comes from the host's own files, the command line from the shim; nothing here is the guest's.
+//! The kernel image comes from the host's own files, the command line from the shim; nothing here
+//! is the guest's.
 
 use std::{fs::File, io::Seek};
 

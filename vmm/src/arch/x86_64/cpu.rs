@@ -16,7 +16,8 @@ const APIC_ADDRESS: u64 = 0xfee0_0000;
 const MSR_MISC_ENABLE: u32 = 0x1a0;
 const FAST_STRINGS: u64 = 1;
 
-/// `IA32_MTRR_DEF_TYPE`: enabled, write-back for all that no range says otherwise; PAT depends on it in Linux.
+/// `IA32_MTRR_DEF_TYPE`: enabled, write-back for all that no range says otherwise; PAT depends on
+/// it in Linux.
 const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
 

@@ -1,5 +1,6 @@
-//! What CPUID tells the guest: the host's answers as KVM supports them, cut to a baseline or by name, with the topology of
-//! the machine (Intel SDM volume 2, CPUID; AMD APM volume 3 appendix E; `Documentation/virt/kvm/x86/cpuid.rst`).
+//! What CPUID tells the guest: the host's answers as KVM supports them, cut to a baseline or by
+//! name, with the topology of the machine (Intel SDM volume 2, CPUID; AMD APM volume 3 appendix E;
+//! `Documentation/virt/kvm/x86/cpuid.rst`).
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
@@ -65,8 +66,8 @@ pub(crate) fn template(
     template.cut(mode)?;
     template.apply(&host, list)?;
     template.hide_performance_counters();
-    // No range register says anything here, all memory being write-back; a kernel that sees none reads none of the 35, over
-    // and over. PAT does not depend on them.
+    // No range register says anything here, all memory being write-back; a kernel that sees none
+    // reads none of the 35, over and over. PAT does not depend on them.
     template.take("mtrr");
     Ok(template)
 }
@@ -165,7 +166,8 @@ impl Template {
         Ok(())
     }
 
-    /// Performance counters would let a pod watch its neighbours, and their absence is what a kernel expects of a guest.
+    /// Performance counters would let a pod watch its neighbours, and their absence is what a
+    /// kernel expects of a guest.
     fn hide_performance_counters(&mut self) {
         const COUNTERS: [u32; 3] = [0xa, 0x8000_0022, 0x23];
         for entry in self

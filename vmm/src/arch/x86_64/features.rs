@@ -1,4 +1,5 @@
-//! CPU features by the names of `/proc/cpuinfo`: one table for the baselines and for the list of the machine description.
+//! CPU features by the names of `/proc/cpuinfo`: one table for the baselines and for the list of
+//! the machine description.
 
 use super::cpuid::Register::{self, Eax, Ebx, Ecx, Edx};
 

@@ -1,7 +1,7 @@
 //! Guest-physical address space of x86-64.
 //!
 //! ```text
-//! 0x0000_0000  memory, up to 3 GiB                 boot structures in the first megabyte, see below
+//! 0x0000_0000  memory, up to 3 GiB            boot structures in the first megabyte, see below
 //! 0xc000_0000  window of 32-bit BARs, 512 MiB
 //! 0xe000_0000  ECAM of bus 0, 1 MiB
 //! 0xfee0_0000  local APICs (KVM)
@@ -23,7 +23,8 @@ const HOLE_END: u64 = 1 << 32;
 /// Window of 32-bit BARs, for passed-through functions that know no others.
 pub(crate) const WINDOW_32: Range<u64> = 0xc000_0000..0xe000_0000;
 
-/// Enhanced configuration space of bus 0 (PCI Express base specification §7.2.2): 4 KiB each of 256 functions.
+/// Enhanced configuration space of bus 0 (PCI Express base specification §7.2.2): 4 KiB each of 256
+/// functions.
 pub(crate) const ECAM: Range<u64> = 0xe000_0000..0xe010_0000;
 
 /// Page of KVM's identity map for Intel CPUs without unrestricted guests.
@@ -44,13 +45,15 @@ pub(crate) const COMMAND_LINE: u64 = 0x2_0000;
 /// End of conventional memory; what lies between here and 1 MiB is no memory to the guest.
 pub(crate) const CONVENTIONAL_END: u64 = 0x9_fc00;
 
-/// ACPI tables: 256 KiB below 1 MiB. 256 vCPUs need 4 KiB of MADT, all else is less than 1 KiB a table.
+/// ACPI tables: 256 KiB below 1 MiB. 256 vCPUs need 4 KiB of MADT, all else is less than 1 KiB a
+/// table.
 pub(crate) const ACPI: Range<u64> = 0xc_0000..0x10_0000;
 
 /// Where memory for the kernel begins.
 pub(crate) const HIGH_MEMORY: u64 = 0x10_0000;
 
-/// Alignment of what comes after memory: a memory block of Linux is 128 MiB or, above 64 GiB of memory, up to 2 GiB.
+/// Alignment of what comes after memory: a memory block of Linux is 128 MiB or, above 64 GiB of
+/// memory, up to 2 GiB.
 const PART_ALIGNMENT: u64 = 1 << 30;
 
 /// Least room for regions of devices.
@@ -90,7 +93,8 @@ pub(crate) struct LayoutError {
     bits: u32,
 }
 
-/// Lays a machine out. Sizes have been checked to be aligned ([`pericarp_protocol::machine::Machine::check`]).
+/// Lays a machine out. Sizes have been checked to be aligned
+/// ([`pericarp_protocol::machine::Machine::check`]).
 pub(crate) fn plan(memory: u64, memory_max: u64, address_bits: u32) -> Result<Layout, LayoutError> {
     let mut parts = Vec::with_capacity(2);
     parts.push(0..memory.min(HOLE_START));

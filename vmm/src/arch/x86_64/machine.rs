@@ -26,8 +26,9 @@ impl KvmError {
     }
 }
 
-/// Sets interrupt controllers and pages up. Local APICs are KVM's; there is no other controller, so nothing but messages
-/// interrupts the guest and KVM's device emulation beyond the APIC is out of its reach.
+/// Sets interrupt controllers and pages up. Local APICs are KVM's; there is no other controller, so
+/// nothing but messages interrupts the guest and KVM's device emulation beyond the APIC is out of
+/// its reach.
 pub(crate) fn set_up(vm: &VmFd) -> Result<(), KvmError> {
     let task_state = usize::try_from(layout::TASK_STATE).expect("below 4 GiB");
     vm.set_tss_address(task_state)

@@ -1,13 +1,15 @@
-//! What every virtio device is to the rest of the VMM: one trait, so that the transport, the event loop and the control
-//! socket treat all devices alike.
+//! What every virtio device is to the rest of the VMM: one trait, so that the transport, the event
+//! loop and the control socket treat all devices alike.
 //!
-//! Life of a device: made by the machine builder from the machine description (it takes its descriptors there and opens
-//! nothing) -> [`VirtioDevice::activate`] when the driver sets DRIVER_OK -> [`VirtioDevice::queue_kicked`] and
-//! [`VirtioDevice::descriptor_ready`] on the event loop -> [`VirtioDevice::reset`] when the driver or the machine resets it,
-//! after which it can be activated again.
+//! Life of a device: made by the machine builder from the machine description (it takes its
+//! descriptors there and opens nothing) -> [`VirtioDevice::activate`] when the driver sets
+//! DRIVER_OK -> [`VirtioDevice::queue_kicked`] and [`VirtioDevice::descriptor_ready`] on the event
+//! loop -> [`VirtioDevice::reset`] when the driver or the machine resets it, after which it can be
+//! activated again.
 //!
-//! Threads: a device is owned behind one mutex. The event loop calls everything except the configuration accesses, which
-//! come from the vCPU thread that trapped. No method may block on a peer.
+//! Threads: a device is owned behind one mutex. The event loop calls everything except the
+//! configuration accesses, which come from the vCPU thread that trapped. No method may block on a
+//! peer.
 
 use std::{
     fmt::Debug,
@@ -21,18 +23,19 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::rate_limiter::Rates;
 
-/// The guest's memory. Its layout is fixed for the life of the machine: memory that virtio-mem plugs later is mapped from
-/// the start and merely not given out.
+/// The guest's memory. Its layout is fixed for the life of the machine: memory that virtio-mem
+/// plugs later is mapped from the start and merely not given out.
 pub(crate) type GuestMemory = Arc<GuestMemoryMmap>;
 
-/// Readiness that a device waits for on a descriptor of its own, as epoll bits (`libc::EPOLLIN`, ...).
+/// Readiness that a device waits for on a descriptor of its own, as epoll bits (`libc::EPOLLIN`,
+/// ...).
 pub(crate) type Readiness = u32;
 
 /// Bits of a device's own tokens: the transport and the event loop use the rest of the number.
 pub(crate) const TOKEN_BITS: u32 = 23;
 
-/// Adds and removes a device's own descriptors on the event loop. `token` is the device's own number for the descriptor and
-/// comes back in [`VirtioDevice::descriptor_ready`].
+/// Adds and removes a device's own descriptors on the event loop. `token` is the device's own
+/// number for the descriptor and comes back in [`VirtioDevice::descriptor_ready`].
 pub(crate) trait Poller: Debug + Send + Sync {
     /// Starts waiting; level-triggered.
     fn add(&self, descriptor: RawFd, token: u32, readiness: Readiness) -> std::io::Result<()>;
@@ -49,7 +52,8 @@ pub(crate) trait Interrupt: Debug + Send + Sync {
     fn signal_queue(&self, queue: u16);
     /// "Configuration change notification".
     fn signal_config(&self);
-    /// The eventfd behind a queue's vector, for vhost and vhost-user back ends; `None` while the driver has set no vector.
+    /// The eventfd behind a queue's vector, for vhost and vhost-user back ends; `None` while the
+    /// driver has set no vector.
     fn queue_eventfd(&self, queue: u16) -> Option<EventFd>;
 }
 
@@ -60,8 +64,9 @@ pub(crate) struct ActiveQueue {
     pub(crate) index: u16,
     /// The queue itself, validated.
     pub(crate) queue: Queue,
-    /// Signalled by KVM (ioeventfd) when the driver notifies; the event loop reads it before it calls
-    /// [`VirtioDevice::queue_kicked`]. vhost back ends take a clone and answer [`VirtioDevice::owns_kicks`] with true.
+    /// Signalled by KVM (ioeventfd) when the driver notifies; the event loop reads it before it
+    /// calls [`VirtioDevice::queue_kicked`]. vhost back ends take a clone and answer
+    /// [`VirtioDevice::owns_kicks`] with true.
     pub(crate) kick: EventFd,
 }
 
@@ -80,8 +85,9 @@ pub(crate) struct Activation {
     pub(crate) poller: Arc<dyn Poller>,
 }
 
-/// The driver did something that the specification forbids, or a peer is gone: the device sets DEVICE_NEEDS_RESET, stops
-/// serving its queues until it is reset, and the machine sends one event about it. Never a panic, never a log line per act.
+/// The driver did something that the specification forbids, or a peer is gone: the device sets
+/// DEVICE_NEEDS_RESET, stops serving its queues until it is reset, and the machine sends one event
+/// about it. Never a panic, never a log line per act.
 #[derive(Debug, thiserror::Error)]
 #[error("{device}: {reason}")]
 pub(crate) struct Broken {
@@ -130,8 +136,8 @@ pub(crate) trait VirtioDevice: Debug + Send {
     fn name(&self) -> String;
     /// The largest size of each queue; its length is the number of queues. Powers of two.
     fn queue_sizes(&self) -> &[u16];
-    /// Device features offered. The transport adds VERSION_1, INDIRECT_DESC and EVENT_IDX to them; a back end elsewhere
-    /// (vhost-user) that knows less must take them out of what it passes on.
+    /// Device features offered. The transport adds VERSION_1, INDIRECT_DESC and EVENT_IDX to them;
+    /// a back end elsewhere (vhost-user) that knows less must take them out of what it passes on.
     fn features(&self) -> u64;
     /// Reads device configuration. Bytes past the end read as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
@@ -139,8 +145,9 @@ pub(crate) trait VirtioDevice: Debug + Send {
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         let _ = (offset, data);
     }
-    /// A shared memory region (virtio 1.2 §2.10) or other guest-physical range beyond BARs of the transport, as
-    /// (size in bytes), for devices that need one; the machine maps it and tells the address by [`Self::set_region`].
+    /// A shared memory region (virtio 1.2 §2.10) or other guest-physical range beyond BARs of the
+    /// transport, as (size in bytes), for devices that need one; the machine maps it and tells the
+    /// address by [`Self::set_region`].
     fn region_size(&self) -> Option<u64> {
         None
     }
@@ -165,7 +172,8 @@ pub(crate) trait VirtioDevice: Debug + Send {
         let _ = (token, readiness);
         Ok(())
     }
-    /// Back to the state before activation. What is under way is finished or dropped; nothing touches guest memory afterwards.
+    /// Back to the state before activation. What is under way is finished or dropped; nothing
+    /// touches guest memory afterwards.
     fn reset(&mut self);
     /// Does what the control socket asks.
     fn command(&mut self, command: Command) -> Result<(), CommandError> {

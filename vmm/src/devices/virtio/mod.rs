@@ -1,13 +1,15 @@
 //! virtio devices (virtio 1.2), each in a folder of the same shape, and what they share.
 //!
-//! Every folder exports a device struct that implements [`device::VirtioDevice`] and is made by `new`:
+//! Every folder exports a device struct that implements [`device::VirtioDevice`] and is made by
+//! `new`:
 //!
 //! ```text
-//! pub(crate) fn new(name: String, parameters: Parameters, descriptors ...) -> Result<Device, Error>
+//! pub(crate) fn new(name: String, parameters: Parameters, descriptors..) -> Result<Device, Error>
 //! ```
 //!
-//! `Parameters` is a plain struct of the folder; `Error` names the field that is wrong. Descriptors come as `OwnedFd`,
-//! `File` or sockets, already open. The machine builder calls these constructors and nothing else does:
+//! `Parameters` is a plain struct of the folder; `Error` names the field that is wrong. Descriptors
+//! come as `OwnedFd`, `File` or sockets, already open. The machine builder calls these constructors
+//! and nothing else does:
 //!
 //! | kind | beyond its parameters |
 //! |---|---|
@@ -18,8 +20,8 @@
 //! | pmem | the file; the machine maps [`device::VirtioDevice::region_file`] |
 //! | console | the output |
 //! | rng | nothing |
-//! | balloon | [`discard::Discard`], one for the whole machine (the memory comes with the activation) |
-//! | mem | [`discard::Discard`]; guest-physical start and size of its region, which is part of the guest's memory from the start |
+//! | balloon | [`discard::Discard`], one for the whole machine |
+//! | mem | [`discard::Discard`]; start and size of its region, a part of the guest's memory |
 
 pub(crate) mod balloon;
 pub(crate) mod blk;

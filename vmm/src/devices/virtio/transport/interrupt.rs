@@ -1,4 +1,5 @@
-//! A device's interrupts: which vector each queue and the configuration use, and the ISR byte for drivers that poll it.
+//! A device's interrupts: which vector each queue and the configuration use, and the ISR byte for
+//! drivers that poll it.
 
 use std::sync::{
     Arc,

@@ -4,19 +4,22 @@
 //! BAR 0   0x0000  common configuration     §4.1.4.3
 //!         0x1000  ISR status               §4.1.4.5
 //!         0x2000  device configuration     §4.1.4.6
-//!         0x3000  notifications            §4.1.4.4, 4 bytes a queue, each an ioeventfd while the device is live
+//!         0x3000  notifications            §4.1.4.4, 4 bytes a queue, ioeventfds while live
 //!         0x4000  MSI-X table
 //!         0x5000  MSI-X pending bits
 //! ```
 //!
-//! The common configuration is read from memory that the guest may only read, so that reading a register costs no exit. It is
-//! mapped where the BAR was last decoded, by the event loop; until then, and for all else, accesses trap.
+//! The common configuration is read from memory that the guest may only read, so that reading a
+//! register costs no exit. It is mapped where the BAR was last decoded, by the event loop; until
+//! then, and for all else, accesses trap.
 //!
-//! Threads: registers and configuration are reached from the vCPU that traps; activation, reset and all queue work happen on
-//! the event loop, which the vCPU rings. Locks, each held alone or in this order: configuration space, registers, device.
+//! Threads: registers and configuration are reached from the vCPU that traps; activation, reset and
+//! all queue work happen on the event loop, which the vCPU rings. Locks, each held alone or in this
+//! order: configuration space, registers, device.
 //!
-//! Hostile guest: BARs move or vanish at any time, registers take any value (see [`registers`]), and a device that finds a
-//! violation is reset at once and shows NEEDS_RESET until the driver resets it.
+//! Hostile guest: BARs move or vanish at any time, registers take any value (see [`registers`]),
+//! and a device that finds a violation is reset at once and shows NEEDS_RESET until the driver
+//! resets it.
 
 mod interrupt;
 pub(crate) mod registers;
@@ -214,8 +217,9 @@ impl VirtioFunction {
         }
     }
 
-    /// On the event loop: shows the common configuration where the BAR is decoded. While it is not decoded at all, as during a
-    /// guest's sizing of BARs, it stays where it was, because moving it costs all vCPUs their page tables.
+    /// On the event loop: shows the common configuration where the BAR is decoded. While it is not
+    /// decoded at all, as during a guest's sizing of BARs, it stays where it was, because moving it
+    /// costs all vCPUs their page tables.
     fn show_common(&self) {
         let Some(range) = lock(&self.config).bar(0, BAR_BYTES) else {
             return;
@@ -228,7 +232,8 @@ impl VirtioFunction {
         if let Some((slot, _)) = shown.take() {
             let _ = slots.remove(slot);
         }
-        // Only where the bus decodes it too, so that no guest puts it over something else. Without it reads trap.
+        // Only where the bus decodes it too, so that no guest puts it over something else. Without
+        // it reads trap.
         let ours = self.around.bars.find(range.start, BAR_BYTES);
         if ours.is_some_and(|(function, ..)| self.is(&function)) {
             let words = Backing::Words(Arc::clone(&self.common));
@@ -344,7 +349,8 @@ impl VirtioFunction {
         result.map_err(|error| self.broken(error.to_string()))
     }
 
-    /// On the event loop: a descriptor of this function is ready; `token` is as given to the poller.
+    /// On the event loop: a descriptor of this function is ready; `token` is as given to the
+    /// poller.
     pub(crate) fn ready(&self, token: u32, readiness: Readiness) -> Result<(), Broken> {
         if token & KICK_TOKEN == 0 {
             lock(&self.device).descriptor_ready(token, readiness)?;
@@ -363,7 +369,8 @@ impl VirtioFunction {
         Ok(())
     }
 
-    /// A device that changed its configuration raised the interrupt; the generation must follow (§2.5.1).
+    /// A device that changed its configuration raised the interrupt; the generation must follow
+    /// (§2.5.1).
     pub(crate) fn note_config_change(&self) {
         if self.vectors.take_config_changed() {
             self.change(Registers::next_generation);
@@ -407,7 +414,8 @@ pub(crate) const TOKEN_BITS: u32 = 24;
 const _: () = assert!(KICK_TOKEN < 1 << TOKEN_BITS);
 
 fn identity(device: &dyn VirtioDevice, multifunction: bool) -> Identity {
-    /// Class codes (PCI code and ID assignment 1.11): mass storage and network by their kind, all others "other".
+    /// Class codes (PCI code and ID assignment 1.11): mass storage and network by their kind, all
+    /// others "other".
     const fn class(device_type: u16) -> u32 {
         match device_type {
             1 => 0x02_0000,
@@ -426,8 +434,9 @@ fn identity(device: &dyn VirtioDevice, multifunction: bool) -> Identity {
     }
 }
 
-/// Vectors of a device. Those that move data have one a queue; for the others a second one for all queues does, and each
-/// vector spared is nine writes less at boot. Drivers fall back to sharing by themselves (§4.1.5.1.2 allows it).
+/// Vectors of a device. Those that move data have one a queue; for the others a second one for all
+/// queues does, and each vector spared is nine writes less at boot. Drivers fall back to sharing by
+/// themselves (§4.1.5.1.2 allows it).
 fn vectors(device_type: u16, queues: usize) -> u16 {
     const NET: u16 = 1;
     const BLK: u16 = 2;
@@ -442,7 +451,8 @@ fn add_structures(config: &mut ConfigSpace, queues: usize) {
     let queues = u32::try_from(queues).expect("a device of ours has few queues");
     let stride = u32::try_from(NOTIFY_STRIDE).expect("small");
     let mut add = |kind: u8, offset: u64, length: u32, multiplier: Option<u32>| {
-        // §4.1.4: length of the capability, kind, BAR, id and padding, offset, length, and for notifications a multiplier.
+        // §4.1.4: length of the capability, kind, BAR, id and padding, offset, length, and for
+        // notifications a multiplier.
         let size: u8 = if multiplier.is_some() { 20 } else { 16 };
         let offset = u32::try_from(offset).expect("within the BAR");
         let mut bytes = vec![size, kind, 0, 0, 0, 0];

@@ -1,17 +1,18 @@
-//! The common configuration structure (virtio 1.2 §4.1.4.3) and the device status (§2.1), as a pure state machine.
+//! The common configuration structure (virtio 1.2 §4.1.4.3) and the device status (§2.1), as a pure
+//! state machine.
 //!
 //! ```text
 //!            ACKNOWLEDGE, DRIVER, FEATURES_OK          DRIVER_OK
 //!  reset  -------------------------------->  set up  ------------>  live  --+
-//!    ^                 (queues)                 |                    |      | device finds a violation
+//!    ^                 (queues)                 |                    |      | a violation
 //!    |  status := 0, done at once               |                    |      v
 //!    +------------------------------------------+                    |   NEEDS_RESET
 //!    |  status := 0, reads as before until the event loop            |      |
 //!    +-------------------------- has reset the device ---------------+------+
 //! ```
 //!
-//! Hostile guest: every register takes every value at every time; what §4.1.4.3.2 forbids has no effect. Queue addresses and
-//! sizes are only judged when the device is activated.
+//! Hostile guest: every register takes every value at every time; what §4.1.4.3.2 forbids has no
+//! effect. Queue addresses and sizes are only judged when the device is activated.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -32,7 +33,8 @@ const VERSION_1: u64 = 1 << 32;
 const INDIRECT_DESC: u64 = 1 << 28;
 const EVENT_IDX: u64 = 1 << 29;
 
-/// Length of the structure without queue_notify_data and queue_reset, whose features are not offered.
+/// Length of the structure without queue_notify_data and queue_reset, whose features are not
+/// offered.
 pub(crate) const COMMON_BYTES: u32 = 0x38;
 
 /// What a write asks of the event loop.
@@ -262,7 +264,8 @@ impl Registers {
         put(0x30, &queue.used.to_le_bytes());
     }
 
-    /// The driver writes a register as a whole (§4.1.3.1); 64-bit ones also by halves. Others are dropped.
+    /// The driver writes a register as a whole (§4.1.3.1); 64-bit ones also by halves. Others are
+    /// dropped.
     pub(crate) fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
         match *data {
             [byte] if offset == 0x14 => return self.write_status(byte),
@@ -330,7 +333,8 @@ impl Registers {
             return Effect::None;
         }
         let agreed = self.accepted & !self.offered == 0 && self.accepted & VERSION_1 != 0;
-        // Bits are only ever added (§2.1.1), NEEDS_RESET is ours, and FEATURES_OK has to be agreed to (§3.1.1).
+        // Bits are only ever added (§2.1.1), NEEDS_RESET is ours, and FEATURES_OK has to be agreed
+        // to (§3.1.1).
         let mut added = value & !NEEDS_RESET & !self.status;
         if !agreed {
             added &= !FEATURES_OK;
