@@ -1,3 +1,5 @@
-//! What the tests stand on: the test node, and the checks of the repository itself.
+//! What the tests stand on: the test node, pods in it, and the checks of the repository itself.
 
 pub mod node;
+pub mod pods;
+pub mod verbs;

@@ -43,11 +43,14 @@ exec_ms = 60000
 const PROGRAMS: [(&str, &str); 3] = [
     (SHIM, BINARY_FOLDER),
     ("pericarp", BINARY_FOLDER),
-    ("pericarp-vmm", LIBEXEC_FOLDER),
+    (VMM, LIBEXEC_FOLDER),
 ];
 
 /// The shim, whose presence says which build is meant.
 const SHIM: &str = "containerd-shim-pericarp-v2";
+
+/// The virtual machine monitor.
+const VMM: &str = "pericarp-vmm";
 
 /// Guest kernel and guest image, where they are built.
 #[derive(Debug, Clone, Default)]
@@ -81,6 +84,28 @@ pub fn guest_files() -> GuestFiles {
         kernel: named(KERNEL_VARIABLE).or_else(|| linked("vmlinux")),
         image: named(IMAGE_VARIABLE).or_else(|| linked("guest.erofs")),
     }
+}
+
+/// What a pod needs and is not built, with the command that builds it.
+#[must_use]
+pub fn missing() -> Vec<String> {
+    let guest = guest_files();
+    let build = build_folder();
+    let has = |program: &str| {
+        build
+            .as_ref()
+            .is_ok_and(|folder| folder.join(program).exists())
+    };
+    let needed = [
+        (has(SHIM), SHIM, "make build"),
+        (has(VMM), VMM, "make build"),
+        (guest.kernel.is_some(), "the guest kernel", "make kernel"),
+        (guest.image.is_some(), "the guest image", "make guest-image"),
+    ];
+    let lacking = needed.iter().filter(|(is_there, _, _)| !is_there);
+    lacking
+        .map(|(_, what, how)| format!("{what} (`{how}`)"))
+        .collect()
 }
 
 /// Everything that is built: source, destination, mode.
