@@ -62,7 +62,7 @@ bench: ## measure what SPEC.md promises, beside runc
 	$(NODE) bench
 
 .PHONY: demo
-demo: ## a pod in its own VM, step by step, in a test node
+demo: packages kernel guest-image build ## a pod in its own VM, step by step, in a test node
 	$(NODE) demo
 
 .PHONY: install

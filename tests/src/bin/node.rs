@@ -10,7 +10,8 @@ use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 use pericarp_tests::node::builder::Kind as NodeKind;
 use pericarp_tests::node::channel::Kind;
 use pericarp_tests::node::deps::{self, Group};
-use pericarp_tests::node::{Command, Device, Exit, Node, Version, inside};
+use pericarp_tests::node::{Builder, Command, Containerd, Device, Exit, Node, Version, inside};
+use pericarp_tests::verbs::{bench, critest, demo};
 
 /// Time that a command typed by a person gets.
 const RUN_TIMEOUT_S: u64 = 3600;
@@ -50,6 +51,39 @@ enum Verb {
     Shell {
         #[command(flatten)]
         node: NodeArguments,
+    },
+    /// Show a pod of two containers in its own VM, step by step.
+    Demo {
+        #[command(flatten)]
+        node: NodeArguments,
+    },
+    /// Measure pods under Pericarp beside pods under runc.
+    Bench {
+        #[command(flatten)]
+        node: NodeArguments,
+        /// Pods per handler.
+        #[arg(long, default_value_t = 10)]
+        runs: usize,
+        /// Seconds that an idle pod is watched.
+        #[arg(long, default_value_t = 10)]
+        idle_s: u64,
+    },
+    /// Run the CRI's conformance tests under runc and under Pericarp, side by side.
+    Critest {
+        #[command(flatten)]
+        node: NodeArguments,
+        /// Handlers of containerd to run under.
+        #[arg(long, value_delimiter = ',', default_value = "runc,pericarp")]
+        handlers: Vec<String>,
+        /// Only specs that match (may be repeated).
+        #[arg(long)]
+        focus: Vec<String>,
+        /// No specs that match (may be repeated).
+        #[arg(long)]
+        skip: Vec<String>,
+        /// Minutes per handler after which no further spec is run.
+        #[arg(long, default_value_t = 60)]
+        limit_min: u64,
     },
     /// What runs in the node itself.
     #[command(hide = true)]
@@ -127,6 +161,31 @@ fn run(verb: Verb) -> Result<ExitCode> {
             let (booted, environment) = boot(&node)?;
             shell(booted, &environment)
         }
+        Verb::Demo { node } => show(&node),
+        Verb::Bench { node, runs, idle_s } => {
+            deps::ensure(&[Group::Demo])?;
+            judge(&node, |node, containerd| {
+                bench::run(node, containerd, bench::Options { runs, idle_s }).map(|()| true)
+            })
+        }
+        Verb::Critest {
+            node,
+            handlers,
+            focus,
+            skip,
+            limit_min,
+        } => {
+            deps::ensure(&[Group::Demo, Group::Conformance])?;
+            let options = critest::Options {
+                handlers,
+                focus,
+                skip,
+                limit_s: limit_min * 60,
+            };
+            judge(&node, |node, containerd| {
+                critest::run(node, containerd, &options)
+            })
+        }
         Verb::Inside { role } => match role.as_str() {
             "init" => inside::init::run().map(|()| ExitCode::SUCCESS),
             "init-here" => inside::init::run_here().map(|()| ExitCode::SUCCESS),
@@ -150,8 +209,8 @@ fn groups_of(names: &[String]) -> Result<Vec<Group>> {
     names.iter().map(find).collect()
 }
 
-/// Boots a node with containerd; the command carries the environment that its tools need.
-fn boot(arguments: &NodeArguments) -> Result<(Node, Command)> {
+/// Describes the node that the arguments mean.
+fn builder(arguments: &NodeArguments) -> Result<Builder> {
     let mut builder = Node::builder()
         .memory_mib(arguments.memory)
         .cpus(arguments.cpus);
@@ -169,21 +228,37 @@ fn boot(arguments: &NodeArguments) -> Result<(Node, Command)> {
             other => bail!("there is no device {other}; there are nvme, virtio-blk, virtio-gpu"),
         });
     }
-    let version = match arguments.containerd.as_str() {
-        "2.3" => Version::V23,
+    Ok(builder.name(format!("run-{}", std::process::id())))
+}
+
+/// The containerd that the arguments mean, its components built.
+fn version(arguments: &NodeArguments) -> Result<Version> {
+    match arguments.containerd.as_str() {
+        "2.3" => Ok(Version::V23),
         "1.7" => {
             deps::ensure(&[Group::Older])?;
-            Version::V17
+            Ok(Version::V17)
         }
         other => bail!("there is no containerd {other} in the node; there are 2.3 and 1.7"),
-    };
+    }
+}
+
+/// Boots a node and starts its containerd.
+fn boot_with_containerd(arguments: &NodeArguments) -> Result<(Node, Containerd)> {
+    let version = version(arguments)?;
     eprintln!("node: booting");
-    let node = builder.name(format!("run-{}", std::process::id())).boot()?;
+    let node = builder(arguments)?.boot()?;
     eprintln!(
         "node: up, logs in {}; starting containerd",
         node.results().display()
     );
     let containerd = node.containerd(version)?;
+    Ok((node, containerd))
+}
+
+/// Boots a node with containerd; the command carries the environment that its tools need.
+fn boot(arguments: &NodeArguments) -> Result<(Node, Command)> {
+    let (node, containerd) = boot_with_containerd(arguments)?;
     let environment = containerd
         .crictl()
         .env("CONTAINERD_ADDRESS", containerd.socket());
@@ -199,6 +274,55 @@ fn line_command(line: &[String], environment: &Command, results: &Path) -> Comma
         .env
         .insert("CONTAINERD_NAMESPACE".to_owned(), "k8s.io".to_owned());
     command.timeout_s(RUN_TIMEOUT_S)
+}
+
+/// The demo: every step from the components to the comparison at the end.
+fn show(arguments: &NodeArguments) -> Result<ExitCode> {
+    let mut steps = demo::Steps::default();
+    steps.step(
+        "components: containerd, runc, CNI, crictl, virtiofsd",
+        || deps::ensure(&[Group::Demo]),
+    )?;
+    let version = version(arguments)?;
+    let node = steps.step("boot the test node", || builder(arguments)?.boot())?;
+    let containerd = steps.step("start containerd", || node.containerd(version))?;
+    let done = demo::run(&node, &containerd, &mut steps);
+    let code = finish(node, done.map(|()| true), arguments.keep)?;
+    steps.end();
+    Ok(code)
+}
+
+/// Boots a node for work that says whether what it found is good enough, and keeps the results.
+fn judge(
+    arguments: &NodeArguments,
+    work: impl FnOnce(&Node, &Containerd) -> Result<bool>,
+) -> Result<ExitCode> {
+    let (node, containerd) = boot_with_containerd(arguments)?;
+    let judged = work(&node, &containerd);
+    finish(node, judged, true)
+}
+
+/// Powers the node off; its results stay where `keep` says so or the work failed.
+fn finish(node: Node, work: Result<bool>, keep: bool) -> Result<ExitCode> {
+    let results = node.results().to_path_buf();
+    if work.is_err() {
+        let _the_first_error_counts = node.collect(&results);
+    }
+    if keep || work.is_err() {
+        eprintln!("node: logs and results are in {}", results.display());
+    }
+    let off = node.power_off();
+    let good = work?;
+    off?;
+    if !keep {
+        std::fs::remove_dir_all(&results)
+            .with_context(|| format!("cannot remove {}", results.display()))?;
+    }
+    Ok(if good {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 /// Runs the command with its output on ours, and powers the node off.
