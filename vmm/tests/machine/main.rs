@@ -71,7 +71,7 @@ fn requests_are_obeyed_while_the_guest_runs() {
     let Ok(Success::Statistics(counters)) = vmm.ask(&Request::Statistics(Nothing {}), &[]) else {
         panic!("no statistics");
     };
-    assert!(counters.exits_interrupted >= 1, "{counters:?}");
+    assert!(counters.guest_resident_bytes > 0, "{counters:?}");
     assert_eq!(counters.vcpus, 1);
     let more = vmm
         .ask(&Request::ResizeVcpus(Vcpus { count: 2 }), &[])
