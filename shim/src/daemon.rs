@@ -118,10 +118,10 @@ impl Daemon {
 
     /// Ends pod and daemon.
     pub(crate) async fn shut_down(&self) {
-        if self.booting.load(Ordering::SeqCst) {
-            if let Ok(pod) = self.pod().await {
-                pod.tear_down().await;
-            }
+        if self.booting.load(Ordering::SeqCst)
+            && let Ok(pod) = self.pod().await
+        {
+            pod.tear_down().await;
         }
         self.ending.notify_one();
     }
@@ -144,7 +144,7 @@ async fn serve(args: &Args) -> Result<(), DaemonError> {
         .ok()
         .and_then(|address| address.as_pathname().map(PathBuf::from));
     let address = env::var(TTRPC_ADDRESS).unwrap_or_default();
-    let (publisher, publishing) = Publisher::start(address, args.namespace.clone());
+    let publisher = Publisher::start(address, args.namespace.clone());
     let daemon = Arc::new(Daemon {
         options: RuntimeOptions {
             config_path: args.config.clone(),
@@ -175,9 +175,11 @@ async fn serve(args: &Args) -> Result<(), DaemonError> {
         let _ = fs::remove_file(socket);
     }
     server.disconnect().await;
-    drop(server);
-    drop(daemon);
-    let _ = timeout(Duration::from_millis(LAST_EVENTS_MS), publishing).await;
+    let _ = timeout(
+        Duration::from_millis(LAST_EVENTS_MS),
+        daemon.publisher.flush(),
+    )
+    .await;
     Ok(())
 }
 

@@ -12,7 +12,7 @@ use containerd_shim_protos::{
     shim_async::EventsClient,
 };
 use protobuf::well_known_types::timestamp::Timestamp;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, warn};
 
 /// Events that wait for containerd.
@@ -28,15 +28,31 @@ const ATTEMPTS_MAX: u32 = 1200;
 #[derive(Debug, Clone)]
 pub(crate) struct Publisher {
     namespace: String,
-    queue: mpsc::Sender<Envelope>,
+    queue: mpsc::Sender<Item>,
+}
+
+/// What waits in the queue.
+#[derive(Debug)]
+enum Item {
+    Event(Envelope),
+    /// Everything before it has been sent.
+    Mark(oneshot::Sender<()>),
 }
 
 impl Publisher {
     /// Starts the task that sends to `address` (`TTRPC_ADDRESS`); it ends when the last publisher is dropped.
-    pub(crate) fn start(address: String, namespace: String) -> (Self, tokio::task::JoinHandle<()>) {
+    pub(crate) fn start(address: String, namespace: String) -> Self {
         let (queue, receiver) = mpsc::channel(QUEUE_MAX);
-        let task = tokio::spawn(send_all(address, receiver));
-        (Self { namespace, queue }, task)
+        tokio::spawn(send_all(address, receiver));
+        Self { namespace, queue }
+    }
+
+    /// Waits until containerd has everything that was published before.
+    pub(crate) async fn flush(&self) {
+        let (mark, reached) = oneshot::channel();
+        if self.queue.send(Item::Mark(mark)).await.is_ok() {
+            let _ = reached.await;
+        }
     }
 
     /// Queues one event; waits when the queue is full.
@@ -54,15 +70,22 @@ impl Publisher {
         envelope.set_topic(topic.to_owned());
         envelope.set_timestamp(Timestamp::now());
         envelope.set_event(any);
-        if self.queue.send(envelope).await.is_err() {
+        if self.queue.send(Item::Event(envelope)).await.is_err() {
             debug!(topic, "the publisher has ended");
         }
     }
 }
 
-async fn send_all(address: String, mut receiver: mpsc::Receiver<Envelope>) {
+async fn send_all(address: String, mut receiver: mpsc::Receiver<Item>) {
     let mut client = None;
-    while let Some(envelope) = receiver.recv().await {
+    while let Some(item) = receiver.recv().await {
+        let envelope = match item {
+            Item::Event(envelope) => envelope,
+            Item::Mark(mark) => {
+                let _ = mark.send(());
+                continue;
+            }
+        };
         let mut request = ForwardRequest::new();
         request.set_envelope(envelope);
         for _ in 0..ATTEMPTS_MAX {

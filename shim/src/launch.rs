@@ -25,9 +25,9 @@ use nix::{
 use pericarp_protocol::{
     AGENT_PORT, GUEST_CID,
     machine::{
-        Balloon, Blk, CONTROL_DESCRIPTOR, Console, CpuMode, Descriptor, Device, DeviceKind,
-        FieldError, Fs, List, Machine as Description, Net, Nothing, PageKind, Pmem, Request, Rng,
-        Text, Vsock, VsockPort,
+        Balloon, CONTROL_DESCRIPTOR, Console, CpuMode, Descriptor, Device, DeviceKind, FieldError,
+        Fs, List, Machine as Description, Net, Nothing, PageKind, Pmem, Request, Rng, Text, Vsock,
+        VsockPort,
     },
 };
 use pericarp_runtime_config::{CpuModel, HugePages, Settings, Sizing};
@@ -376,12 +376,6 @@ fn interface_device(attachment: Attachment) -> Result<Described, CallError> {
         .chain(attachment.vhosts)
         .collect();
     Ok((device, descriptors))
-}
-
-/// A disk for a container.
-pub(crate) fn disk_device(name: &str, file: OwnedFd, blk: Blk) -> Result<Described, CallError> {
-    let (device, _) = plain_device(name, DeviceKind::Blk(blk))?;
-    Ok((device, vec![file]))
 }
 
 /// Random bytes for the guest's first entropy.

@@ -75,8 +75,6 @@ pub(crate) struct Request {
 pub(crate) struct Pod {
     /// The sandbox's id.
     pub(crate) id: String,
-    /// Its settings.
-    pub(crate) config: PodConfig,
     /// Its state directory.
     pub(crate) state: PathBuf,
     /// The VMM.
@@ -180,7 +178,6 @@ impl Pod {
             ready_at: SystemTime::now(),
             exit: watch::Sender::new(None),
             next_stream: AtomicU64::new(1),
-            config,
         });
         let sandbox = pod.sandbox_request(request, attached.guest)?;
         agent_call!(pod.agent, configure_sandbox, &sandbox)?;

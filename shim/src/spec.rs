@@ -253,12 +253,12 @@ fn translate_linux(spec: &mut Spec) -> Result<bool, CallError> {
     for device in linux.devices().iter().flatten() {
         check_device(device)?;
     }
-    if let Some(resources) = linux.resources_mut() {
-        if let Some(cpu) = resources.cpu_mut() {
-            // CPU and node numbers are the host's; the VMM's threads are bound to them there.
-            cpu.set_cpus(None);
-            cpu.set_mems(None);
-        }
+    if let Some(resources) = linux.resources_mut()
+        && let Some(cpu) = resources.cpu_mut()
+    {
+        // CPU and node numbers are the host's; the VMM's threads are bound to them there.
+        cpu.set_cpus(None);
+        cpu.set_mems(None);
     }
     Ok(sandbox_pid_namespace)
 }
