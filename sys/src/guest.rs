@@ -1,5 +1,5 @@
-//! What a guest's first process asks of its kernel and `nix` does not offer: entropy, and the size
-//! of a terminal.
+//! What a guest's first process asks of its kernel and its C library, and `nix` does not offer:
+//! entropy, the size of a terminal, a small heap.
 
 use std::{
     fs::File,

@@ -11,13 +11,15 @@
 
 use std::{
     fs,
-    os::unix::fs::symlink,
+    os::{fd::AsFd as _, unix::fs::symlink},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicU64, Ordering},
 };
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pericarp_protocol::{
+    AGENT_PORT, STREAM_PORT,
     guest::{
         ConfigureSandboxRequest, CreateContainerRequest, Hello, ProcessRequest, Streams,
         WaitResponse,
@@ -74,10 +76,18 @@ mkdir /run/pericarp
 exec "$@"
 "#;
 
+/// How streams are opened.
+enum StreamPort {
+    Unix(PathBuf),
+    Vsock(u32),
+}
+
 /// The agent under test, and the host's side of its connection.
 pub(crate) struct Guest {
     pub(crate) client: AgentClient,
     pub(crate) hello: Hello,
+    streams: StreamPort,
+    rootfs: PathBuf,
     folder: TempDir,
     cgroup_name: String,
     child: Child,
@@ -107,7 +117,7 @@ impl Guest {
             ])
             .arg(folder.path())
             .arg(&cgroup_name)
-            .arg(env!("CARGO_BIN_EXE_pericarp-agent"))
+            .arg(agent())
             .arg("--socket")
             .arg(folder.path().join("agent.sock"))
             .arg("--streams")
@@ -117,19 +127,54 @@ impl Guest {
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
-        let (mut connection, _) = listener.accept().await.unwrap();
-        let length = connection.read_u32_le().await.unwrap();
-        let mut hello = vec![0; usize::try_from(length).unwrap()];
-        connection.read_exact(&mut hello).await.unwrap();
-        let hello = Hello::parse_from_bytes(&hello).unwrap();
-        let client = ttrpc::asynchronous::Client::new(Socket::new(connection));
+        let (connection, _) = listener.accept().await.unwrap();
+        let (client, hello) = greet(connection).await;
+        let streams = StreamPort::Unix(folder.path().join("streams.sock"));
+        let rootfs = folder.path().join("rootfs");
         Some(Self {
-            client: AgentClient::new(client),
+            client,
             hello,
+            streams,
+            rootfs,
             folder,
             cgroup_name,
             child,
         })
+    }
+
+    /// Starts a virtual machine by `command` and meets the agent in it over the kernel's own vsock.
+    /// The machine has context id `cid`, and a root file system for containers at `/rootfs`.
+    pub(crate) async fn in_machine(command: &str, cid: u32) -> Self {
+        let listener = pericarp_sys::vsock::listen_on(AGENT_PORT).unwrap();
+        let child = Command::new("sh")
+            .args(["-c", command])
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut ready = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(
+            poll(&mut ready, PollTimeout::from(60_000u16)).unwrap(),
+            1,
+            "no agent came"
+        );
+        let (connection, peer) = pericarp_sys::vsock::accept_from(&listener).unwrap();
+        assert_eq!(peer, cid);
+        let connection = UnixStream::from_std(connection.into()).unwrap();
+        let (client, hello) = greet(connection).await;
+        Self {
+            client,
+            hello,
+            streams: StreamPort::Vsock(cid),
+            rootfs: "/rootfs".into(),
+            folder: tempfile::tempdir().unwrap(),
+            cgroup_name: String::new(),
+            child,
+        }
+    }
+
+    /// Waits until the agent's machine is gone.
+    pub(crate) fn ended(mut self) {
+        self.child.wait().unwrap();
     }
 
     /// Starts an agent and configures an ordinary sandbox.
@@ -169,15 +214,21 @@ impl Guest {
 
     /// A root file system with busybox and its applets.
     pub(crate) fn rootfs(&self) -> PathBuf {
-        self.folder.path().join("rootfs")
+        self.rootfs.clone()
     }
 
     /// Opens a connection to the stream port and says `header`; gives the answer line and the
     /// connection.
     pub(crate) async fn connect(&self, header: &str) -> (String, UnixStream) {
-        let mut stream = UnixStream::connect(self.folder.path().join("streams.sock"))
-            .await
-            .unwrap();
+        let mut stream = match &self.streams {
+            StreamPort::Unix(path) => UnixStream::connect(path).await.unwrap(),
+            StreamPort::Vsock(cid) => {
+                let stream = pericarp_sys::vsock::connect_to(*cid, STREAM_PORT).unwrap();
+                let stream = std::os::unix::net::UnixStream::from(stream);
+                stream.set_nonblocking(true).unwrap();
+                UnixStream::from_std(stream).unwrap()
+            }
+        };
         stream.write_all(header.as_bytes()).await.unwrap();
         let mut answer = Vec::new();
         while answer.last() != Some(&b'\n') {
@@ -300,6 +351,23 @@ impl Drop for Guest {
             remove_cgroups(&Path::new(mount).join(&self.cgroup_name));
         }
     }
+}
+
+async fn greet(mut connection: UnixStream) -> (AgentClient, Hello) {
+    let length = connection.read_u32_le().await.unwrap();
+    let mut hello = vec![0; usize::try_from(length).unwrap()];
+    connection.read_exact(&mut hello).await.unwrap();
+    let client = ttrpc::asynchronous::Client::new(Socket::new(connection));
+    (
+        AgentClient::new(client),
+        Hello::parse_from_bytes(&hello).unwrap(),
+    )
+}
+
+/// The agent's binary: that of this build, or the one that `PERICARP_AGENT` names.
+fn agent() -> String {
+    std::env::var("PERICARP_AGENT")
+        .unwrap_or_else(|_| env!("CARGO_BIN_EXE_pericarp-agent").to_owned())
 }
 
 /// A request's context with an ordinary deadline.
