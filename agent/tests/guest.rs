@@ -272,10 +272,7 @@ async fn many(guest: &Guest) {
         after.rss_bytes <= before.rss_bytes + (64 << 10),
         "the agent grew"
     );
-    assert!(
-        after.rss_bytes <= 4 << 20,
-        "the agent needs more than 4 MiB"
-    );
+    assert!(after.rss_bytes <= RESIDENT_BYTES_MAX, "the agent has grown");
 }
 
 struct Measured {
