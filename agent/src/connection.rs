@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! dial (2, AGENT_PORT) ── Hello ── rest of the set-up ── ttrpc requests ──(host gone)── power off
-//! listen STREAM_PORT ──── one task a connection: header, then a process's stream or a forwarded port
+//! listen STREAM_PORT ──── one task a connection: header, then a process or a forwarded port
 //! ```
 //!
 //! A vsock socket is read, written and shut down by the calls of a unix stream socket, so both

@@ -17,6 +17,7 @@ use nix::{
     mount::{MsFlags, mount},
     sys::{
         reboot::{RebootMode, reboot},
+        resource::{Resource, setrlimit},
         time::TimeSpec,
     },
     time::{ClockId, clock_gettime, clock_settime},
@@ -30,6 +31,10 @@ pub(crate) const BLOCKING_THREADS_MAX: usize = 32;
 
 /// How long an unused thread waits for work: its stack is memory of the pod.
 pub(crate) const BLOCKING_THREAD_KEEP_ALIVE: Duration = Duration::from_millis(100);
+
+/// Descriptors of the agent, and of containers whose specification sets no limit: the kernel's
+/// default of 1024 is too few for a full pod's streams, and this is what container engines give.
+const DESCRIPTORS_MAX: u64 = 1 << 20;
 
 /// Where everything that is mounted for the pod lies.
 pub(crate) const RUN: &str = "/run/pericarp";
@@ -223,6 +228,11 @@ pub(crate) fn set_up(options: &Options) {
         ] {
             let _ = std::os::unix::fs::symlink(target, link);
         }
+    }
+    if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS_MAX, DESCRIPTORS_MAX) {
+        log::warn(format_args!(
+            "cannot raise the limit of descriptors: {error}"
+        ));
     }
     if let Err(error) = fs::create_dir_all(RUN) {
         log::warn(format_args!("cannot make {RUN}: {error}"));

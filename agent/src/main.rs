@@ -4,9 +4,10 @@
 //! connection.
 //!
 //! ```text
-//! main ── init (mounts)── connection (dial, hello) ── ttrpc ── rpc/* ── pod ─┬─ container   (namespaces, rootfs, cgroups)
-//!                                 │                                          ├─ storage, network, devices, stats
-//!                                 └─ streams: stdio, forward                 └─ reaper, events
+//! main ─ init (mounts) ─ connection (dial, hello) ─ ttrpc ─ rpc/* ─ pod ─┬─ container
+//!                            │                                           ├─ storage, network,
+//!                            │                                           │  devices, stats
+//!                            └─ streams: stdio, forward                  └─ reaper, events
 //! ```
 //!
 //! Runs as something else when told so by its first argument: `container-init` builds one container

@@ -4,8 +4,8 @@
 //! ```text
 //! SIGCHLD ─> waitid(all, leave it) ─┬─ registered ──> waitid(pid), its watcher hears the exit
 //!                                   ├─ an orphan ───> waitid(pid), forgotten
-//!                                   └─ an orphan while a Hold lives: left alone, since it may be a child that some code is
-//!                                      about to register or to collect by itself
+//!                                   └─ an orphan while a Hold lives: left alone, since some
+//!                                      code may be about to register or to collect it
 //! ```
 //!
 //! A process is signalled under the same lock under which it is collected, so a signal never

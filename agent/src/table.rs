@@ -1,8 +1,8 @@
 //! A bounded table of named things that take time to make and to remove.
 //!
 //! ```text
-//! (nothing) ──reserve──> busy ──fill──> ready ──begin_removal──> busy ──drop──> (nothing)
-//!                          └─drop──> (nothing)                     └─fill──> ready (removal failed)
+//! (none) ──reserve──> busy ──fill──> ready ──begin_removal──> busy ──drop──> (none)
+//!                      └──drop──> (none)                       └──fill──> ready (it failed)
 //! ```
 //!
 //! A name is taken from the moment somebody begins to make the thing, so a second create is refused

@@ -71,6 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[expect(clippy::zombie_processes, reason = "collecting it is what is tested")]
     fn a_real_time_signal_is_reported_by_number() {
         let child = Command::new("sh")
             .args(["-c", "kill -40 $$"])

@@ -1,9 +1,10 @@
 //! Storages: what is mounted in the guest before a container's own mounts are made.
 //!
 //! ```text
-//! shared directory  virtio-fs                    block device  file system, or a device node when raw
-//! overlay           of directories below /run    scratch       tmpfs or hugetlbfs
-//! bind              of a path below /run
+//! shared directory  virtio-fs
+//! block device      a file system, or a device node when raw
+//! overlay, bind     of directories beneath /run/pericarp
+//! scratch           tmpfs or hugetlbfs
 //! ```
 //!
 //! Every path of a request lies beneath `/run/pericarp` and is resolved there without following a
