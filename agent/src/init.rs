@@ -18,9 +18,11 @@ use nix::{
     sys::{
         reboot::{RebootMode, reboot},
         resource::{Resource, setrlimit},
+        statfs::{FsType, TMPFS_MAGIC, statfs},
         time::TimeSpec,
     },
     time::{ClockId, clock_gettime, clock_settime},
+    unistd::{chdir, chroot},
 };
 
 use crate::{files, log};
@@ -35,6 +37,9 @@ pub(crate) const BLOCKING_THREAD_KEEP_ALIVE: Duration = Duration::from_millis(10
 /// Descriptors of the agent, and of containers whose specification sets no limit: the kernel's
 /// default of 1024 is too few for a full pod's streams, and this is what container engines give.
 const DESCRIPTORS_MAX: u64 = 1 << 20;
+
+/// File system type of an initramfs that is no tmpfs (uapi/linux/magic.h).
+const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 
 /// Where everything that is mounted for the pod lies.
 pub(crate) const RUN: &str = "/run/pericarp";
@@ -108,6 +113,11 @@ impl Options {
         }
     }
 
+    /// Where the guest's own `resolv.conf` and `hosts` lie: a developer's are left alone.
+    pub(crate) fn etc(&self) -> &'static Path {
+        Path::new(if self.in_guest() { "/etc" } else { RUN })
+    }
+
     /// Whether the machine is ours.
     pub(crate) fn in_guest(&self) -> bool {
         matches!(self, Self::Guest)
@@ -166,7 +176,7 @@ const EARLY: [FirstMount; 3] = [
 ];
 
 /// Mounts that containers need.
-const LATE: [FirstMount; 5] = [
+const LATE: [FirstMount; 6] = [
     (
         "devtmpfs",
         "/dev",
@@ -190,6 +200,7 @@ const LATE: [FirstMount; 5] = [
         "nsdelegate,memory_recursiveprot",
     ),
     ("tmpfs", "/tmp", "tmpfs", SAFE, "mode=1777"),
+    ("tmpfs", "/etc", "tmpfs", SAFE, "mode=755,size=1m"),
 ];
 
 /// Makes the mounts without which the agent cannot say hello.
@@ -197,6 +208,7 @@ pub(crate) fn mount_early(options: &Options) -> Result<(), InitError> {
     if !options.in_guest() {
         return Ok(());
     }
+    leave_initramfs().map_err(|source| InitError::Mount { path: "/", source })?;
     for entry in &EARLY {
         mount_one(entry).map_err(|source| InitError::Mount {
             path: entry.1,
@@ -204,6 +216,26 @@ pub(crate) fn mount_early(options: &Options) -> Result<(), InitError> {
         })?;
     }
     Ok(())
+}
+
+/// Moves to a mount of its own when the root is an initramfs: containers could not change their
+/// root from the kernel's first one (pivot_root(2), NOTES).
+fn leave_initramfs() -> nix::Result<()> {
+    let kind = statfs("/")?.filesystem_type();
+    if kind != TMPFS_MAGIC && kind != RAMFS_MAGIC {
+        return Ok(());
+    }
+    mount(
+        Some("/"),
+        "/mnt",
+        None::<&str>,
+        MsFlags::MS_BIND | MsFlags::MS_REC,
+        None::<&str>,
+    )?;
+    chdir("/mnt")?;
+    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>)?;
+    chroot(".")?;
+    chdir("/")
 }
 
 /// Does the rest of an init's work: containers need it, the hello does not.

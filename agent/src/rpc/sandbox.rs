@@ -9,9 +9,7 @@ use pericarp_sys::guest::ENTROPY_BYTES_MAX;
 use super::check_id;
 use crate::{
     errors::RpcError,
-    files,
-    init::{self, RUN},
-    log, network,
+    files, init, log, network,
     pod::{Pod, SandboxState, blocking},
     storage,
 };
@@ -86,7 +84,7 @@ fn apply(pod: &Pod, request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
     // Before the network's sysctls, which may name an interface.
     network::apply(&request.interfaces, &request.routes, &request.neighbours)?;
     set_sysctls(request)?;
-    write_resolv_conf(&request.dns_servers)?;
+    write_resolver_files(pod.options.etc(), request)?;
     let mut added = Vec::new();
     for storage in &request.storages {
         if let Err(error) = attach(pod, storage) {
@@ -177,20 +175,25 @@ fn sysctl_path(name: &str) -> Option<String> {
         .then_some(path)
 }
 
-/// The guest's own resolver file: the image's `/etc/resolv.conf` is a link to it.
-fn write_resolv_conf(lines: &[String]) -> Result<(), RpcError> {
-    if lines.is_empty() {
-        return Ok(());
-    }
-    let text: String = lines
+/// The guest's own resolver files. Containers get theirs as mounts.
+fn write_resolver_files(folder: &Path, request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
+    let lines = request
+        .dns_servers
         .iter()
         .map(|line| match line.contains(' ') {
+            // A line of its own, such as "search" or "options".
             true => format!("{line}\n"),
             false => format!("nameserver {line}\n"),
-        })
-        .collect();
-    let path = Path::new(RUN).join("resolv.conf");
-    std::fs::write(&path, text).map_err(RpcError::kernel(format!("write {}", path.display())))
+        });
+    for (name, text) in [
+        ("resolv.conf", lines.collect()),
+        ("hosts", "127.0.0.1 localhost\n::1 localhost\n".to_owned()),
+    ] {
+        let path = folder.join(name);
+        std::fs::write(&path, text)
+            .map_err(RpcError::kernel(format!("write {}", path.display())))?;
+    }
+    Ok(())
 }
 
 /// Changes the network of a running pod.
