@@ -195,7 +195,12 @@ impl Node {
             .flatten()
         {
             let path = entry.path();
-            if path.is_file() && path.extension().is_none_or(|extension| extension != "img") {
+            // A copy of a file onto itself would empty it.
+            let is_there = folder.join(entry.file_name()) == path;
+            if !is_there
+                && path.is_file()
+                && path.extension().is_none_or(|extension| extension != "img")
+            {
                 let copied = std::fs::copy(&path, folder.join(entry.file_name()));
                 copied.with_context(|| format!("cannot copy {}", path.display()))?;
             }

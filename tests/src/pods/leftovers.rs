@@ -18,7 +18,7 @@ const LIST: &str = r"
 ps --ppid 2 -p 2 --deselect -o pid=,ppid=,args= |
     awk -v me=$$ '$1 != me && $2 != me { $1 = $2 = ``; print `process` $0 }'
 awk '{ print `mount ` $5 ` ` $9 }' /proc/self/mountinfo
-find /sys/fs/cgroup -type d -path '*/*' ! -name k8s.io -printf 'cgroup %p\n'
+find /sys/fs/cgroup -type d ! -name k8s.io -printf 'cgroup %p\n'
 ls /sys/class/net | grep -vx cni0 | sed 's/^/interface /'
 find /run/pericarp /run/netns /run/containerd* /dev/shm -printf 'file %p\n' 2>/dev/null || true
 awk '$8 ~ /pericarp|containerd.s/ { print `socket ` $8 }' /proc/net/unix

@@ -64,6 +64,6 @@ pub fn url(address: &str, port: u16, path: &str) -> String {
 
 /// Gets a page from outside the pod.
 pub fn fetch(node: &Node, url: &str) -> Result<String> {
-    let text = node.shell(&format!("busybox wget -q -T 60 -O - {url}"))?;
+    let text = node.shell(&format!("timeout 60 busybox wget -q -O - {url}"))?;
     Ok(text.trim().to_owned())
 }

@@ -75,7 +75,7 @@ fn through_port_forward(node: &Node, containerd: &Containerd, pod: &Pod) -> Resu
         "coproc crictl port-forward {pod} {FORWARDED_PORT}:{LOOPBACK_PORT}
          trap 'kill $COPROC_PID' EXIT
          read -r forwarding <&${{COPROC[0]}}
-         busybox wget -q -T 60 -O - http://127.0.0.1:{FORWARDED_PORT}/page",
+         timeout 60 busybox wget -q -O - http://127.0.0.1:{FORWARDED_PORT}/page",
         pod = pod.id
     );
     let mut command = crate::node::Command::shell(line);

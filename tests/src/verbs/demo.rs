@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::json;
 
 use crate::node::containerd::Pod;
 use crate::node::images::BUSYBOX;
@@ -12,6 +13,9 @@ use crate::pods::{addresses, container_config, fetch, pod_config, url};
 
 /// The handler of containerd that the pod runs under.
 const HANDLER: &str = "pericarp";
+
+/// The pod's name.
+const POD: &str = "demo";
 
 /// Port of the pod's web server.
 const PORT: u16 = 8080;
@@ -70,7 +74,7 @@ pub fn run(node: &Node, containerd: &Containerd, steps: &mut Steps) -> Result<()
     installed(node)?;
     let before = Leftovers::look(node)?;
     let pod = steps.step("start a pod: crictl runp --runtime pericarp", || {
-        let pod = containerd.run_pod(node, HANDLER, &pod_config("demo"))?;
+        let pod = containerd.run_pod(node, HANDLER, &pod_config(POD))?;
         say("pod", &pod.id[..13.min(pod.id.len())]);
         Ok(pod)
     })?;
@@ -104,11 +108,18 @@ fn installed(node: &Node) -> Result<()> {
 }
 
 fn start_containers(node: &Node, containerd: &Containerd, pod: &Pod) -> Result<[String; 2]> {
+    let start = |name: &str, line: &str| {
+        let mut config = container_config(name, BUSYBOX, line);
+        // What kubelet sets and `crictl ps` shows.
+        config["labels"] = json!({
+            "io.kubernetes.pod.name": POD,
+            "io.kubernetes.pod.namespace": "default",
+        });
+        containerd.run_container(node, pod, &config)
+    };
     let page = "mkdir /srv; echo hello from the pod >/srv/index.html; echo web server starts";
-    let line = format!("{page}; exec httpd -f -p {PORT} -h /srv");
-    let web = containerd.run_container(node, pod, &container_config("web", BUSYBOX, &line))?;
-    let line = "echo second container starts; exec sleep 3600";
-    let other = containerd.run_container(node, pod, &container_config("other", BUSYBOX, line))?;
+    let web = start("web", &format!("{page}; exec httpd -f -p {PORT} -h /srv"))?;
+    let other = start("other", "echo second container starts; exec sleep 3600")?;
     let list = containerd.crictl_text(node, &["ps", "--pod", &pod.id])?;
     for line in list.lines() {
         println!("      {line}");
