@@ -1,4 +1,5 @@
-//! Generates the guest protocol from `guest.proto` with a parser written in Rust: no protoc is needed on the machine.
+//! Generates the guest protocol from `guest.proto` with a parser written in Rust: no protoc is
+//! needed on the machine.
 
 use std::{env, error::Error, fs, path::PathBuf};
 

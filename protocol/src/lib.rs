@@ -43,5 +43,6 @@ pub const GUEST_PROTOCOL_MINOR: u32 = 0;
 pub const AGENT_PORT: u32 = 1024;
 /// vsock port of the guest on which the agent accepts streams.
 pub const STREAM_PORT: u32 = 1025;
-/// vsock context id of every guest: each VM has a vsock device of its own, so the number need not be unique on the host.
+/// vsock context id of every guest: each VM has a vsock device of its own, so the number need not
+/// be unique on the host.
 pub const GUEST_CID: u64 = 3;

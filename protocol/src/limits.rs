@@ -1,15 +1,18 @@
 //! The bound of every message and table that crosses a process boundary, with the reason for each.
 
-/// Largest `Hello` frame in bytes: a version, a kernel release and a list of features fit in a fraction of it.
+/// Largest `Hello` frame in bytes: a version, a kernel release and a list of features fit in a
+/// fraction of it.
 pub const HELLO_BYTES_MAX: usize = 4096;
 
 /// Longest header line of a stream in bytes, its newline included.
 pub const STREAM_HEADER_BYTES_MAX: usize = 256;
 
-/// Streams that the host opened and that no process has taken yet: three per process being created at once.
+/// Streams that the host opened and that no process has taken yet: three per process being created
+/// at once.
 pub const STREAMS_PENDING_MAX: usize = 256;
 
-/// Largest OCI specification in bytes. ttrpc itself refuses messages above 4 MiB; a pod with a thousand mounts is 300 KiB.
+/// Largest OCI specification in bytes. ttrpc itself refuses messages above 4 MiB; a pod with a
+/// thousand mounts is 300 KiB.
 pub const OCI_SPEC_BYTES_MAX: usize = 3 << 20;
 
 /// Longest container, exec or sandbox id in bytes (containerd allows 76).

@@ -1,7 +1,8 @@
 //! The agent in the guest, as the shim sees it: the first word, calls with deadlines, and streams.
 //!
-//! Everything that arrives here comes from a guest that may be hostile: frames are bounded before they are read, ids are the
-//! shim's own, and no answer is awaited without a deadline, except the end of a process, which the death of the VM ends.
+//! Everything that arrives here comes from a guest that may be hostile: frames are bounded before
+//! they are read, ids are the shim's own, and no answer is awaited without a deadline, except the
+//! end of a process, which the death of the VM ends.
 
 use std::{io, path::PathBuf, time::Duration};
 
@@ -42,7 +43,8 @@ impl std::fmt::Debug for Agent {
     }
 }
 
-/// Makes one call with the usual deadline and maps its error: `agent.call("start", |c, ctx| c.start_process(ctx, &request))`.
+/// Makes one call with the usual deadline and maps its error: `agent.call("start", |c, ctx|
+/// c.start_process(ctx, &request))`.
 macro_rules! agent_call {
     ($agent:expr, $method:ident, $request:expr) => {{
         let agent = &$agent;
@@ -140,7 +142,8 @@ async fn read_hello(connection: &mut UnixStream) -> Result<Hello, CallError> {
         .map_err(|error| CallError::Gone(format!("the agent's hello cannot be read: {error}")))?;
     if hello.protocol_major != GUEST_PROTOCOL_MAJOR {
         return Err(CallError::Gone(format!(
-            "the guest image speaks protocol {}, this shim {GUEST_PROTOCOL_MAJOR}: install matching versions of both",
+            "the guest image speaks protocol {}, this shim {GUEST_PROTOCOL_MAJOR}: install \
+                matching versions of both",
             hello.protocol_major
         )));
     }

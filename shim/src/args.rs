@@ -1,7 +1,7 @@
 //! The command line that containerd gives a shim: Go-style single-dash flags and one action.
 //!
-//! Source: containerd `docs/runtime-v2.md`, "Commands". Flags this shim has no use for are accepted, because newer
-//! versions of containerd add some; a flag without its value is an error.
+//! Source: containerd `docs/runtime-v2.md`, "Commands". Flags this shim has no use for are
+//! accepted, because newer versions of containerd add some; a flag without its value is an error.
 
 use std::path::PathBuf;
 
@@ -56,12 +56,36 @@ pub(crate) enum ArgsError {
     Missing(&'static str),
 }
 
-const SWITCHES: [&str; 3] = ["debug", "v", "info"];
-
 impl Args {
     /// Parses what follows the program's name.
     pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Self, ArgsError> {
-        let mut args = Self {
+        let mut args = Self::empty();
+        let mut words = words.into_iter();
+        while let Some(word) = words.next() {
+            let Some(flag) = word.strip_prefix("--").or_else(|| word.strip_prefix('-')) else {
+                return args.with_action(&word);
+            };
+            let (name, inline) = match flag.split_once('=') {
+                Some((name, value)) => (name, Some(value.to_owned())),
+                None => (flag, None),
+            };
+            match name {
+                "debug" => args.debug = inline.is_none_or(|value| value != "false"),
+                "v" | "info" => return args.with_action(name),
+                _ => {
+                    let value = inline.or_else(|| words.next());
+                    args.set(
+                        name,
+                        value.ok_or_else(|| ArgsError::NoValue(name.to_owned()))?,
+                    );
+                }
+            }
+        }
+        Err(ArgsError::NoAction)
+    }
+
+    fn empty() -> Self {
+        Self {
             action: Action::Start,
             id: String::new(),
             namespace: String::new(),
@@ -71,70 +95,41 @@ impl Args {
             debug: false,
             config: None,
             flavour: None,
-        };
-        let mut action = None;
-        let mut words = words.into_iter();
-        while let Some(word) = words.next() {
-            let Some(flag) = word.strip_prefix("--").or_else(|| word.strip_prefix('-')) else {
-                action = Some(word);
-                break;
-            };
-            let (name, inline) = match flag.split_once('=') {
-                Some((name, value)) => (name, Some(value.to_owned())),
-                None => (flag, None),
-            };
-            if SWITCHES.contains(&name) {
-                match name {
-                    "debug" => args.debug = inline.is_none_or(|value| value != "false"),
-                    "v" => {
-                        return Ok(Self {
-                            action: Action::Version,
-                            ..args
-                        });
-                    }
-                    _ => {
-                        return Ok(Self {
-                            action: Action::Info,
-                            ..args
-                        });
-                    }
-                }
-                continue;
-            }
-            let value = inline
-                .or_else(|| words.next())
-                .ok_or_else(|| ArgsError::NoValue(name.to_owned()))?;
-            match name {
-                "id" => args.id = value,
-                "namespace" => args.namespace = value,
-                "address" => args.address = value,
-                "publish-binary" => args.publish_binary = value,
-                "bundle" => args.bundle = Some(value.into()),
-                "config" => args.config = Some(value.into()),
-                "flavour" => args.flavour = Some(value),
-                _ => {}
-            }
         }
-        args.action = match action.as_deref() {
-            Some("start") => Action::Start,
-            Some("delete") => Action::Delete,
-            Some("daemon") => Action::Daemon,
-            Some("info") => {
-                return Ok(Self {
-                    action: Action::Info,
-                    ..args
-                });
-            }
-            Some(other) => return Err(ArgsError::UnknownAction(other.to_owned())),
-            None => return Err(ArgsError::NoAction),
+    }
+
+    fn set(&mut self, name: &str, value: String) {
+        match name {
+            "id" => self.id = value,
+            "namespace" => self.namespace = value,
+            "address" => self.address = value,
+            "publish-binary" => self.publish_binary = value,
+            "bundle" => self.bundle = Some(value.into()),
+            "config" => self.config = Some(value.into()),
+            "flavour" => self.flavour = Some(value),
+            _ => {}
+        }
+    }
+
+    fn with_action(mut self, word: &str) -> Result<Self, ArgsError> {
+        self.action = match word {
+            "start" => Action::Start,
+            "delete" => Action::Delete,
+            "daemon" => Action::Daemon,
+            "v" => Action::Version,
+            "info" => Action::Info,
+            other => return Err(ArgsError::UnknownAction(other.to_owned())),
         };
-        if args.id.is_empty() {
+        if matches!(self.action, Action::Version | Action::Info) {
+            return Ok(self);
+        }
+        if self.id.is_empty() {
             return Err(ArgsError::Missing("id"));
         }
-        if args.namespace.is_empty() {
+        if self.namespace.is_empty() {
             return Err(ArgsError::Missing("namespace"));
         }
-        Ok(args)
+        Ok(self)
     }
 }
 

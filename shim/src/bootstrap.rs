@@ -1,6 +1,8 @@
-//! `start`: answers containerd with the address of the sandbox's daemon, and launches the daemon when there is none.
+//! `start`: answers containerd with the address of the sandbox's daemon, and launches the daemon
+//! when there is none.
 //!
-//! containerd has asked in three ways, and each wants its own answer (containerd `docs/runtime-v2.md`, "start"):
+//! containerd has asked in three ways, and each wants its own answer (containerd
+//! `docs/runtime-v2.md`, "start"):
 //!
 //! | containerd | asks with | is answered with | task service |
 //! |---|---|---|---|
@@ -9,9 +11,10 @@
 //! | 1.7 | flags and environment | JSON, version 2 | v2 |
 //! | 1.6 and earlier | flags and environment without `MAX_SHIM_VERSION` | the bare address | v2 |
 //!
-//! containerd reads stdout and stderr of this process as one stream until both are closed, so nothing but the answer is
-//! written and the daemon inherits neither. The listening socket is made here and inherited by the daemon: when the answer
-//! is read, connecting works, whatever the daemon is busy with.
+//! containerd reads stdout and stderr of this process as one stream until both are closed, so
+//! nothing but the answer is written and the daemon inherits neither. The listening socket is made
+//! here and inherited by the daemon: when the answer is read, connecting works, whatever the daemon
+//! is busy with.
 
 use std::{
     env, fs,
@@ -40,7 +43,8 @@ use crate::{
     options,
 };
 
-/// Where sockets live unless containerd says otherwise. Unix socket paths end at 108 bytes and the name is 64.
+/// Where sockets live unless containerd says otherwise. Unix socket paths end at 108 bytes and the
+/// name is 64.
 const SOCKET_DIR: &str = "/run/containerd/s";
 /// What containerd itself allows on stdin.
 const INPUT_BYTES_MAX: u64 = 10 << 20;
@@ -59,7 +63,8 @@ pub(crate) enum BootstrapError {
     #[error(transparent)]
     Options(#[from] crate::options::OptionsError),
     #[error(
-        "sandbox {sandbox} of container {container} does not run: its socket {socket} refuses connections"
+        "sandbox {sandbox} of container {container} does not run: its socket {socket} refuses \
+            connections"
     )]
     NoSandbox {
         sandbox: String,
@@ -184,8 +189,8 @@ fn parse_params(input: &[u8], id: &str) -> Option<BootstrapParams> {
         .filter(|params| params.instance_id == id)
 }
 
-/// 1.7 refuses version 3, and 2.x offers its sandbox service only from version 3 on; both announce `MAX_SHIM_VERSION=2`,
-/// so the version of the binary decides.
+/// 1.7 refuses version 3, and 2.x offers its sandbox service only from version 3 on; both announce
+/// `MAX_SHIM_VERSION=2`, so the version of the binary decides.
 fn json_version(version_line: &str) -> u32 {
     let major = version_line
         .split_whitespace()
@@ -290,7 +295,8 @@ fn spawn(args: &Args, call: &Call, listener: UnixListener) -> Result<(), Bootstr
         LISTENER_DESCRIPTOR,
     )
     .map_err(BootstrapError::Spawn)?;
-    // An out-of-memory node loses containers before it loses what looks after them (containerd's own shims do the same).
+    // An out-of-memory node loses containers before it loses what looks after them (containerd's
+    // own shims do the same).
     let _ = fs::write(format!("/proc/{}/oom_score_adj", child.id()), "-998");
     Ok(())
 }

@@ -80,7 +80,8 @@ impl Bundle {
         self.namespace(LinuxNamespaceType::Network)?
     }
 
-    /// `None`: the host's namespace; `Some(None)`: a new one; `Some(Some(path))`: the one at that path.
+    /// `None`: the host's namespace; `Some(None)`: a new one; `Some(Some(path))`: the one at that
+    /// path.
     pub(crate) fn namespace(&self, kind: LinuxNamespaceType) -> Option<Option<PathBuf>> {
         let namespaces = self.spec.linux().as_ref()?.namespaces().as_ref()?;
         namespaces

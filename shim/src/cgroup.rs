@@ -1,10 +1,13 @@
-//! The pod's cgroup on the host: where the VMM and the file-system daemon live from their first instruction.
+//! The pod's cgroup on the host: where the VMM and the file-system daemon live from their first
+//! instruction.
 //!
-//! kubelet makes the pod's cgroup and limits it; the sandbox's own cgroup beneath it (the OCI `cgroupsPath`) is made here and
-//! holds every process of the VM, so that what the VM costs is the pod's to pay. No limit is written: those of the pod are
-//! kubelet's, and those of containers hold in the guest.
+//! kubelet makes the pod's cgroup and limits it; the sandbox's own cgroup beneath it (the OCI
+//! `cgroupsPath`) is made here and holds every process of the VM, so that what the VM costs is the
+//! pod's to pay. No limit is written: those of the pod are kubelet's, and those of containers hold
+//! in the guest.
 //!
-//! `cgroupsPath` has two forms: a path beneath the mount (cgroupfs driver), and `slice:prefix:name` (systemd driver).
+//! `cgroupsPath` has two forms: a path beneath the mount (cgroupfs driver), and `slice:prefix:name`
+//! (systemd driver).
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -49,7 +52,8 @@ pub(crate) fn make(directory: &Path) -> io::Result<File> {
 /// Ends what is left in `directory` and removes it.
 pub(crate) fn remove(directory: &Path) -> io::Result<()> {
     let deadline = Instant::now() + Duration::from_millis(EMPTY_MS);
-    // cgroup.kill is Linux 5.14's; without it the processes were ended by the journal's own entries.
+    // cgroup.kill is Linux 5.14's; without it the processes were ended by the journal's own
+    // entries.
     let _ = fs::write(directory.join("cgroup.kill"), "1");
     if let Ok(events) = File::open(directory.join("cgroup.events")) {
         wait_empty(directory, &events, deadline)?;

@@ -18,7 +18,7 @@ use tokio::{
     sync::watch,
 };
 
-use crate::journal;
+use crate::journal::{self, Entry};
 
 /// A process that somebody watches. Dropping it does not end it: the journal and its sockets do.
 #[derive(Debug, Clone)]
@@ -26,7 +26,7 @@ pub(crate) struct Watched {
     /// Its PID on the host.
     pub(crate) pid: i32,
     /// When it began, for the journal.
-    pub(crate) start: u64,
+    start: u64,
     ended: watch::Receiver<Option<String>>,
 }
 
@@ -64,6 +64,14 @@ impl Watched {
         match ended.wait_for(Option::is_some).await {
             Ok(how) => how.clone().unwrap_or_default(),
             Err(_) => "nobody watches it any more".to_owned(),
+        }
+    }
+
+    /// What ends it, for the journal.
+    pub(crate) fn entry(&self) -> Entry {
+        Entry::Process {
+            pid: self.pid,
+            start: self.start,
         }
     }
 

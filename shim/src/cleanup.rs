@@ -1,7 +1,8 @@
 //! `delete`: removes what a dead daemon left.
 //!
-//! containerd runs it for every container whose shim it cannot reach, in the container's bundle. Only the sandbox's own id
-//! has a state directory; for its other containers there is nothing on the host that the sandbox's journal does not hold.
+//! containerd runs it for every container whose shim it cannot reach, in the container's bundle.
+//! Only the sandbox's own id has a state directory; for its other containers there is nothing on
+//! the host that the sandbox's journal does not hold.
 
 use std::{
     env, fs,
@@ -28,7 +29,8 @@ pub(crate) enum CleanupError {
 
 /// Runs `delete`.
 pub(crate) fn delete(args: &Args) -> Result<(), CleanupError> {
-    // A broken configuration must not keep anything from being removed: then the state is where it is by default.
+    // A broken configuration must not keep anything from being removed: then the state is where it
+    // is by default.
     let run_dir = Config::load(None, true)
         .unwrap_or_default()
         .settings

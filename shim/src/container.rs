@@ -1,4 +1,5 @@
-//! The containers of a pod and their processes: what each task call does in the guest and on the host.
+//! The containers of a pod and their processes: what each task call does in the guest and on the
+//! host.
 
 use std::{
     collections::HashMap,
@@ -404,7 +405,8 @@ async fn watch(pod: Arc<Pod>, id: String, process: Arc<Process>) {
         .await;
     let exit = match waited {
         Ok(response) => {
-            // containerd marks the container as killed for its memory only when it is told before the end.
+            // containerd marks the container as killed for its memory only when it is told before
+            // the end.
             if response.oom_killed && process.exec_id.is_empty() {
                 out_of_memory(&pod, &id).await;
             }

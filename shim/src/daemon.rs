@@ -1,8 +1,9 @@
-//! The daemon of one sandbox: serves containerd on the socket that `start` made, and ends when the pod has.
+//! The daemon of one sandbox: serves containerd on the socket that `start` made, and ends when the
+//! pod has.
 //!
-//! The pod boots as soon as the daemon lives, while containerd is still reading the answer of `start`; calls that need it
-//! wait for it. A pod that could not boot answers every call with the reason, and the daemon ends on `Shutdown` or when
-//! containerd runs `delete`.
+//! The pod boots as soon as the daemon lives, while containerd is still reading the answer of
+//! `start`; calls that need it wait for it. A pod that could not boot answers every call with the
+//! reason, and the daemon ends on `Shutdown` or when containerd runs `delete`.
 
 use std::{
     env, fs, io,
@@ -99,8 +100,8 @@ impl Daemon {
         }
     }
 
-    /// The pod of a container that exists already. A pod that did not boot has none: containerd is told so, and goes on to
-    /// `Shutdown`.
+    /// The pod of a container that exists already. A pod that did not boot has none: containerd is
+    /// told so, and goes on to `Shutdown`.
     pub(crate) async fn pod_of(&self, id: &str) -> Result<Arc<Pod>, CallError> {
         self.pod()
             .await
@@ -168,8 +169,10 @@ async fn serve(args: &Args) -> Result<(), DaemonError> {
     let mut terminated = signal(SignalKind::terminate()).map_err(DaemonError::Setup)?;
     tokio::select! {
         () = daemon.ending.notified() => {}
-        // containerd's own shims ignore SIGTERM as well: a service manager stopping containerd must not end pods.
-        () = async { while terminated.recv().await.is_some() { info!("SIGTERM is ignored: pods outlive containerd") } } => {}
+        // containerd's own shims ignore SIGTERM as well: a service manager stopping containerd must
+        // not end pods.
+        () = async { while terminated.recv().await.is_some() { info!("SIGTERM is ignored: pods \
+            outlive containerd") } } => {}
     }
     if let Some(socket) = socket {
         let _ = fs::remove_file(socket);

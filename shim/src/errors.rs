@@ -1,7 +1,8 @@
 //! One table from what went wrong to the gRPC code that containerd expects.
 //!
-//! containerd decides by the code (`errdefs`): `NotFound` makes a second delete succeed, `FailedPrecondition` and
-//! `AlreadyExists` are the caller's order of calls, `Unavailable` is a dead peer, `DeadlineExceeded` a slow one.
+//! containerd decides by the code (`errdefs`): `NotFound` makes a second delete succeed,
+//! `FailedPrecondition` and `AlreadyExists` are the caller's order of calls, `Unavailable` is a
+//! dead peer, `DeadlineExceeded` a slow one.
 
 use std::{fmt::Display, time::Duration};
 

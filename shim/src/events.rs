@@ -1,8 +1,8 @@
 //! Events to containerd, in the order in which they happened.
 //!
-//! One task owns the connection to containerd's ttrpc socket. An event is tried until containerd takes it, because a lost
-//! `TaskExit` leaves a pod that never ends; while containerd restarts, events wait in a bounded queue and then in their
-//! producers.
+//! One task owns the connection to containerd's ttrpc socket. An event is tried until containerd
+//! takes it, because a lost `TaskExit` leaves a pod that never ends; while containerd restarts,
+//! events wait in a bounded queue and then in their producers.
 
 use std::time::Duration;
 
@@ -40,7 +40,8 @@ enum Item {
 }
 
 impl Publisher {
-    /// Starts the task that sends to `address` (`TTRPC_ADDRESS`); it ends when the last publisher is dropped.
+    /// Starts the task that sends to `address` (`TTRPC_ADDRESS`); it ends when the last publisher
+    /// is dropped.
     pub(crate) fn start(address: String, namespace: String) -> Self {
         let (queue, receiver) = mpsc::channel(QUEUE_MAX);
         tokio::spawn(send_all(address, receiver));

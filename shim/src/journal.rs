@@ -1,8 +1,8 @@
 //! What must be undone, written down before it is done.
 //!
-//! `/run/pericarp/<sandbox>/journal` holds one JSON line per resource, appended before the resource is made. Undoing goes
-//! through the lines backwards and is idempotent, so that it can run in the daemon at the end, in `delete` after the daemon
-//! was killed, and twice.
+//! `/run/pericarp/<sandbox>/journal` holds one JSON line per resource, appended before the resource
+//! is made. Undoing goes through the lines backwards and is idempotent, so that it can run in the
+//! daemon at the end, in `delete` after the daemon was killed, and twice.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -62,7 +62,8 @@ impl Journal {
     }
 }
 
-/// Undoes everything in the journal of `dir` and removes `dir`. What cannot be undone is reported and does not stop the rest.
+/// Undoes everything in the journal of `dir` and removes `dir`. What cannot be undone is reported
+/// and does not stop the rest.
 pub(crate) fn undo(dir: &Path) -> Result<(), UndoError> {
     let entries = match File::open(dir.join("journal")) {
         Ok(file) => read(file),
@@ -173,7 +174,8 @@ fn end_process(pid: i32, start: u64) -> io::Result<()> {
 /// When the process began, in clock ticks since boot (proc(5), field 22 of stat).
 pub(crate) fn start_time(pid: i32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command's name is in brackets and may hold anything: count from its end. Field 3 follows it.
+    // The command's name is in brackets and may hold anything: count from its end. Field 3 follows
+    // it.
     stat.rsplit_once(')')?
         .1
         .split_whitespace()

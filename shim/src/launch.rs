@@ -1,6 +1,7 @@
 //! Starts the VMM of a pod and describes the machine to it.
 //!
-//! The shim opens everything: KVM, guest memory, kernel, image, sockets. The VMM receives descriptors and opens nothing.
+//! The shim opens everything: KVM, guest memory, kernel, image, sockets. The VMM receives
+//! descriptors and opens nothing.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -26,8 +27,8 @@ use pericarp_protocol::{
     AGENT_PORT, GUEST_CID,
     machine::{
         Balloon, CONTROL_DESCRIPTOR, Console, CpuMode, Descriptor, Device, DeviceKind, FieldError,
-        Fs, List, Machine as Description, Net, Nothing, PageKind, Pmem, Request, Rng, Text, Vsock,
-        VsockPort,
+        Fs, List, Machine as Description, Net, Nothing, PageKind, Pmem, RateLimit, Request, Rng,
+        Text, Vsock, VsockPort,
     },
 };
 use pericarp_runtime_config::{CpuModel, HugePages, Settings, Sizing};
@@ -91,11 +92,53 @@ pub(crate) async fn launch(
     journal: &mut Journal,
 ) -> Result<Launched, CallError> {
     let settings = launch.settings;
-    let id = claim_user(settings, journal)?;
+    let user = claim_user(settings, journal)?;
+    let (process, machine) = start_vmm(&launch, journal)?;
+    let (description, opened) = describe(settings, launch.sizing, user)?;
+    machine.request(Request::Start(description), opened).await?;
+    let pipe_flags = nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK;
+    let (console, console_writer) = nix::unistd::pipe2(pipe_flags)
+        .map_err(|error| CallError::host("pipe of the guest's log", error))?;
+    let vsock = launch.state.join("vsock.sock");
+    let (agent, agents_end) = UnixStream::pair().map_err(host("socket of the agent"))?;
+    let agents_end = agents_end.into_std().map_err(host("socket of the agent"))?;
+    let balloon = Balloon {
+        deflate_on_oom: true,
+        free_page_reporting: settings.vm.free_page_reporting,
+    };
+    let rng = Rng {
+        limit: RateLimit::default(),
+    };
+    let mut devices = vec![
+        console_device(console_writer)?,
+        image_device(&settings.paths.image)?,
+        vsock_device(&vsock, agents_end.into())?,
+        file_system_device(launch.file_system)?,
+        plain_device("rng", DeviceKind::Rng(rng))?,
+        plain_device("balloon", DeviceKind::Balloon(balloon))?,
+    ];
+    for attachment in launch.interfaces {
+        devices.push(interface_device(attachment)?);
+    }
+    for (device, descriptors) in devices {
+        machine.add_device(device, descriptors).await?;
+    }
+    let run = Request::Run(Nothing {});
+    machine.request(run, Vec::new()).await?;
+    Ok(Launched {
+        machine,
+        process,
+        agent,
+        vsock,
+        console,
+    })
+}
+
+fn start_vmm(launch: &Launch<'_>, journal: &mut Journal) -> Result<(Watched, Machine), CallError> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
         .map_err(|error| CallError::host("control socket of the VMM", error))?;
-    let binary = &settings.paths.vmm;
+    let binary = &launch.settings.paths.vmm;
     let log = File::create(launch.state.join("vmm.log")).map_err(host("vmm.log"))?;
     let mut command = Command::new(binary);
     command
@@ -106,63 +149,10 @@ pub(crate) async fn launch(
     let descriptors = vec![(theirs.as_raw_fd(), CONTROL_DESCRIPTOR)];
     let process = Watched::spawn(command, descriptors, Arc::clone(&launch.cgroups))
         .map_err(host(format!("VMM {}", binary.display())))?;
-    drop(theirs);
-    journal
-        .note(&Entry::Process {
-            pid: process.pid,
-            start: process.start,
-        })
-        .map_err(host("journal"))?;
-    let limit = Duration::from_millis(settings.timeouts.rpc_ms);
+    journal.note(&process.entry()).map_err(host("journal"))?;
+    let limit = Duration::from_millis(launch.settings.timeouts.rpc_ms);
     let machine = Machine::new(ours, limit).map_err(host("control socket of the VMM"))?;
-
-    let (description, opened) = describe(settings, launch.sizing, id)?;
-    machine.request(Request::Start(description), opened).await?;
-    let (console, console_writer) =
-        nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK)
-            .map_err(|error| CallError::host("pipe of the guest's log", error))?;
-    let vsock = launch.state.join("vsock.sock");
-    let (agent, agent_theirs) = UnixStream::pair().map_err(host("socket of the agent"))?;
-    let agent_theirs = OwnedFd::from(
-        agent_theirs
-            .into_std()
-            .map_err(host("socket of the agent"))?,
-    );
-    let mut devices = vec![
-        console_device(console_writer)?,
-        image_device(&settings.paths.image)?,
-        vsock_device(&vsock, agent_theirs)?,
-        file_system_device(launch.file_system)?,
-        plain_device(
-            "rng",
-            DeviceKind::Rng(Rng {
-                limit: Default::default(),
-            }),
-        )?,
-        plain_device(
-            "balloon",
-            DeviceKind::Balloon(Balloon {
-                deflate_on_oom: true,
-                free_page_reporting: settings.vm.free_page_reporting,
-            }),
-        )?,
-    ];
-    for attachment in launch.interfaces {
-        devices.push(interface_device(attachment)?);
-    }
-    for (device, descriptors) in devices {
-        machine.add_device(device, descriptors).await?;
-    }
-    machine
-        .request(Request::Run(Nothing {}), Vec::new())
-        .await?;
-    Ok(Launched {
-        machine,
-        process,
-        agent,
-        vsock,
-        console,
-    })
+    Ok((process, machine))
 }
 
 fn open(path: &Path) -> Result<OwnedFd, CallError> {
@@ -196,7 +186,8 @@ fn claim_user(settings: &Settings, journal: &mut Journal) -> Result<u32, CallErr
         }
     }
     Err(CallError::Host(format!(
-        "all {count} user ids of VMMs are taken (security.vmm_uid_count): remove stale files from {}",
+        "all {count} user ids of VMMs are taken (security.vmm_uid_count): remove stale files from \
+            {}",
         dir.display()
     )))
 }

@@ -1,7 +1,7 @@
 //! Log lines to containerd, which reads them from the FIFO `log` in the bundle.
 //!
-//! A log never holds the pod up: when nobody reads, lines are dropped. The FIFO is opened for reading too, so that a
-//! containerd that went away is no broken pipe.
+//! A log never holds the pod up: when nobody reads, lines are dropped. The FIFO is opened for
+//! reading too, so that a containerd that went away is no broken pipe.
 
 use std::{
     fs::{File, OpenOptions},

@@ -1,8 +1,9 @@
 //! The VMM, as the shim sees it: requests with descriptors down, replies and events up.
 //!
-//! One task owns the socket. The VMM may have been taken over by its guest, so whatever it sends is decoded by
-//! `protocol::machine` and believed only as far as the types go; it can send no descriptors. The end of the socket is the end
-//! of the machine: every request under way fails at once and [`Machine::ended`] tells why.
+//! One task owns the socket. The VMM may have been taken over by its guest, so whatever it sends is
+//! decoded by `protocol::machine` and believed only as far as the types go; it can send no
+//! descriptors. The end of the socket is the end of the machine: every request under way fails at
+//! once and [`Machine::ended`] tells why.
 
 use std::{
     collections::HashMap,
@@ -155,7 +156,8 @@ impl Owner {
         loop {
             tokio::select! {
                 outgoing = requests.recv(), if open => match outgoing {
-                    // What the VMM said before it closed its end is still to be read: the end of the socket ends this.
+                    // What the VMM said before it closed its end is still to be read: the end of
+                    // the socket ends this.
                     Some(outgoing) => if let Err(error) = self.send(outgoing).await {
                         debug!(%error, "the VMM takes no more requests");
                         open = false;

@@ -1,7 +1,8 @@
 //! `containerd-shim-pericarp-v2`: containerd's shim for pods in virtual machines.
 //!
-//! containerd runs `start` in a bundle; that launches the daemon of the sandbox ([`daemon`]), one per pod, which owns every
-//! resource of the pod on the host. `delete` removes what a dead daemon left. See ARCHITECTURE.md for the map.
+//! containerd runs `start` in a bundle; that launches the daemon of the sandbox ([`daemon`]), one
+//! per pod, which owns every resource of the pod on the host. `delete` removes what a dead daemon
+//! left. See ARCHITECTURE.md for the map.
 
 mod agent_client;
 mod args;

@@ -1,8 +1,10 @@
 //! The options of containerd's runtime handler: which configuration this pod's shim reads.
 //!
-//! containerd sends `runtimeoptions.v1.Options` (containerd `api/types/runtimeoptions/v1/api.proto`): `config_path` (2) when
-//! the handler names one, else its whole `options` table as TOML in `config_body` (3). Before 2.3 the message comes inside an
-//! `Any` on the stdin of `start`, from 2.3 on as an extension of the bootstrap parameters. Other types are other shims'.
+//! containerd sends `runtimeoptions.v1.Options` (containerd
+//! `api/types/runtimeoptions/v1/api.proto`): `config_path` (2) when the handler names one, else its
+//! whole `options` table as TOML in `config_body` (3). Before 2.3 the message comes inside an `Any`
+//! on the stdin of `start`, from 2.3 on as an extension of the bootstrap parameters. Other types
+//! are other shims'.
 
 use std::path::PathBuf;
 
@@ -32,7 +34,8 @@ pub(crate) fn of_any(any: &Any) -> Result<RuntimeOptions, OptionsError> {
     let mut body = Vec::new();
     let mut input = CodedInputStream::from_bytes(&any.value);
     while let Some(tag) = input.read_raw_tag_or_eof()? {
-        // Field number and wire type 2, "length-delimited" (protobuf encoding, "Message Structure").
+        // Field number and wire type 2, "length-delimited" (protobuf encoding, "Message
+        // Structure").
         match tag {
             0x12 => path = input.read_string()?,
             0x1a => body = input.read_bytes()?,

@@ -9,7 +9,8 @@
 //!                     └─ VMM or guest ends: every process ends with 137, calls answer why
 //! ```
 //!
-//! What must be undone is in the journal before it is done, so that `delete` can do the same after `kill -9`.
+//! What must be undone is in the journal before it is done, so that `delete` can do the same after
+//! `kill -9`.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -28,9 +29,15 @@ use pericarp_protocol::guest::{
     ConfigureSandboxRequest, EventsRequest, SharedDirectory as SharedSource, Storage, event,
     storage::Source,
 };
-use pericarp_runtime_config::{Config, Demand, HostCapacity, PodConfig, RuntimeOptions, Sizing};
+use pericarp_runtime_config::{
+    Config, Demand, HostCapacity, PodConfig, RuntimeOptions, Settings, Sizing,
+};
 use serde::Serialize;
-use tokio::{io::AsyncReadExt, net::unix::pipe, sync::watch};
+use tokio::{
+    io::AsyncReadExt,
+    net::{UnixStream, unix::pipe},
+    sync::watch,
+};
 use tracing::{info, warn};
 
 use crate::{
@@ -126,12 +133,7 @@ impl Pod {
         let cgroups = Arc::new(make_cgroups(request, &mut journal)?);
         let shared = SharedDirectory::make(state, &mut journal).map_err(failed)?;
         let (daemon, file_system) = shared.serve(state, settings, Arc::clone(&cgroups))?;
-        journal
-            .note(&Entry::Process {
-                pid: daemon.pid,
-                start: daemon.start,
-            })
-            .map_err(failed)?;
+        journal.note(&daemon.entry()).map_err(failed)?;
         let attached =
             network::attach(request.network_namespace.as_deref(), settings, &mut journal).await?;
         let launched = launch(
@@ -153,18 +155,8 @@ impl Pod {
             console,
         } = launched.await?;
         tokio::spawn(keep_guest_log(console, state.join("guest.log")));
-        let ready = Duration::from_millis(settings.timeouts.agent_ready_ms);
-        let call = Duration::from_millis(settings.timeouts.rpc_ms);
-        let (agent, hello) = tokio::select! {
-            greeted = Agent::greet(agent, vsock, ready, call) => greeted?,
-            how = process.ended() => return Err(vmm_failed(state, &machine.ended().await, &how)),
-        };
-        info!(
-            kernel = hello.kernel_release,
-            agent = hello.agent_version,
-            boot_us = hello.ready_us,
-            "the guest is ready"
-        );
+        let greeted = greet(agent, vsock, settings, state, (&machine, &process));
+        let agent = greeted.await?;
         write_state(request, state, sizing, process.pid).map_err(failed)?;
         let pod = Arc::new(Self {
             id: request.id.clone(),
@@ -283,6 +275,29 @@ impl Pod {
         self.stop().await;
         undo(self.state.clone()).await;
     }
+}
+
+/// Waits for the agent's first word, or for the end of the VM that would have brought it.
+async fn greet(
+    connection: UnixStream,
+    vsock: PathBuf,
+    settings: &Settings,
+    state: &Path,
+    (machine, process): (&Machine, &Watched),
+) -> Result<Agent, CallError> {
+    let ready = Duration::from_millis(settings.timeouts.agent_ready_ms);
+    let call = Duration::from_millis(settings.timeouts.rpc_ms);
+    let (agent, hello) = tokio::select! {
+        greeted = Agent::greet(connection, vsock, ready, call) => greeted?,
+        how = process.ended() => return Err(vmm_failed(state, &machine.ended().await, &how)),
+    };
+    info!(
+        kernel = hello.kernel_release,
+        agent = hello.agent_version,
+        boot_us = hello.ready_us,
+        "the guest is ready"
+    );
+    Ok(agent)
 }
 
 /// What `pericarp list` shows of a pod.

@@ -1,10 +1,12 @@
-//! Port-forwarding: connections to the loopback of the pod's network namespace on the host reach listeners in the guest.
+//! Port-forwarding: connections to the loopback of the pod's network namespace on the host reach
+//! listeners in the guest.
 //!
 //! containerd answers `PortForward` by dialling `localhost:<port>` inside the namespace (containerd
-//! `internal/cri/server/sandbox_portforward_linux.go`), first IPv4, then IPv6. Nothing of the pod listens there: its
-//! listeners are in the guest. So one listener of ours answers every port of that namespace ([`pericarp_sys::sk_lookup`]) and
-//! carries each connection over a stream of its own to the same port of the guest's loopback. Frames that arrive from outside
-//! never get there: they are redirected to the guest before the namespace's stack sees them.
+//! `internal/cri/server/sandbox_portforward_linux.go`), first IPv4, then IPv6. Nothing of the pod
+//! listens there: its listeners are in the guest. So one listener of ours answers every port of
+//! that namespace ([`pericarp_sys::sk_lookup`]) and carries each connection over a stream of its
+//! own to the same port of the guest's loopback. Frames that arrive from outside never get there:
+//! they are redirected to the guest before the namespace's stack sees them.
 
 use std::{
     fs::File,

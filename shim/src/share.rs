@@ -6,8 +6,9 @@
 //! <state>/shared/<container>/mount-<n>  a volume, file or directory
 //! ```
 //!
-//! virtiofsd runs in a mount namespace that is a slave of ours, so what is mounted here later appears there. It sees this
-//! directory and nothing else. It ends when the VMM closes the vhost-user connection.
+//! virtiofsd runs in a mount namespace that is a slave of ours, so what is mounted here later
+//! appears there. It sees this directory and nothing else. It ends when the VMM closes the
+//! vhost-user connection.
 
 use std::{
     fs::{self, File},
@@ -57,7 +58,8 @@ impl SharedDirectory {
         self.path.join(id)
     }
 
-    /// Mounts a container's root file system as the snapshotter described it, or binds a directory that is ready.
+    /// Mounts a container's root file system as the snapshotter described it, or binds a directory
+    /// that is ready.
     pub(crate) fn mount_rootfs(
         &self,
         id: &str,

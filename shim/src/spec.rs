@@ -1,9 +1,12 @@
-//! From the OCI specification that containerd wrote for this host to the one that the agent builds in the guest.
+//! From the OCI specification that containerd wrote for this host to the one that the agent builds
+//! in the guest.
 //!
 //! Three things happen to a part of it:
 //! - it holds in the guest as it stands (capabilities, limits, seccomp, most mounts): kept;
-//! - it names something of the host that the guest gets in another way (bind mounts, namespaces of the pod): translated;
-//! - it cannot hold in a VM (host namespaces, host devices, hooks on the host): refused, naming the field.
+//! - it names something of the host that the guest gets in another way (bind mounts, namespaces of
+//!   the pod): translated;
+//! - it cannot hold in a VM (host namespaces, host devices, hooks on the host): refused, naming the
+//!   field.
 
 use std::path::{Path, PathBuf};
 
@@ -75,7 +78,8 @@ pub(crate) fn check(spec: &Spec) -> Result<(), CallError> {
         if !has(kind) {
             return Err(invalid(
                 &format!("linux.namespaces: no {field} namespace (pod field {pod_field})"),
-                "a pod in a VM cannot have the host's: leave the field out or use another RuntimeClass",
+                "a pod in a VM cannot have the host's: leave the field out or use another \
+                    RuntimeClass",
             ));
         }
     }
@@ -102,7 +106,8 @@ pub(crate) fn check(spec: &Spec) -> Result<(), CallError> {
     Ok(())
 }
 
-/// Translates the specification of container `id`. `host_of` tells what a mount's source is on the host.
+/// Translates the specification of container `id`. `host_of` tells what a mount's source is on the
+/// host.
 pub(crate) fn translate(
     mut spec: Spec,
     id: &str,

@@ -1,5 +1,6 @@
-//! The agent's counters in the types that containerd understands: cgroup v2's `Metrics` (containerd/cgroups
-//! `cgroup2/stats/metrics.proto`), whatever the host's own cgroup version is, because the guest's is 2.
+//! The agent's counters in the types that containerd understands: cgroup v2's `Metrics`
+//! (containerd/cgroups `cgroup2/stats/metrics.proto`), whatever the host's own cgroup version is,
+//! because the guest's is 2.
 
 use std::collections::HashMap;
 

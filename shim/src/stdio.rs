@@ -1,9 +1,10 @@
 //! Bytes between containerd's FIFOs and the streams of a process in the guest.
 //!
-//! containerd names a FIFO (or `file://` path) per stream and opens the other ends when it likes, and again after it
-//! restarted. So both ends of each FIFO are held here: an output FIFO is opened for reading and writing, which needs no
-//! reader and never raises EPIPE; of the stdin FIFO a writer is held until `CloseIO`, so that only the client's wish, not
-//! its restart, ends the process's input. The same is what containerd's own shim does.
+//! containerd names a FIFO (or `file://` path) per stream and opens the other ends when it likes,
+//! and again after it restarted. So both ends of each FIFO are held here: an output FIFO is opened
+//! for reading and writing, which needs no reader and never raises EPIPE; of the stdin FIFO a
+//! writer is held until `CloseIO`, so that only the client's wish, not its restart, ends the
+//! process's input. The same is what containerd's own shim does.
 
 use std::{
     io,
@@ -24,7 +25,8 @@ use tracing::debug;
 
 /// Bytes moved at once: one default pipe's worth.
 const CHUNK_BYTES: usize = 64 << 10;
-/// How long the output of an ended process may take to reach a slow reader before `Delete` gives up on it.
+/// How long the output of an ended process may take to reach a slow reader before `Delete` gives up
+/// on it.
 const DRAIN_MS: u64 = 2_000;
 
 /// What containerd asked for; empty paths are streams not wanted.
@@ -162,7 +164,8 @@ pub(crate) struct Copying {
 }
 
 impl Copying {
-    /// Starts copying between the host's ends and the guest's streams, which stand in the order of [`HostEnds::wanted`].
+    /// Starts copying between the host's ends and the guest's streams, which stand in the order of
+    /// [`HostEnds::wanted`].
     pub(crate) fn start(ends: HostEnds, streams: [Option<UnixStream>; 3]) -> Self {
         let [stdin, stdout, stderr] = streams;
         let mut copying = Self::default();

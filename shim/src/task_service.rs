@@ -1,7 +1,8 @@
-//! containerd's task service: translates between its messages and [`crate::container`], and nothing else.
+//! containerd's task service: translates between its messages and [`crate::container`], and nothing
+//! else.
 //!
-//! Versions 2 and 3 of the service have the same messages under two names (containerd `docs/runtime-v2.md`), so one
-//! implementation is registered twice.
+//! Versions 2 and 3 of the service have the same messages under two names (containerd
+//! `docs/runtime-v2.md`), so one implementation is registered twice.
 
 use std::{collections::HashMap, sync::Arc, sync::atomic::Ordering};
 

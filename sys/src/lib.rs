@@ -31,7 +31,6 @@ pub mod socket_io;
 pub mod terminal;
 pub mod vsock;
 
-pub mod tun;
-pub mod startup;
-pub mod sk_lookup;
 pub mod memory_file;
+pub mod sk_lookup;
+pub mod startup;

@@ -58,7 +58,12 @@ fn create_transparent(bytes: u64) -> io::Result<OwnedFd> {
     context.set_string(c"size", c"0")?;
     let mount = context.mount(libc::MOUNT_ATTR_NOEXEC | libc::MOUNT_ATTR_NODEV)?;
     let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
-    let file = File::from(openat(mount.as_fd(), ".", flags, Mode::S_IRUSR | Mode::S_IWUSR)?);
+    let file = File::from(openat(
+        mount.as_fd(),
+        ".",
+        flags,
+        Mode::S_IRUSR | Mode::S_IWUSR,
+    )?);
     file.set_len(bytes)?;
     Ok(file.into())
 }

@@ -1,4 +1,5 @@
-//! Starting a process with descriptors at fixed numbers, in a cgroup, and as the first of a PID namespace.
+//! Starting a process with descriptors at fixed numbers, in a cgroup, and as the first of a PID
+//! namespace.
 
 use std::{
     fs::File,
@@ -46,8 +47,9 @@ pub fn spawn_placed(command: &mut Command, placement: &Placement<'_>) -> io::Res
     }
     for cgroup in placement.cgroups {
         let descriptor = cgroup.as_raw_fd();
-        // SAFETY: the closure runs between fork and exec and calls write(2) alone, which is async-signal-safe; the
-        // descriptor is open in the child because fork copies it and the caller holds the file across the call.
+        // SAFETY: the closure runs between fork and exec and calls write(2) alone, which is
+        // async-signal-safe; the descriptor is open in the child because fork copies it and the
+        // caller holds the file across the call.
         unsafe {
             command.pre_exec(move || {
                 // "0" is the writing process itself (cgroups(7)).
@@ -62,7 +64,8 @@ pub fn spawn_placed(command: &mut Command, placement: &Placement<'_>) -> io::Res
     if !placement.new_pid_namespace {
         return command.spawn();
     }
-    // unshare(CLONE_NEWPID) concerns the children of the calling thread alone, so it happens on a thread of its own.
+    // unshare(CLONE_NEWPID) concerns the children of the calling thread alone, so it happens on a
+    // thread of its own.
     std::thread::scope(|scope| {
         let spawner = scope.spawn(|| {
             unshare(CloneFlags::CLONE_NEWPID).map_err(io::Error::from)?;
@@ -74,7 +77,8 @@ pub fn spawn_placed(command: &mut Command, placement: &Placement<'_>) -> io::Res
     })
 }
 
-/// Takes the listening unix socket that a parent left open at `number`. Call it once: a second listener would close the first.
+/// Takes the listening unix socket that a parent left open at `number`. Call it once: a second
+/// listener would close the first.
 ///
 /// # Errors
 /// When `number` is not an open socket.
@@ -83,8 +87,8 @@ pub fn take_listener(number: RawFd) -> io::Result<UnixListener> {
     if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the descriptor is open, as fcntl(2) has just told, and nothing else in this process owns it: it was
-    // inherited at a number that only the caller knows.
+    // SAFETY: the descriptor is open, as fcntl(2) has just told, and nothing else in this process
+    // owns it: it was inherited at a number that only the caller knows.
     let listener = unsafe { UnixListener::from_raw_fd(number) };
     // Anything but a socket is refused here.
     listener.local_addr()?;
@@ -92,8 +96,8 @@ pub fn take_listener(number: RawFd) -> io::Result<UnixListener> {
 }
 
 fn place_descriptor(command: &mut Command, descriptor: RawFd, number: RawFd) {
-    // SAFETY: the closure runs between fork and exec and calls dup2(2) and fcntl(2) alone, which are async-signal-safe;
-    // the callers of this module hold the descriptor open across the spawn.
+    // SAFETY: the closure runs between fork and exec and calls dup2(2) and fcntl(2) alone, which
+    // are async-signal-safe; the callers of this module hold the descriptor open across the spawn.
     unsafe {
         command.pre_exec(move || {
             let result = if descriptor == number {

@@ -1,8 +1,9 @@
-//! One TCP listener for every port of a network namespace, by a `BPF_PROG_TYPE_SK_LOOKUP` program (Linux 5.9,
-//! `Documentation/bpf/prog_sk_lookup.rst`).
+//! One TCP listener for every port of a network namespace, by a `BPF_PROG_TYPE_SK_LOOKUP` program
+//! (Linux 5.9, `Documentation/bpf/prog_sk_lookup.rst`).
 //!
-//! The program is asked for a listener when a connection request arrives for the namespace's own stack, and answers with the
-//! one socket of its map. The accepted connection's local address is the one that the peer dialled.
+//! The program is asked for a listener when a connection request arrives for the namespace's own
+//! stack, and answers with the one socket of its map. The accepted connection's local address is
+//! the one that the peer dialled.
 
 use std::{
     io,
@@ -73,10 +74,11 @@ pub struct AllPorts {
     _link: OwnedFd,
 }
 
-/// Makes `listener` the one that answers every TCP port of `network_namespace` that nobody listens on more specifically.
+/// Makes `listener` the one that answers every TCP port of `network_namespace` that nobody listens
+/// on more specifically.
 ///
-/// # Errors
-/// What bpf(2) says: `EPERM` without the right to, `EINVAL` on a kernel without socket lookup programs.
+/// # Errors What bpf(2) says: `EPERM` without the right to, `EINVAL` on a kernel without socket
+/// lookup programs.
 pub fn listen_on_all_ports(
     network_namespace: BorrowedFd<'_>,
     listener: &TcpListener,
@@ -91,9 +93,10 @@ pub fn listen_on_all_ports(
     };
     // SAFETY: the attributes hold numbers only.
     let link = unsafe { bpf(BPF_LINK_CREATE, &attributes) }?;
-    // SAFETY: the kernel just made this descriptor for this call, so nothing else owns it. The link holds the program, and
-    // the program its map.
-    Ok(AllPorts { _link: unsafe { OwnedFd::from_raw_fd(link) } })
+    // SAFETY: the kernel just made this descriptor for this call, so nothing else owns it.
+    let link = unsafe { OwnedFd::from_raw_fd(link) };
+    // The link holds the program, and the program its map.
+    Ok(AllPorts { _link: link })
 }
 
 fn make_map(listener: &TcpListener) -> io::Result<OwnedFd> {
@@ -117,17 +120,23 @@ fn make_map(listener: &TcpListener) -> io::Result<OwnedFd> {
         value: std::ptr::from_ref(&value).expose_provenance() as u64,
         flags: 0,
     };
-    // SAFETY: key and value are of the sizes that the map was made with, and live through the call; the kernel only reads them.
+    // SAFETY: key and value are of the sizes that the map was made with, and live through the call;
+    // the kernel only reads them.
     unsafe { bpf(BPF_MAP_UPDATE_ELEM, &attributes) }?;
     Ok(map)
 }
 
 const fn instruction(code: u8, to: u8, from: u8, offset: i16, immediate: i32) -> Instruction {
-    Instruction { code, registers: to | (from << 4), offset, immediate }
+    Instruction {
+        code,
+        registers: to | (from << 4),
+        offset,
+        immediate,
+    }
 }
 
-/// `sk = map[0]; if sk { bpf_sk_assign(ctx, sk, 0); bpf_sk_release(sk) } return SK_PASS`. An assignment that the kernel
-/// refuses (UDP, another family) leaves the ordinary lookup.
+/// `sk = map[0]; if sk { bpf_sk_assign(ctx, sk, 0); bpf_sk_release(sk) } return SK_PASS`. An
+/// assignment that the kernel refuses (UDP, another family) leaves the ordinary lookup.
 fn program(map: i32) -> Vec<Instruction> {
     const MOVE_REGISTER: u8 = 0xbf;
     const MOVE_CONSTANT: u8 = 0xb7;
@@ -175,7 +184,8 @@ fn load(instructions: &[Instruction]) -> io::Result<OwnedFd> {
         prog_ifindex: 0,
         expected_attach_type: BPF_SK_LOOKUP,
     };
-    // SAFETY: `insns` and `license` point to live memory of the stated length that the kernel only reads.
+    // SAFETY: `insns` and `license` point to live memory of the stated length that the kernel only
+    // reads.
     let fd = unsafe { bpf(BPF_PROG_LOAD, &attributes) }?;
     // SAFETY: the kernel just made this descriptor for this call, so nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
@@ -210,7 +220,10 @@ mod tests {
             for address in ["127.0.0.1:80", "127.0.0.1:65535", "[::1]:8080"] {
                 let client = TcpStream::connect(address).unwrap();
                 let (accepted, _) = listener.accept().unwrap();
-                assert_eq!(accepted.local_addr().unwrap().port(), client.peer_addr().unwrap().port());
+                assert_eq!(
+                    accepted.local_addr().unwrap().port(),
+                    client.peer_addr().unwrap().port()
+                );
             }
         });
         tested.join().unwrap();

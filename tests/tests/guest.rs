@@ -1,4 +1,5 @@
-//! The recipes of the guest: the image is the same bit for bit, and what is wrong fails in one line.
+//! The recipes of the guest: the image is the same bit for bit, and what is wrong fails in one
+//! line.
 
 use std::{
     fs,

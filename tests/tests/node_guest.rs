@@ -1,5 +1,6 @@
-//! Our kernel and image without our VMM: QEMU in the node boots them. The kernel has what containers
-//! and the design need, and the figures of QEMU's microvm are what `pericarp-vmm` has to beat.
+//! Our kernel and image without our VMM: QEMU in the node boots them. The kernel has what
+//! containers and the design need, and the figures of QEMU's microvm are what `pericarp-vmm` has to
+//! beat.
 
 use std::path::PathBuf;
 

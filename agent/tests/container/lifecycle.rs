@@ -224,7 +224,8 @@ fn hooks_run_where_the_specification_says() {
     assert!(place.error().contains("No such file"), "{}", place.error());
 }
 
-/// Alone in its process, since it counts what belongs to the process: `--ignored --test-threads=1 growth`.
+/// Alone in its process, since it counts what belongs to the process: `--ignored --test-threads=1
+/// growth`.
 #[test]
 #[ignore = "counts descriptors of the whole process; run alone"]
 fn many_containers_leave_no_growth() {

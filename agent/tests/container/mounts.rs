@@ -43,7 +43,10 @@ fn the_usual_mounts_have_their_options() {
 
 #[test]
 fn the_cgroup_mount_shows_the_container_alone() {
-    let outcome = Place::new().sh("cat /sys/fs/cgroup/cgroup.procs; cat /proc/self/cgroup; echo x > /sys/fs/cgroup/cgroup.procs || echo denied");
+    let outcome = Place::new().sh(
+        "cat /sys/fs/cgroup/cgroup.procs; cat /proc/self/cgroup; echo x \
+        > /sys/fs/cgroup/cgroup.procs || echo denied",
+    );
     assert!(outcome.stdout.starts_with("1\n"), "{outcome:?}");
     assert!(
         outcome.stdout.contains("0::/\n") && outcome.stdout.contains("denied"),
@@ -60,7 +63,8 @@ fn devices_and_links() {
         {"path": "/dev/fifo", "type": "p", "major": 0, "minor": 0},
     ]);
     let outcome = place.sh(
-        "for d in null zero full random urandom tty fuse sub/disk fifo; do stat -c '%n %F %t:%T %a %u:%g' /dev/$d; done; \
+        "for d in null zero full random urandom tty fuse sub/disk fifo; do stat -c '%n %F %t:%T \
+            %a %u:%g' /dev/$d; done; \
          for l in fd stdin stdout stderr core ptmx; do readlink /dev/$l; done; \
          head -c 4 /dev/zero | od -An -tx1; echo hi > /dev/null && echo ok",
     );
@@ -92,7 +96,8 @@ fn device_rules_refuse_what_is_not_allowed() {
         {"allow": true, "type": "c", "major": 1, "minor": 11, "access": "w"},
     ]);
     let outcome = place.sh(
-        "head -c 1 /dev/zero | wc -c; (: >> /dev/kmsg) && echo kmsg-write; (: < /dev/kmsg) 2>/dev/null || echo kmsg-no-read; \
+        "head -c 1 /dev/zero | wc -c; (: >> /dev/kmsg) && echo kmsg-write; (: < /dev/kmsg) \
+            2>/dev/null || echo kmsg-no-read; \
          mknod /dev/mem2 c 1 1 && (: < /dev/mem2) 2>/dev/null || echo mem-no-read",
     );
     assert_eq!(outcome.stdout, "1\nkmsg-write\nkmsg-no-read\nmem-no-read\n");
@@ -133,7 +138,8 @@ fn bind_mounts_of_directories_and_files() {
     place.mount(json!({"destination": "/writable/deep", "type": "bind", "source": outside, "options": ["rbind", "rw", "nosuid", "noexec", "nodev"]}));
     place.mount(json!({"destination": "/etc/one", "source": outside.join("file"), "options": ["bind", "ro"]}));
     let outcome = place.sh(
-        "cat /volume/file /etc/one; touch /volume/x 2>/dev/null || echo ro; touch /writable/deep/made; \
+        "cat /volume/file /etc/one; touch /volume/x 2>/dev/null || echo ro; touch \
+            /writable/deep/made; \
          grep ' /writable/deep ' /proc/self/mountinfo | cut -d' ' -f6",
     );
     assert_eq!(
@@ -159,7 +165,8 @@ fn recursive_read_only_reaches_mounts_beneath() {
         )
         .unwrap();
         place.mount(json!({"destination": "/volume", "type": "bind", "source": outside, "options": ["rbind", option]}));
-        let outcome = place.sh("touch /volume/x 2>/dev/null && echo upper ok; touch /volume/lower/x 2>/dev/null && echo lower ok");
+        let outcome = place.sh("touch /volume/x 2>/dev/null && echo upper ok; touch \
+            /volume/lower/x 2>/dev/null && echo lower ok");
         nix::mount::umount(&outside.join("lower")).unwrap();
         assert_eq!(outcome.stdout, expected, "{option}");
     }
@@ -199,7 +206,10 @@ fn tmpfs_options_mode_and_copy_up() {
     symlink("sub/file", data.join("link")).unwrap();
     fs::set_permissions(&data, std::os::unix::fs::PermissionsExt::from_mode(0o711)).unwrap();
     place.mount(json!({"destination": "/data", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup", "size=1m", "ro"]}));
-    let outcome = place.sh("cat /data/link; stat -c %u:%g /data/sub/file; stat -c %a /data; touch /data/x 2>/dev/null || echo ro");
+    let outcome = place.sh(
+        "cat /data/link; stat -c %u:%g /data/sub/file; stat -c %a /data; touch \
+        /data/x 2>/dev/null || echo ro",
+    );
     assert_eq!(outcome.stdout, "copied\n7:8\n711\nro\n");
 }
 

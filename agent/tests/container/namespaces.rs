@@ -130,7 +130,8 @@ fn a_user_namespace_maps_its_root() {
     place.user_namespace();
     std::os::unix::fs::chown(place.rootfs().join("data"), Some(100_000), Some(100_000)).unwrap();
     let outcome = place.sh(
-        "id -u; cat /proc/self/uid_map | tr -s ' '; stat -c %u /data /etc; touch /data/x && echo made; \
+        "id -u; cat /proc/self/uid_map | tr -s ' '; stat -c %u /data /etc; touch /data/x && echo \
+            made; \
          echo > /dev/null && echo null; stat -c '%F %u %t:%T' /dev/null; ls /sys | wc -l; mount -t tmpfs x /tmp || echo denied",
     );
     let lines: Vec<_> = outcome.stdout.lines().collect();
@@ -232,7 +233,10 @@ fn a_user_namespace_is_joined_with_those_that_it_owns() {
         let path = format!("/proc/{}/ns/{file}", first.pid);
         place.namespace(json!({"type": kind, "path": path}));
     }
-    let outcome = place.sh("id -u; hostname; readlink /proc/self/ns/user; ls /sys/class/net | grep lo; echo x > /dev/null");
+    let outcome = place.sh(
+        "id -u; hostname; readlink /proc/self/ns/user; ls /sys/class/net | \
+        grep lo; echo x > /dev/null",
+    );
     let user = std::fs::read_link(format!("/proc/{}/ns/user", first.pid)).unwrap();
     assert_eq!(
         outcome.stdout,

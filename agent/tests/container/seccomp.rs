@@ -14,7 +14,8 @@ fn a_filter_refuses_with_its_errno() {
         let mut place = Place::new();
         place.spec["process"]["noNewPrivileges"] = json!(no_new_privileges);
         place.spec["linux"]["seccomp"] = refuse("mkdir", "SCMP_ACT_ERRNO");
-        let outcome = place.sh("grep ^Seccomp: /proc/self/status | cut -f2; mkdir /data/x 2>/dev/null || echo refused; grep CapEff /proc/self/status | cut -f2");
+        let outcome = place.sh("grep ^Seccomp: /proc/self/status | cut -f2; mkdir /data/x \
+            2>/dev/null || echo refused; grep CapEff /proc/self/status | cut -f2");
         assert!(outcome.stdout.starts_with("2\n"), "{outcome:?}");
         assert!(outcome.stdout.contains("refused\n"), "{outcome:?}");
         // CAP_SYS_ADMIN, needed for the filter, is not left behind.

@@ -13,7 +13,8 @@ fn a_terminal_is_the_controlling_one_and_has_its_size() {
     place.spec["process"]["args"] = json!([
         "sh",
         "-c",
-        "tty; stty size; stat -c '%t:%T' /dev/console; test -t 0 && test -t 2 && echo all; read x; echo got $x; stat -c %u $(tty)"
+        "tty; stty size; stat -c '%t:%T' /dev/console; test -t 0 && test -t 2 && echo all; read \
+            x; echo got $x; stat -c %u $(tty)"
     ]);
     place.spec["process"]["user"] = json!({"uid": 1000, "gid": 0});
     let mut options = place.options();

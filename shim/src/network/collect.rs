@@ -132,7 +132,8 @@ fn address(message: &AddressMessage) -> Option<String> {
     if message.header.family == AddressFamily::Inet6 && message.header.scope == AddressScope::Link {
         return None;
     }
-    // On point-to-point interfaces `Address` is the peer's and `Local` is ours; elsewhere both are the same (ifaddrs(3)).
+    // On point-to-point interfaces `Address` is the peer's and `Local` is ours; elsewhere both are
+    // the same (ifaddrs(3)).
     let mut address = None;
     let mut local = None;
     for attribute in &message.attributes {

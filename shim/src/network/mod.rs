@@ -5,11 +5,12 @@
 //!       keeps name and addresses in the namespace                                same MAC, MTU, addresses, routes
 //! ```
 //!
-//! Frames are redirected both ways before the host's stack sees them, so that everything outside the pod (bridge, policy,
-//! service routing) works on the interface that CNI made. The host's stack in the namespace stays reachable on loopback
-//! alone, which is where port-forwarding comes in.
+//! Frames are redirected both ways before the host's stack sees them, so that everything outside
+//! the pod (bridge, policy, service routing) works on the interface that CNI made. The host's stack
+//! in the namespace stays reachable on loopback alone, which is where port-forwarding comes in.
 //!
-//! A network namespace belongs to a thread, so all this happens on a thread of its own with a runtime of its own.
+//! A network namespace belongs to a thread, so all this happens on a thread of its own with a
+//! runtime of its own.
 
 mod collect;
 
@@ -218,43 +219,8 @@ async fn attach_one(
         });
     }
     let name = tap_name(link);
-    let host = |action: &str| {
-        let action = format!("{action} {name}");
-        move |source| NetworkError::Host { action, source }
-    };
-    let mut taps = Vec::new();
-    for _ in 0..plan.queues {
-        taps.push(
-            pericarp_sys::tun::open_tap_queue(&name, plan.queues > 1)
-                .map_err(host("making tap"))?,
-        );
-    }
-    // The tap has no business of its own in the namespace: without this the host would announce itself on it.
-    let quiet = format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6");
-    match fs::write(&quiet, "1") {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(host("silencing IPv6 on")(error));
-        }
-        _ => {}
-    }
+    let (tap, taps) = make_tap(handle, &name, link.mtu, plan.queues).await?;
     let netlink = |action: String| move |source| NetworkError::Netlink { action, source };
-    let found = handle
-        .link()
-        .get()
-        .match_name(name.clone())
-        .execute()
-        .try_next()
-        .await;
-    let tap = found
-        .map_err(netlink(format!("looking for tap {name}")))?
-        .map_or(0, |tap| tap.header.index);
-    let change = LinkUnspec::new_with_index(tap).mtu(link.mtu).up().build();
-    handle
-        .link()
-        .set(change)
-        .execute()
-        .await
-        .map_err(netlink(format!("bringing tap {name} up")))?;
     redirect(handle, link.index, tap)
         .await
         .map_err(netlink(format!("redirecting {} to {name}", link.name)))?;
@@ -277,6 +243,44 @@ async fn attach_one(
         receive_limit: plan.receive_limit,
         transmit_limit: plan.transmit_limit,
     })
+}
+
+/// Makes the tap with its queues, silent and up; the answer is its index and a descriptor a queue.
+async fn make_tap(
+    handle: &Handle,
+    name: &str,
+    mtu: u32,
+    queues: u32,
+) -> Result<(u32, Vec<OwnedFd>), NetworkError> {
+    let host = |action: &str| {
+        let action = format!("{action} {name}");
+        move |source| NetworkError::Host { action, source }
+    };
+    let netlink = |action: String| move |source| NetworkError::Netlink { action, source };
+    let open = || pericarp_sys::tap::open(name, queues > 1);
+    let taps: io::Result<Vec<OwnedFd>> = (0..queues).map(|_| open()).collect();
+    let taps = taps.map_err(host("making tap"))?;
+    // The tap has no business of its own in the namespace: else the host would announce itself.
+    let quiet = format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6");
+    match fs::write(&quiet, "1") {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(host("silencing IPv6 on")(error));
+        }
+        _ => {}
+    }
+    let found = handle
+        .link()
+        .get()
+        .match_name(name.to_owned())
+        .execute()
+        .try_next()
+        .await;
+    let found = found.map_err(netlink(format!("looking for tap {name}")))?;
+    let tap = found.map_or(0, |tap| tap.header.index);
+    let change = LinkUnspec::new_with_index(tap).mtu(mtu).up().build();
+    let changed = handle.link().set(change).execute().await;
+    changed.map_err(netlink(format!("bringing tap {name} up")))?;
+    Ok((tap, taps))
 }
 
 /// A node without vhost-net is slower, not broken: `pericarp check` tells its operator.
@@ -306,8 +310,8 @@ async fn redirect(handle: &Handle, from: u32, to: u32) -> Result<(), rtnetlink::
         .await
 }
 
-/// Takes a tap and its redirection away. A namespace that is gone has taken both along; the tap itself goes with the VMM's
-/// descriptor.
+/// Takes a tap and its redirection away. A namespace that is gone has taken both along; the tap
+/// itself goes with the VMM's descriptor.
 pub(crate) fn remove_tap(namespace: &Path, name: &str, peer: &str) -> io::Result<()> {
     if !namespace.exists() {
         return Ok(());

@@ -12,15 +12,17 @@ const SHIM_END_TIMEOUT_S: u64 = 60;
 /// Prints everything that a pod may leave, a line each: processes without the kernel's own and the
 /// one that asks, mounts, cgroups, interfaces, network namespaces, files, named sockets.
 ///
-/// Not among it is what the first pod of a node makes for all: CNI's bridge and the cgroup of
-/// containerd's namespace.
+/// Not among it is what the first pod of a node makes for all: CNI's bridge, the cgroup of
+/// containerd's namespace, and the folders in which pods have files.
 const LIST: &str = r"
 ps --ppid 2 -p 2 --deselect -o pid=,ppid=,args= |
     awk -v me=$$ '$1 != me && $2 != me { $1 = $2 = ``; print `process` $0 }'
 awk '{ print `mount ` $5 ` ` $9 }' /proc/self/mountinfo
 find /sys/fs/cgroup -type d ! -name k8s.io -printf 'cgroup %p\n'
 ls /sys/class/net | grep -vx cni0 | sed 's/^/interface /'
-find /run/pericarp /run/netns /run/containerd* /dev/shm -printf 'file %p\n' 2>/dev/null || true
+find /run/pericarp /run/pericarp/.users /run/netns /dev/shm /run/containerd*/s \
+    /run/containerd*/io.containerd.*/* -mindepth 1 ! -name .users -printf 'file %p\n' 2>/dev/null ||
+    true
 awk '$8 ~ /pericarp|containerd.s/ { print `socket ` $8 }' /proc/net/unix
 ";
 

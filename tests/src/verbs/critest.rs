@@ -1,6 +1,7 @@
 //! The conformance tests of the CRI under Pericarp, beside the same tests under runc.
 //!
-//! critest's report is ginkgo's: <https://onsi.github.io/ginkgo/#generating-machine-readable-reports>.
+//! critest's report is ginkgo's:
+//! <https://onsi.github.io/ginkgo/#generating-machine-readable-reports>.
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -1,7 +1,8 @@
 //! The rules of CONTRIBUTING.md that a program can check, one test each.
 //!
-//! A failure names the place, what is wrong and what to do. Exceptions stand by name, with a reason,
-//! in `EXCEPTIONS`; one that no longer excuses anything is itself a failure. Needs no git and no root.
+//! A failure names the place, what is wrong and what to do. Exceptions stand by name, with a
+//! reason, in `EXCEPTIONS`; one that no longer excuses anything is itself a failure. Needs no git
+//! and no root.
 
 mod edges;
 mod source;
@@ -124,7 +125,8 @@ fn files(endings: &[&str]) -> Vec<SourceFile> {
     found
 }
 
-/// Fails with every violation that no exception excuses, and with every exception that excuses nothing.
+/// Fails with every violation that no exception excuses, and with every exception that excuses
+/// nothing.
 #[track_caller]
 fn judge(rule: &str, violations: Vec<(String, usize, String)>) {
     let excuses: Vec<&str> = EXCEPTIONS

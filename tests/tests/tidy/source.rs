@@ -65,7 +65,8 @@ fn short_files() {
         let count = file.production_lines().len();
         if count > FILE_LINES_MAX {
             let what = format!(
-                "{count} lines, at most {FILE_LINES_MAX}: split it by duty, move tests to `tests.rs`"
+                "{count} lines, at most {FILE_LINES_MAX}: split it by duty, move tests to \
+                    `tests.rs`"
             );
             violations.push((file.path, count, what));
         }

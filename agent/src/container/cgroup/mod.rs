@@ -51,7 +51,8 @@ pub(super) struct Cgroup {
     added_devices: Vec<LinuxDevice>,
 }
 
-/// Writes to a file of the kernel's, which is there or not: asked to create one, cgroup2 answers EACCES for either.
+/// Writes to a file of the kernel's, which is there or not: asked to create one, cgroup2 answers
+/// EACCES for either.
 fn put(path: &Path, value: &str) -> io::Result<()> {
     OpenOptions::new()
         .write(true)
@@ -306,7 +307,8 @@ fn delegate_controllers(parent: &Path) -> Result<(), ContainerError> {
     path.retain(|directory| directory.join("cgroup.subtree_control").exists());
     for directory in path.into_iter().rev() {
         let enabled = enable_controllers(directory);
-        // Further up another may have set what is allowed; what then is missing here is missed by the limit that needs it.
+        // Further up another may have set what is allowed; what then is missing here is missed by
+        // the limit that needs it.
         if directory == parent {
             enabled?;
         }

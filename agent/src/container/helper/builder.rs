@@ -110,7 +110,8 @@ pub(super) fn map_ids(
     Ok(())
 }
 
-/// Joins what is to be joined, but for the user namespace, which takes away the right to; that is given back.
+/// Joins what is to be joined, but for the user namespace, which takes away the right to; that is
+/// given back.
 fn join(
     plan: &ContainerPlan,
     descriptors: &mut Descriptors,

@@ -101,7 +101,8 @@ fn known(sets: CapabilitySets, last: u32) -> CapabilitySets {
 
 fn set(sets: CapabilitySets, effective: u64, permitted: u64) -> Result<(), ContainerError> {
     let object = format!(
-        "process.capabilities: effective {effective:#x}, permitted {permitted:#x}, inheritable {:#x}",
+        "process.capabilities: effective {effective:#x}, permitted {permitted:#x}, inheritable \
+            {:#x}",
         sets.inheritable
     );
     capabilities::set(effective, permitted, sets.inheritable).step("set", object)

@@ -26,7 +26,8 @@ mod tests {
 
     #[test]
     fn entries() {
-        let text = b"root:x:0:0:root:/root:/bin/sh\n# comment\nbad\nuser:x:1000:1000:,,,:/home/user:/bin/sh\n\
+        let text = b"root:x:0:0:root:/root:/bin/sh\n# \
+            comment\nbad\nuser:x:1000:1000:,,,:/home/user:/bin/sh\n\
             relative:x:7:7::home:\nno-shell:x:8:8::/srv\nutf8:x:9:9:\xff:/x:/y";
         assert_eq!(home(text, 0).as_deref(), Some("/root"));
         assert_eq!(home(text, 1000).as_deref(), Some("/home/user"));

@@ -50,7 +50,8 @@ pub(super) struct Sources {
     pub(super) devices: BTreeMap<usize, DetachedMount>,
     /// For masking files.
     pub(super) null: DetachedMount,
-    /// Instances, by their mounts' index, of namespaces that the container's user namespace does not own.
+    /// Instances, by their mounts' index, of namespaces that the container's user namespace does
+    /// not own.
     pub(super) file_systems: BTreeMap<usize, DetachedMount>,
 }
 
@@ -82,8 +83,9 @@ impl Sources {
         })
     }
 
-    /// Makes the file systems that show a namespace which is not of the container's user namespace: in there, the right to
-    /// mount them would be missing. To be called in those namespaces, and not yet in that of users.
+    /// Makes the file systems that show a namespace which is not of the container's user namespace:
+    /// in there, the right to mount them would be missing. To be called in those namespaces, and
+    /// not yet in that of users.
     pub(super) fn mount_shared(&mut self, plan: &ContainerPlan) -> Result<(), ContainerError> {
         if !plan.namespaces.has_user_namespace() {
             return Ok(());

@@ -87,7 +87,8 @@ fn the_last_of_two_opposite_options_wins() {
 #[test]
 fn every_option_of_the_specification_is_known() {
     // config.md, "Linux mount options", but for bind, remount and those of tmpfs.
-    let options = "async atime defaults dev diratime dirsync exec iversion lazytime loud noatime nodev nodiratime noexec \
+    let options = "async atime defaults dev diratime dirsync exec iversion lazytime loud noatime \
+        nodev nodiratime noexec \
         noiversion nolazytime norelatime nostrictatime nosuid nosymfollow private ratime rdev rdiratime relatime rexec rnoatime \
         rnodiratime rnoexec rnorelatime rnostrictatime rnosuid rnosymfollow ro rprivate rrelatime rro rrw rshared rslave \
         rstrictatime rsuid rsymfollow runbindable rw shared silent slave strictatime suid symfollow sync unbindable";
