@@ -118,7 +118,7 @@ fn under(
             "--image-endpoint",
             &endpoint,
         ])
-        .args(["--runtime-handler", handler, "--parallel", "1"])
+        .args(["--runtime-handler", handler])
         // critest's own limit for one call of the runtime is for real processors.
         .args([
             "--runtime-service-timeout",
