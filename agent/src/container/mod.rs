@@ -2,16 +2,17 @@
 //! out.
 //!
 //! ```text
-//!  agent (PID 1, many threads)          helper (re-exec, one thread)          init of the container
+//!  agent (PID 1, many threads)          helper (re-exec, one thread)          container's init
 //!  plan::of(spec)  ── pure ──┐
 //!  cgroup made, limits set   │
 //!  spawn container-init ─────┼────────> reads InitMessage
 //!  helper's pid into cgroup  │          opens sources, joins namespaces
-//!                            │          clone3(CLONE_PARENT) ───────────────> mounts, pivot, devices, identity
+//!                            │          clone3(CLONE_PARENT) ───────────────> mounts, pivot,
+//!                            │                                                │ devices, identity
 //!  <──── Report::Cloned ─────┤          maps ids, exits                       │
 //!  <──── Report::Ready ──────┼────────────────────────────────────────────────┤ waits
 //!  start: Order::Start ──────┼──────────────────────────────────────────────> │ execve
-//!  <──── end of file (it runs) or Report::Failed ────────────────────────────-┘
+//!  <──── end of file (it runs) or Report::Failed ─────────────────────────────┘
 //! ```
 //!
 //! Why the builder is ours: `docs/decisions/0016-own-container-builder.md`. Everything here is

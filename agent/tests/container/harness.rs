@@ -313,7 +313,8 @@ fn spec(root: &Path) -> Value {
         "process": process(&["true"]),
         "hostname": "inside",
         "mounts": [
-            {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
+            {"destination": "/proc", "type": "proc", "source": "proc",
+             "options": ["nosuid", "noexec", "nodev"]},
             {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
              "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
             {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
@@ -333,8 +334,10 @@ fn spec(root: &Path) -> Value {
                 {"type": "network"}, {"type": "cgroup"},
             ],
             "resources": {"devices": [{"allow": false, "access": "rwm"}]},
-            "maskedPaths": ["/proc/kcore", "/proc/acpi", "/proc/timer_list", "/proc/no-such-file", "/sys/firmware"],
-            "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
+            "maskedPaths": ["/proc/kcore", "/proc/acpi", "/proc/timer_list", "/proc/no-such-file",
+                            "/sys/firmware"],
+            "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys",
+                              "/proc/sysrq-trigger"],
         },
     })
 }

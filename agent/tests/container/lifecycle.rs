@@ -179,7 +179,8 @@ fn hooks_run_where_the_specification_says() {
             "echo {name} $X $(cat | grep -o '\"status\":\"[a-z]*\"') >> {}",
             log.display()
         );
-        json!([{"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["X=y", "PATH=/bin:/usr/bin"]}])
+        json!([{"path": "/bin/sh", "args": ["sh", "-c", script],
+                "env": ["X=y", "PATH=/bin:/usr/bin"]}])
     };
     place.spec["hooks"] = json!({
         "prestart": hook("prestart"),

@@ -58,7 +58,8 @@ fn the_cgroup_mount_shows_the_container_alone() {
 fn devices_and_links() {
     let mut place = Place::new();
     place.spec["linux"]["devices"] = json!([
-        {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 0o640, "uid": 5, "gid": 6},
+        {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 0o640,
+         "uid": 5, "gid": 6},
         {"path": "/dev/sub/disk", "type": "b", "major": 7, "minor": 0, "fileMode": 0o600},
         {"path": "/dev/fifo", "type": "p", "major": 0, "minor": 0},
     ]);
@@ -89,7 +90,10 @@ fn devices_and_links() {
 #[test]
 fn device_rules_refuse_what_is_not_allowed() {
     let mut place = Place::new();
-    let full = json!([{"path": "/dev/loop-control", "type": "c", "major": 10, "minor": 237}, {"path": "/dev/kmsg", "type": "c", "major": 1, "minor": 11}]);
+    let full = json!([
+        {"path": "/dev/loop-control", "type": "c", "major": 10, "minor": 237},
+        {"path": "/dev/kmsg", "type": "c", "major": 1, "minor": 11},
+    ]);
     place.spec["linux"]["devices"] = full;
     place.spec["linux"]["resources"]["devices"] = json!([
         {"allow": false, "access": "rwm"},
@@ -134,9 +138,16 @@ fn bind_mounts_of_directories_and_files() {
     let mut place = Place::new();
     let outside = place.outside("volume");
     fs::write(outside.join("file"), "from outside\n").unwrap();
-    place.mount(json!({"destination": "/volume", "type": "bind", "source": outside, "options": ["rbind", "rprivate", "ro"]}));
-    place.mount(json!({"destination": "/writable/deep", "type": "bind", "source": outside, "options": ["rbind", "rw", "nosuid", "noexec", "nodev"]}));
-    place.mount(json!({"destination": "/etc/one", "source": outside.join("file"), "options": ["bind", "ro"]}));
+    place.mount(
+        json!({"destination": "/volume", "type": "bind", "source": outside,
+        "options": ["rbind", "rprivate", "ro"]}),
+    );
+    place.mount(json!({"destination": "/writable/deep", "type": "bind",
+        "source": outside, "options": ["rbind", "rw", "nosuid", "noexec", "nodev"]}));
+    place.mount(
+        json!({"destination": "/etc/one", "source": outside.join("file"),
+        "options": ["bind", "ro"]}),
+    );
     let outcome = place.sh(
         "cat /volume/file /etc/one; touch /volume/x 2>/dev/null || echo ro; touch \
             /writable/deep/made; \
@@ -164,7 +175,10 @@ fn recursive_read_only_reaches_mounts_beneath() {
             none,
         )
         .unwrap();
-        place.mount(json!({"destination": "/volume", "type": "bind", "source": outside, "options": ["rbind", option]}));
+        place.mount(
+            json!({"destination": "/volume", "type": "bind", "source": outside,
+            "options": ["rbind", option]}),
+        );
         let outcome = place.sh("touch /volume/x 2>/dev/null && echo upper ok; touch \
             /volume/lower/x 2>/dev/null && echo lower ok");
         nix::mount::umount(&outside.join("lower")).unwrap();
@@ -180,8 +194,11 @@ fn id_mapped_mounts_show_mapped_owners() {
     fs::write(outside.join("file"), "").unwrap();
     chown(outside.join("file"), Some(1000), Some(1000)).unwrap();
     let map = json!([{"containerID": 0, "hostID": 20_000, "size": 5000}]);
-    place.mount(json!({"destination": "/mapped", "type": "bind", "source": outside, "options": ["bind", "idmap"],
-        "uidMappings": map, "gidMappings": map}));
+    place.mount(
+        json!({"destination": "/mapped", "type": "bind", "source": outside,
+        "options": ["bind", "idmap"],
+        "uidMappings": map, "gidMappings": map}),
+    );
     assert_eq!(
         place.sh("stat -c %u /mapped /mapped/file").stdout,
         "20000\n21000\n"
@@ -189,7 +206,10 @@ fn id_mapped_mounts_show_mapped_owners() {
     // In a user namespace, mapped as that: ids are the same inside as on the disk.
     place.spec["mounts"].as_array_mut().unwrap().pop();
     place.user_namespace();
-    place.mount(json!({"destination": "/mapped", "type": "bind", "source": outside, "options": ["rbind", "ridmap"]}));
+    place.mount(
+        json!({"destination": "/mapped", "type": "bind", "source": outside,
+        "options": ["rbind", "ridmap"]}),
+    );
     let outcome =
         place.sh("stat -c %u /mapped /mapped/file; touch /mapped/new && stat -c %u /mapped/new");
     assert_eq!(outcome.stdout, "0\n1000\n0\n");
@@ -205,7 +225,10 @@ fn tmpfs_options_mode_and_copy_up() {
     chown(data.join("sub/file"), Some(7), Some(8)).unwrap();
     symlink("sub/file", data.join("link")).unwrap();
     fs::set_permissions(&data, std::os::unix::fs::PermissionsExt::from_mode(0o711)).unwrap();
-    place.mount(json!({"destination": "/data", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup", "size=1m", "ro"]}));
+    place.mount(
+        json!({"destination": "/data", "type": "tmpfs", "source": "tmpfs",
+        "options": ["tmpcopyup", "size=1m", "ro"]}),
+    );
     let outcome = place.sh(
         "cat /data/link; stat -c %u:%g /data/sub/file; stat -c %a /data; touch \
         /data/x 2>/dev/null || echo ro",
@@ -226,8 +249,12 @@ fn links_of_an_image_lead_no_further_than_its_root() {
         place.rootfs().join("etc/resolv.conf"),
     )
     .unwrap();
-    place.mount(json!({"destination": "/link/inner", "type": "bind", "source": outside, "options": ["bind"]}));
-    place.mount(json!({"destination": "/etc/resolv.conf", "type": "bind", "source": outside.join("file"), "options": ["bind", "ro"]}));
+    place.mount(
+        json!({"destination": "/link/inner", "type": "bind", "source": outside,
+        "options": ["bind"]}),
+    );
+    place.mount(json!({"destination": "/etc/resolv.conf", "type": "bind",
+        "source": outside.join("file"), "options": ["bind", "ro"]}));
     let script = format!("cat /etc/resolv.conf {}/inner/file", target.display());
     assert_eq!(place.sh(&script).stdout, "mounted\nmounted\n");
     assert_eq!(fs::read_dir(&target).unwrap().count(), 0);
@@ -269,7 +296,10 @@ fn a_shared_volume_propagates_out() {
     nix::mount::mount(Some(&outside), &outside, none, bind, none).unwrap();
     nix::mount::mount(none, &outside, none, nix::mount::MsFlags::MS_SHARED, none).unwrap();
     fs::create_dir(outside.join("in")).unwrap();
-    place.mount(json!({"destination": "/volume", "type": "bind", "source": outside, "options": ["rbind", "rshared"]}));
+    place.mount(
+        json!({"destination": "/volume", "type": "bind", "source": outside,
+        "options": ["rbind", "rshared"]}),
+    );
     place.spec["linux"]["rootfsPropagation"] = json!("rshared");
     let mut admin = capabilities();
     for set in ["bounding", "effective", "permitted"] {

@@ -100,7 +100,8 @@ fn names_loopback_and_sysctls() {
     });
     let outcome = place.sh(
         "cat /proc/sys/kernel/domainname /proc/sys/net/ipv4/ip_unprivileged_port_start \
-         /proc/sys/kernel/shm_rmid_forced /proc/sys/fs/mqueue/msg_max; ip addr show lo | grep -c 127.0.0.1",
+         /proc/sys/kernel/shm_rmid_forced /proc/sys/fs/mqueue/msg_max; \
+         ip addr show lo | grep -c 127.0.0.1",
     );
     assert_eq!(outcome.stdout, "example.org\n80\n1\n12\n1\n");
 }
@@ -132,7 +133,8 @@ fn a_user_namespace_maps_its_root() {
     let outcome = place.sh(
         "id -u; cat /proc/self/uid_map | tr -s ' '; stat -c %u /data /etc; touch /data/x && echo \
             made; \
-         echo > /dev/null && echo null; stat -c '%F %u %t:%T' /dev/null; ls /sys | wc -l; mount -t tmpfs x /tmp || echo denied",
+         echo > /dev/null && echo null; stat -c '%F %u %t:%T' /dev/null; ls /sys | wc -l; \
+         mount -t tmpfs x /tmp || echo denied",
     );
     let lines: Vec<_> = outcome.stdout.lines().collect();
     assert_eq!(

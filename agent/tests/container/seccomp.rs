@@ -5,7 +5,8 @@ use serde_json::json;
 use crate::harness::*;
 
 fn refuse(name: &str, action: &str) -> serde_json::Value {
-    json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": [name], "action": action, "errnoRet": 99}]})
+    json!({"defaultAction": "SCMP_ACT_ALLOW",
+           "syscalls": [{"names": [name], "action": action, "errnoRet": 99}]})
 }
 
 #[test]

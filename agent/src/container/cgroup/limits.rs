@@ -299,6 +299,12 @@ fn io_settings(
             settings.push(setting(file, value, field));
         }
     }
+    settings.extend(io_throttles(block_io));
+    Ok(())
+}
+
+fn io_throttles(block_io: &LinuxBlockIo) -> Vec<Setting> {
+    let mut settings = Vec::new();
     let throttles: [(&str, &Option<Vec<LinuxThrottleDevice>>, &'static str); 4] = [
         (
             "rbps",
@@ -333,5 +339,5 @@ fn io_settings(
             settings.push(setting("io.max", value, field));
         }
     }
-    Ok(())
+    settings
 }

@@ -1,7 +1,8 @@
 //! The cgroup of one container, in the unified hierarchy (Documentation/admin-guide/cgroup-v2.rst).
 //!
 //! ```text
-//! <parent>/<id>      limits and device rules of the container; its processes, unless it makes cgroups of its own beneath
+//! <parent>/<id>      limits and device rules of the container; its processes, unless it makes
+//!                    cgroups of its own beneath
 //! ```
 //!
 //! Written on the files themselves: reading and writing a dozen of them is less than what a library

@@ -95,10 +95,9 @@ fn the_rest() {
         pairs(&[("pids.max", "max")])
     );
     assert_eq!(
-        settings(
-            json!({"blockIO": {"weight": 1000, "throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1024}],
-            "throttleWriteIOPSDevice": [{"major": 8, "minor": 0, "rate": 0}]}})
-        ),
+        settings(json!({"blockIO": {"weight": 1000,
+            "throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1024}],
+            "throttleWriteIOPSDevice": [{"major": 8, "minor": 0, "rate": 0}]}})),
         pairs(&[
             ("io.weight", "default 10000"),
             ("io.max", "8:0 rbps=1024"),
@@ -106,9 +105,8 @@ fn the_rest() {
         ])
     );
     assert_eq!(
-        settings(
-            json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 5}], "unified": {"memory.high": "7"}})
-        ),
+        settings(json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 5}],
+            "unified": {"memory.high": "7"}})),
         pairs(&[
             ("hugetlb.2MB.max", "5"),
             ("hugetlb.2MB.rsvd.max", "5"),

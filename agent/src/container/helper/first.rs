@@ -1,7 +1,8 @@
 //! The container's first process: from inside its new namespaces to its program.
 //!
 //! ```text
-//! identity in the user namespace ─ session ─ names ─ loopback ─ root file system (rootfs) ─ hooks ─ pivot ─ sysctls ─ program
+//! identity in the user namespace ─ session ─ names ─ loopback ─ root file system (rootfs)
+//!   ─ hooks ─ pivot ─ sysctls ─ program
 //! ```
 
 use std::{

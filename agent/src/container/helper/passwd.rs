@@ -51,7 +51,8 @@ mod tests {
 
         #[test]
         fn lines_of_the_right_form_are_found(uid: u32, path in "/[a-z/]{0,20}") {
-            let text = format!("x:y:{}:0::/other:\nu:x:{uid}:0:c:{path}:/bin/sh\n", uid.wrapping_add(1));
+            let other = uid.wrapping_add(1);
+            let text = format!("x:y:{other}:0::/other:\nu:x:{uid}:0:c:{path}:/bin/sh\n");
             prop_assert_eq!(home(text.as_bytes(), uid), Some(path));
         }
     }

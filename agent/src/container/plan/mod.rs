@@ -171,6 +171,12 @@ fn refuse_unsupported(spec: &Spec) -> Result<(), ContainerError> {
             "cache allocation is the host's; a guest has none",
         );
     }
+    if linux.memory_policy().is_some() {
+        return refuse(
+            "linux.memoryPolicy",
+            "memory nodes are the host's; a guest has one",
+        );
+    }
     if linux
         .net_devices()
         .as_ref()

@@ -88,10 +88,11 @@ fn the_last_of_two_opposite_options_wins() {
 fn every_option_of_the_specification_is_known() {
     // config.md, "Linux mount options", but for bind, remount and those of tmpfs.
     let options = "async atime defaults dev diratime dirsync exec iversion lazytime loud noatime \
-        nodev nodiratime noexec \
-        noiversion nolazytime norelatime nostrictatime nosuid nosymfollow private ratime rdev rdiratime relatime rexec rnoatime \
-        rnodiratime rnoexec rnorelatime rnostrictatime rnosuid rnosymfollow ro rprivate rrelatime rro rrw rshared rslave \
-        rstrictatime rsuid rsymfollow runbindable rw shared silent slave strictatime suid symfollow sync unbindable";
+        nodev nodiratime noexec noiversion nolazytime norelatime nostrictatime nosuid nosymfollow \
+        private ratime rdev rdiratime relatime rexec rnoatime rnodiratime rnoexec rnorelatime \
+        rnostrictatime rnosuid rnosymfollow ro rprivate rrelatime rro rrw rshared rslave \
+        rstrictatime rsuid rsymfollow runbindable rw shared silent slave strictatime suid \
+        symfollow sync unbindable";
     for option in options.split_whitespace() {
         let plan = mount(json!({"destination": "/x", "type": "tmpfs", "options": [option]}));
         let Source::FileSystem { data, .. } = plan.source else {
@@ -117,7 +118,7 @@ fn cgroup_is_the_unified_hierarchy() {
 
 #[test]
 fn refusals_name_their_field() {
-    let table: [(&str, Value, &str); 12] = [
+    let table: [(&str, Value, &str); 13] = [
         ("/root", Value::Null, "root: missing"),
         ("/process", Value::Null, "process: missing"),
         ("/linux", Value::Null, "linux: missing"),
@@ -142,6 +143,11 @@ fn refusals_name_their_field() {
         ),
         ("/hostname", json!("x".repeat(65)), "hostname: "),
         ("/linux/intelRdt", json!({}), "linux.intelRdt: "),
+        (
+            "/linux/memoryPolicy",
+            json!({"mode": "MPOL_BIND", "nodes": "0"}),
+            "linux.memoryPolicy: ",
+        ),
     ];
     for (pointer, value, expected) in table {
         if expected.is_empty() {
@@ -211,14 +217,16 @@ proptest! {
         if let Ok(plan) = planned(spec) {
             let destination = &plan.mounts[0].destination;
             prop_assert!(destination.starts_with('/') && destination.len() > 1);
-            prop_assert!(destination.split('/').skip(1).all(|name| !matches!(name, "" | "." | "..")));
+            let mut names = destination.split('/').skip(1);
+            prop_assert!(names.all(|name| !matches!(name, "" | "." | "..")));
         }
     }
 
     #[test]
     fn sysctl_names_never_climb(name in "(net|kernel|fs)[./a-z]{0,16}") {
         let mut spec = spec();
-        spec["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"}]);
+        spec["linux"]["namespaces"] =
+            json!([{"type": "mount"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"}]);
         spec["linux"]["sysctl"] = json!({name: "1"});
         if let Ok(plan) = planned(spec) {
             prop_assert!(plan.sysctls[0].0.split('/').all(|part| !matches!(part, "" | "." | "..")));

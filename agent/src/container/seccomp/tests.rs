@@ -158,7 +158,8 @@ fn masked_conditions_of_clone() {
         "defaultAction": "SCMP_ACT_ERRNO",
         "syscalls": [
             {"names": ["clone"], "action": "SCMP_ACT_ALLOW",
-             "args": [{"index": 0, "value": 2_114_060_288_u64, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ"}]},
+             "args": [{"index": 0, "value": 2_114_060_288_u64, "valueTwo": 0,
+                       "op": "SCMP_CMP_MASKED_EQ"}]},
             {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38},
         ],
     }));
@@ -193,7 +194,8 @@ fn conditions_on_one_argument_are_alternatives() {
 fn allow_by_default_stays_so_for_new_calls() {
     let filter = compiled(json!({
         "defaultAction": "SCMP_ACT_ALLOW",
-        "flags": ["SECCOMP_FILTER_FLAG_LOG", "SECCOMP_FILTER_FLAG_SPEC_ALLOW", "SECCOMP_FILTER_FLAG_TSYNC"],
+        "flags": ["SECCOMP_FILTER_FLAG_LOG", "SECCOMP_FILTER_FLAG_SPEC_ALLOW",
+                  "SECCOMP_FILTER_FLAG_TSYNC"],
         "syscalls": [{"names": ["uname"], "action": "SCMP_ACT_ERRNO"}],
     }));
     assert_eq!(filter.flags, 6);
