@@ -40,6 +40,9 @@ use crate::{
 /// How long events that containerd has not taken yet may hold up the end of the daemon.
 const LAST_EVENTS_MS: u64 = 5_000;
 
+/// How long answers that are under way may hold up the end of the daemon.
+const LAST_ANSWERS_MS: u64 = 200;
+
 /// Why the daemon could not serve.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DaemonError {
@@ -177,7 +180,9 @@ async fn serve(args: &Args) -> Result<(), DaemonError> {
     if let Some(socket) = socket {
         let _ = fs::remove_file(socket);
     }
-    server.disconnect().await;
+    // The answer to the call that ended the pod is still on its way; calls that wait for an end
+    // that has passed are not worth the wait.
+    let _ = timeout(Duration::from_millis(LAST_ANSWERS_MS), server.disconnect()).await;
     let _ = timeout(
         Duration::from_millis(LAST_EVENTS_MS),
         daemon.publisher.flush(),
