@@ -49,6 +49,13 @@ pub(super) const IMAGES: &[Image] = &[
         archive: super::BUSYBOX,
         ..BUSYBOX
     },
+    // Another image than the pods' own, as the real one is: critest counts an image's tags.
+    Image {
+        label: "pause 3.9",
+        command: &["sleep", "inf"],
+        names: &[("pause", "3.9")],
+        ..BUSYBOX
+    },
     Image {
         label: "pause",
         command: &["sleep", "inf"],
@@ -67,7 +74,8 @@ pub(super) const IMAGES: &[Image] = &[
     Image {
         label: "web server on port 80",
         content: Content::Web,
-        command: &["httpd", "-f", "-p", "80", "-h", "/www"],
+        // critest looks for the server's name in its log.
+        command: &["sh", "-c", "echo httpd starts; exec httpd -f -p 80 -h /www"],
         names: &[("nginx", "*"), ("httpd", "*")],
         ..BUSYBOX
     },
