@@ -3,8 +3,10 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, bail};
+use kvm_ioctls::{Kvm, VmFd};
 use nix::mount::{MsFlags, mount};
 
 use super::own_root;
@@ -62,7 +64,24 @@ pub(super) fn run(set_up: &SetUp) -> Result<()> {
     for address in &set_up.vfio {
         bind_to_vfio(address)?;
     }
+    if set_up.is_machine {
+        hold_a_vm();
+    }
     Ok(())
+}
+
+/// Keeps an empty VM for as long as the node lives.
+///
+/// The first VM of a kernel and the end of its last one patch the code of the scheduler (the static
+/// key of preemption notifiers). Emulation in several threads sometimes runs the breakpoint of such
+/// a patch on another processor after it was taken back, and the node's kernel dies of an `int3`
+/// that nobody expects: with this VM, pods that come and go patch nothing.
+fn hold_a_vm() {
+    static HELD: OnceLock<VmFd> = OnceLock::new();
+    // A node without KVM is still good for what needs no VM.
+    if let Ok(vm) = Kvm::new().and_then(|kvm| kvm.create_vm()) {
+        HELD.get_or_init(|| vm);
+    }
 }
 
 fn folder(path: &Path) -> Result<()> {
