@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! process <id>          a stream of a process to come; <id> is a decimal u64, not 0, unique
-//! tcp <address> <port>  a connection to a listener in the pod: `tcp 127.0.0.1 8080`, `tcp ::1 8080`
+//! tcp <address> <port>  a connection to a listener in the pod, such as `tcp ::1 8080`
 //! ```
 //!
 //! The agent answers `ok\n` or `error <text>\n`; after `ok` the connection is raw bytes in both

@@ -131,7 +131,8 @@ mod tests {
                 "kubepods-burstable-pod1.slice:cri-containerd:abc"
             )),
             Path::new(
-                "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-abc.scope"
+                "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/\
+                 cri-containerd-abc.scope"
             )
         );
         assert_eq!(relative(Path::new("-.slice::abc")), Path::new("abc.scope"));

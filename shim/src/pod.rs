@@ -1,10 +1,10 @@
 //! The pod: one VM, its containers, and everything on the host that is theirs.
 //!
 //! ```text
-//! daemon starts ──> boot: settings, state directory, cgroup, shared directory, network, VMM ──> agent greets ──> configured
+//! daemon starts ──> boot: settings, state, cgroup, shared directory, network, VMM ──> configured
 //!                     │ fails: everything undone, every call answers why
 //!                     v
-//!            containers come and go (container.rs) ──> Shutdown, none left ──> tear_down ──> process ends
+//!            containers come and go (container.rs) ──> Shutdown, none left ──> tear_down ──> end
 //!                     │
 //!                     └─ VMM or guest ends: every process ends with 137, calls answer why
 //! ```

@@ -304,15 +304,16 @@ mod tests {
 
     fn namespaces() -> serde_json::Value {
         json!([
-            {"type": "pid"}, {"type": "network", "path": "/var/run/netns/x"}, {"type": "ipc", "path": "/proc/1/ns/ipc"},
-            {"type": "uts", "path": "/proc/1/ns/uts"}, {"type": "mount"}, {"type": "cgroup"}
+            {"type": "pid"}, {"type": "network", "path": "/var/run/netns/x"},
+            {"type": "ipc", "path": "/proc/1/ns/ipc"}, {"type": "uts", "path": "/proc/1/ns/uts"}, {"type": "mount"}, {"type": "cgroup"}
         ])
     }
 
     fn container(mounts: serde_json::Value) -> Spec {
         spec(json!({
             "ociVersion": "1.2.0", "root": {"path": "rootfs"}, "mounts": mounts,
-            "linux": {"namespaces": namespaces(), "cgroupsPath": "/x", "resources": {"cpu": {"cpus": "0-3", "quota": 5}}}
+            "linux": {"namespaces": namespaces(), "cgroupsPath": "/x",
+                      "resources": {"cpu": {"cpus": "0-3", "quota": 5}}}
         }))
     }
 
@@ -349,8 +350,10 @@ mod tests {
     fn binds_are_shared_and_others_kept() {
         let mounts = json!([
             {"destination": "/proc", "type": "proc", "source": "proc"},
-            {"destination": "/dev/shm", "type": "bind", "source": "/run/containerd/x/shm", "options": ["rbind"]},
-            {"destination": "/etc/hosts", "type": "bind", "source": "/var/lib/hosts", "options": ["rbind", "ro"]},
+            {"destination": "/dev/shm", "type": "bind", "source": "/run/containerd/x/shm",
+             "options": ["rbind"]},
+            {"destination": "/etc/hosts", "type": "bind", "source": "/var/lib/hosts",
+             "options": ["rbind", "ro"]},
             {"destination": "/data", "type": "bind", "source": "/srv", "options": ["bind"]}
         ]);
         let kind = |path: &Path| match path.to_str() {
@@ -396,7 +399,9 @@ mod tests {
             .unwrap_err();
             assert!(error.to_string().contains(text), "{error}");
         }
-        let device = json!([{"destination": "/dev/kvm", "type": "bind", "source": "/dev/kvm", "options": ["bind"]}]);
+        let device = json!([
+            {"destination": "/dev/kvm", "type": "bind", "source": "/dev/kvm", "options": ["bind"]}
+        ]);
         let error = translate(container(device), "c", Path::new("/r"), |_| {
             SourceKind::CharacterDevice
         })

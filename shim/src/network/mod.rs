@@ -1,8 +1,8 @@
 //! The pod's network: what CNI made in its namespace, moved to the guest.
 //!
 //! ```text
-//! CNI's interface (veth, macvlan, ...)  <── tc ingress, mirred redirect ──>  tap ── virtio-net ── guest's interface
-//!       keeps name and addresses in the namespace                                same MAC, MTU, addresses, routes
+//! CNI's interface (veth, ...)  <── tc ingress, mirred redirect ──>  tap ── virtio-net ── guest's
+//!   keeps name and addresses                                        same MAC, MTU, addresses
 //! ```
 //!
 //! Frames are redirected both ways before the host's stack sees them, so that everything outside

@@ -62,9 +62,7 @@ pub(crate) struct Parameters {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     /// The tag.
-    #[error(
-        "tag {0:?} of the file system is empty, has a zero byte, or is longer than {TAG_BYTES} bytes"
-    )]
+    #[error("tag {0:?} of the file system is empty, has a zero byte, or is over {TAG_BYTES} bytes")]
     Tag(String),
     /// The number of queues.
     #[error("file system {tag}: request_queues is {given}; give 1 to {max}")]
@@ -77,9 +75,7 @@ pub(crate) enum Error {
         max: u64,
     },
     /// The daemon lacks features.
-    #[error(
-        "file system {tag}: the daemon lacks virtio features {missing:#x}; use virtiofsd 1.13 or later"
-    )]
+    #[error("file system {tag}: the daemon lacks virtio features {missing:#x}; use virtiofsd 1.13")]
     Features {
         /// The file system.
         tag: String,

@@ -3,8 +3,8 @@
 //!
 //! ```text
 //!  guest driver             this folder                                     shim
-//!  tx queue ──> device ──> packet ──> muxer ──> connection (pure) ──> unix stream (pre-connected, one per allowed host port)
-//!  rx queue <── device <── muxer <── ready list, round robin     <── unix stream (accepted, "CONNECT <port>\n" -> "OK <n>\n")
+//!  tx queue ──> device ──> packet ──> muxer ──> connection (pure) ──> connected unix stream
+//!  rx queue <── device <── muxer <── ready list, round robin     <── accepted unix stream
 //! ```
 //!
 //! - Thread: the event loop.

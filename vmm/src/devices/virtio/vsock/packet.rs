@@ -194,7 +194,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_a_header_and_come_back(bytes in prop::array::uniform32(any::<u8>()), tail in any::<[u8; 12]>()) {
+        fn any_bytes_are_a_header_and_come_back(
+            bytes in prop::array::uniform32(any::<u8>()),
+            tail in any::<[u8; 12]>(),
+        ) {
             let mut whole = [0; HEADER_BYTES];
             whole[..32].copy_from_slice(&bytes);
             whole[32..].copy_from_slice(&tail);

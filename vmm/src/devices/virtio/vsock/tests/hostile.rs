@@ -206,7 +206,10 @@ proptest! {
     #[test]
     fn random_packets_never_do_harm(
         packets in prop::collection::vec(
-            (0..3u32, 0..3u32, 0..9u16, 0..4u32, any::<u32>(), any::<u32>(), 0..9000usize, any::<bool>()),
+            (
+                0..3u32, 0..3u32, 0..9u16, 0..4u32,
+                any::<u32>(), any::<u32>(), 0..9000usize, any::<bool>(),
+            ),
             1..60,
         ),
     ) {
