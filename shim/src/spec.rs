@@ -305,7 +305,8 @@ mod tests {
     fn namespaces() -> serde_json::Value {
         json!([
             {"type": "pid"}, {"type": "network", "path": "/var/run/netns/x"},
-            {"type": "ipc", "path": "/proc/1/ns/ipc"}, {"type": "uts", "path": "/proc/1/ns/uts"}, {"type": "mount"}, {"type": "cgroup"}
+            {"type": "ipc", "path": "/proc/1/ns/ipc"},
+            {"type": "uts", "path": "/proc/1/ns/uts"}, {"type": "mount"}, {"type": "cgroup"}
         ])
     }
 
