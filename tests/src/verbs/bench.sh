@@ -1,5 +1,6 @@
 # Measures one pod under $HANDLER in the node; prints `name value` lines. Times in microseconds.
-# Sourced settings: HANDLER, NAME, POD (pod configuration), CONTAINER (container configuration), LOG, IDLE_S.
+# Its environment: HANDLER, POD and CONTAINER (their configurations), LOG (the container's), IDLE_S.
+set -euo pipefail
 now() { echo "${EPOCHREALTIME/./}"; }
 timed() {
     local name=$1 start
@@ -10,7 +11,7 @@ timed() {
 }
 pids() { ps --ppid 2 -p 2 --deselect -o pid= | tr -d ' ' | sort; }
 # Exits of every VM that lives, zero without one.
-exits() { cat /sys/kernel/debug/kvm/*-*/exits 2>/dev/null | awk '{ sum += $1 } END { print sum + 0 }'; }
+exits() { { cat /sys/kernel/debug/kvm/*-*/exits 2>/dev/null || true; } | awk '{ sum += $1 } END { print sum + 0 }'; }
 # First output: containerd's time stamp of the first line of the container's log.
 first_line() {
     local follower stamp
