@@ -17,7 +17,10 @@ use containerd_shim_protos::{
 use pericarp_protocol::guest;
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
-use crate::{agent_client::agent_call, container::timestamp, daemon::Daemon, pod::Request, stats};
+use crate::{
+    agent_client::agent_call, container::timestamp, daemon::Daemon, pod::Request, stats,
+    task_service::to_the_end,
+};
 
 type Answer<T> = ttrpc::Result<T>;
 
@@ -80,10 +83,14 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         _: StopSandboxRequest,
     ) -> Answer<StopSandboxResponse> {
-        if let Ok(pod) = self.0.pod().await {
-            pod.stop().await;
-        }
-        Ok(StopSandboxResponse::new())
+        let daemon = Arc::clone(&self.0);
+        to_the_end(async move {
+            if let Ok(pod) = daemon.pod().await {
+                pod.stop().await;
+            }
+            Ok(StopSandboxResponse::new())
+        })
+        .await
     }
 
     async fn wait_sandbox(
@@ -132,8 +139,12 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         _: ShutdownSandboxRequest,
     ) -> Answer<ShutdownSandboxResponse> {
-        self.0.shut_down().await;
-        Ok(ShutdownSandboxResponse::new())
+        let daemon = Arc::clone(&self.0);
+        to_the_end(async move {
+            daemon.shut_down().await;
+            Ok(ShutdownSandboxResponse::new())
+        })
+        .await
     }
 
     async fn sandbox_metrics(

@@ -150,10 +150,8 @@ pub(crate) enum SourceKind {
 /// Looks at the host.
 pub(crate) fn source_kind(path: &Path) -> SourceKind {
     use std::os::unix::fs::FileTypeExt;
-    // containerd keeps a pod's shared memory in a directory of this name on a tmpfs of its own.
-    if path.ends_with("shm")
-        && (path.starts_with("/run/containerd") || path == Path::new("/dev/shm"))
-    {
+    // containerd and CRI-O keep a pod's shared memory in a directory of this name, a tmpfs of its own.
+    if path.ends_with("shm") && is_tmpfs(path) {
         return SourceKind::SharedMemory;
     }
     match std::fs::metadata(path) {
@@ -163,6 +161,11 @@ pub(crate) fn source_kind(path: &Path) -> SourceKind {
         Ok(metadata) if metadata.file_type().is_char_device() => SourceKind::CharacterDevice,
         Ok(_) => SourceKind::File,
     }
+}
+
+fn is_tmpfs(path: &Path) -> bool {
+    nix::sys::statfs::statfs(path)
+        .is_ok_and(|found| found.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC)
 }
 
 fn translate_mount(

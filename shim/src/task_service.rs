@@ -49,6 +49,16 @@ pub(crate) fn services(daemon: &Arc<Daemon>) -> HashMap<String, Service> {
     all
 }
 
+/// Runs `work` to its end although the caller may hang up: a call is dropped with its connection,
+/// and containerd closes connections whenever it restarts or gives a pod up.
+pub(crate) async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, CallError>> + Send + 'static,
+) -> Answer<T> {
+    let ended = tokio::spawn(work).await;
+    let result = ended.unwrap_or_else(|error| Err(CallError::host("the call", error)));
+    result.map_err(Into::into)
+}
+
 #[async_trait]
 impl Task for TaskService {
     async fn create(
@@ -57,27 +67,32 @@ impl Task for TaskService {
         request: CreateTaskRequest,
     ) -> Answer<CreateTaskResponse> {
         let pod = self.0.pod().await?;
-        container::create(&pod, &request).await?;
+        let pid = pod.pid();
+        to_the_end(async move { container::create(&pod, &request).await }).await?;
         Ok(CreateTaskResponse {
-            pid: pod.pid(),
+            pid,
             ..Default::default()
         })
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Answer<StartResponse> {
         let pod = self.0.pod_of(&request.id).await?;
-        container::start(&pod, &request.id, &request.exec_id).await?;
+        let pid = pod.pid();
+        let work = async move { container::start(&pod, &request.id, &request.exec_id).await };
+        to_the_end(work).await?;
         Ok(StartResponse {
-            pid: pod.pid(),
+            pid,
             ..Default::default()
         })
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Answer<DeleteResponse> {
         let pod = self.0.pod_of(&request.id).await?;
-        let exit = container::delete(&pod, &request.id, &request.exec_id).await?;
+        let pid = pod.pid();
+        let work = async move { container::delete(&pod, &request.id, &request.exec_id).await };
+        let exit = to_the_end(work).await?;
         Ok(DeleteResponse {
-            pid: pod.pid(),
+            pid,
             exit_status: exit.status,
             exited_at: Some(timestamp(exit.at)).into(),
             ..Default::default()
@@ -86,7 +101,7 @@ impl Task for TaskService {
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> Answer<Empty> {
         let pod = self.0.pod_of(&request.id).await?;
-        container::exec(&pod, &request).await?;
+        to_the_end(async move { container::exec(&pod, &request).await }).await?;
         Ok(Empty::new())
     }
 
@@ -223,8 +238,12 @@ impl Task for TaskService {
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Answer<Empty> {
         // containerd calls it after each container; the last one ends the pod.
-        self.0.shut_down_if_empty().await;
-        Ok(Empty::new())
+        let daemon = Arc::clone(&self.0);
+        to_the_end(async move {
+            daemon.shut_down_if_empty().await;
+            Ok(Empty::new())
+        })
+        .await
     }
 }
 
