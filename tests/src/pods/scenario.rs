@@ -22,7 +22,8 @@ const FORWARDED_PORT: u16 = 18081;
 pub fn pod_through_crictl(node: &Node, version: Version, handler: &str) -> Result<()> {
     let containerd = node.containerd(version)?;
     let before = Leftovers::look(node)?;
-    let name = format!("{handler}-pod");
+    // Logs of one name would be appended to.
+    let name = format!("{handler}-{version:?}").to_lowercase();
     let pod = containerd.run_pod(node, handler, &pod_config(&name))?;
     let first = first_container(node, &containerd, &pod, &name).context("first container")?;
     network(node, &containerd, &pod).context("network")?;
