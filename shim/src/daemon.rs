@@ -24,7 +24,7 @@ use tokio::{
     sync::{Notify, watch},
     time::timeout,
 };
-use tracing::{error, info};
+use tracing::{debug, error, info};
 use ttrpc::asynchronous::{Server, transport::Listener};
 
 use crate::{
@@ -67,6 +67,7 @@ pub(crate) struct Daemon {
     publisher: Publisher,
     booted: watch::Sender<Booted>,
     booting: AtomicBool,
+    wanted_down: AtomicBool,
     ending: Notify,
 }
 
@@ -111,11 +112,29 @@ impl Daemon {
             .map_err(|error| CallError::NotFound(format!("container {id} ({error})")))
     }
 
-    /// Ends pod and daemon when no container is left.
+    /// `Shutdown`: ends pod and daemon when no container is left, now or later. containerd calls it
+    /// after each container, so a pod that goes on hears it too; but it may hang up while the last
+    /// container is still being deleted, and does not call again.
     pub(crate) async fn shut_down_if_empty(&self) {
+        self.wanted_down.store(true, Ordering::SeqCst);
+        self.shut_down_if_wanted().await;
+    }
+
+    /// A container is gone: was it the last, of a pod that shall end?
+    pub(crate) async fn shut_down_if_wanted(&self) {
+        if !self.wanted_down.load(Ordering::SeqCst) {
+            return;
+        }
         let pod = self.booted.borrow().clone();
         match pod {
-            Some(Ok(pod)) if !pod.containers().is_empty() => {}
+            // The sandbox service has a call of its own for this.
+            Some(Ok(pod)) if pod.by_sandbox_service => {}
+            Some(Ok(pod)) if !pod.containers().is_empty() => {
+                debug!(
+                    containers = pod.containers().len(),
+                    "not yet: containers are left"
+                );
+            }
             _ => self.shut_down().await,
         }
     }
@@ -127,6 +146,7 @@ impl Daemon {
         {
             pod.tear_down().await;
         }
+        debug!("the pod is gone, the daemon ends");
         self.ending.notify_one();
     }
 }
@@ -158,6 +178,7 @@ async fn serve(args: &Args) -> Result<(), DaemonError> {
         publisher,
         booted: watch::Sender::new(None),
         booting: AtomicBool::new(false),
+        wanted_down: AtomicBool::new(false),
         ending: Notify::new(),
     });
     let bundle_path = env::current_dir().map_err(DaemonError::Setup)?;

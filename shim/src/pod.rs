@@ -98,6 +98,8 @@ pub(crate) struct Pod {
     pub(crate) containers: Mutex<HashMap<String, Arc<Container>>>,
     /// When it was ready.
     pub(crate) ready_at: SystemTime,
+    /// It came without a pause container.
+    pub(crate) by_sandbox_service: bool,
     exit: watch::Sender<Option<Exit>>,
     next_stream: AtomicU64,
 }
@@ -168,6 +170,7 @@ impl Pod {
             publisher,
             containers: Mutex::default(),
             ready_at: SystemTime::now(),
+            by_sandbox_service: request.bundle.is_none(),
             exit: watch::Sender::new(None),
             next_stream: AtomicU64::new(1),
         });

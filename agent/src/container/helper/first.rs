@@ -7,7 +7,7 @@
 
 use std::{
     ffi::CString,
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     os::{fd::OwnedFd, unix::net::UnixStream},
 };
 
@@ -74,9 +74,11 @@ fn become_program(
     root.hide(plan, sources)?;
     if !plan.create_runtime_hooks.is_empty() {
         helper.write_all(&[0]).step("write", "the helper")?;
-        helper
-            .read_exact(&mut [0])
-            .step("run", "the hooks of the guest")?;
+        match helper.read_exact(&mut [0]) {
+            // A hook failed and the helper tells so: a second report from here could come first.
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => std::process::exit(1),
+            read => read.step("run", "the hooks of the guest")?,
+        }
     }
     drop(helper);
     hooks::run(

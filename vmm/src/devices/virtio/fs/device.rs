@@ -62,7 +62,7 @@ pub(crate) struct Parameters {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     /// The tag.
-    #[error("tag {0:?} of the file system is empty, has a zero byte, or is over {TAG_BYTES} bytes")]
+    #[error("tag {0:?} is empty, has a zero byte, or is longer than {TAG_BYTES} bytes")]
     Tag(String),
     /// The number of queues.
     #[error("file system {tag}: request_queues is {given}; give 1 to {max}")]
