@@ -150,7 +150,7 @@ pub(crate) enum SourceKind {
 /// Looks at the host.
 pub(crate) fn source_kind(path: &Path) -> SourceKind {
     use std::os::unix::fs::FileTypeExt;
-    // containerd and CRI-O keep a pod's shared memory in a directory of this name, a tmpfs of its own.
+    // containerd and CRI-O keep a pod's shared memory in a directory of this name on its own tmpfs.
     if path.ends_with("shm") && is_tmpfs(path) {
         return SourceKind::SharedMemory;
     }
