@@ -75,9 +75,14 @@ impl Watched {
         }
     }
 
+    /// Whether it is known to have ended.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended.borrow().is_some()
+    }
+
     /// Kills it.
     pub(crate) fn kill(&self) {
-        if self.ended.borrow().is_none() {
+        if !self.has_ended() {
             let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
         }
     }

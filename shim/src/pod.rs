@@ -157,6 +157,7 @@ impl Pod {
             console,
         } = launched.await?;
         tokio::spawn(keep_guest_log(console, state.join("guest.log")));
+        tokio::spawn(end_without_files(daemon, process.clone()));
         let greeted = greet(agent, vsock, settings, state, (&machine, &process));
         let agent = greeted.await?;
         write_state(request, state, sizing, process.pid).map_err(failed)?;
@@ -505,6 +506,19 @@ async fn pass_events(pod: Arc<Pod>) {
             }
             _ => {}
         }
+    }
+}
+
+/// Without its file-system daemon a guest hangs in every access to its files, its agent included:
+/// such a pod is ended at once, so that its end is seen and its removal does not wait for it.
+async fn end_without_files(daemon: Watched, vmm: Watched) {
+    let how = daemon.ended().await;
+    if !vmm.has_ended() {
+        warn!(
+            how,
+            "the file-system daemon ended, and the VM is ended with it"
+        );
+        vmm.kill();
     }
 }
 
