@@ -12,7 +12,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io,
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::fs::FileExt},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -22,6 +22,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 const ROOT: &str = "/sys/fs/cgroup";
 /// How long killed processes may take to leave a cgroup.
 const EMPTY_MS: u64 = 5_000;
+/// Enough of cpu.stat to have its first line.
+const METER_BYTES: usize = 128;
 
 /// The directories of a sandbox's cgroup: one on cgroup v2, one a hierarchy on v1.
 pub(crate) fn directories(cgroups_path: &Path) -> Vec<PathBuf> {
@@ -47,6 +49,52 @@ pub(crate) fn make(directory: &Path) -> io::Result<File> {
     OpenOptions::new()
         .write(true)
         .open(directory.join("cgroup.procs"))
+}
+
+/// Counts the processor time of everything in a sandbox's cgroup.
+#[derive(Debug)]
+pub(crate) struct Meter {
+    file: File,
+    unified: bool,
+}
+
+impl Meter {
+    /// Opens the counter of a directory that has one.
+    pub(crate) fn open(directory: &Path) -> Option<Self> {
+        let open = |name: &str| File::open(directory.join(name)).ok();
+        match open("cpu.stat") {
+            // The v1 controller `cpu` has a file of that name without what is needed here.
+            Some(file) if !directory.join("cpuacct.usage").exists() => Some(Self {
+                file,
+                unified: true,
+            }),
+            _ => open("cpuacct.usage").map(|file| Self {
+                file,
+                unified: false,
+            }),
+        }
+    }
+
+    /// Processor time since the cgroup's begin, in microseconds.
+    pub(crate) fn used_us(&self) -> Option<u64> {
+        let mut buffer = [0; METER_BYTES];
+        let count = self.file.read_at(&mut buffer, 0).ok()?;
+        let text = std::str::from_utf8(buffer.get(..count)?).ok()?;
+        used_us(text, self.unified)
+    }
+}
+
+/// `usage_usec` of cpu.stat (cgroup-v2.rst, "CPU Interface Files") or the nanoseconds of
+/// cpuacct.usage (cgroup-v1/cpuacct.rst).
+fn used_us(text: &str, unified: bool) -> Option<u64> {
+    if unified {
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix("usage_usec "));
+        return line?.trim().parse().ok();
+    }
+    let nanoseconds: u64 = text.trim().parse().ok()?;
+    Some(nanoseconds / 1000)
 }
 
 /// Ends what is left in `directory` and removes it.
@@ -136,6 +184,13 @@ mod tests {
             )
         );
         assert_eq!(relative(Path::new("-.slice::abc")), Path::new("abc.scope"));
+    }
+
+    #[test]
+    fn both_versions_counters() {
+        assert_eq!(used_us("usage_usec 12\nuser_usec 7\n", true), Some(12));
+        assert_eq!(used_us("5000\n", false), Some(5));
+        assert_eq!(used_us("nr_periods 0\nnr_thr", true), None);
     }
 
     #[test]

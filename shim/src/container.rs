@@ -23,22 +23,24 @@ use oci_spec::runtime::Process as OciProcess;
 use pericarp_protocol::{
     guest::{
         CreateContainerRequest, ExecRequest, ProcessRequest, ResizeTerminalRequest, SignalRequest,
-        Streams, UpdateContainerRequest,
+        StatsRequest, Streams, UpdateContainerRequest,
     },
     limits::OCI_SPEC_BYTES_MAX,
     stream::Header,
 };
-use protobuf::well_known_types::timestamp::Timestamp;
+use protobuf::well_known_types::{any::Any, timestamp::Timestamp};
 use tokio::net::UnixStream;
 use tracing::debug;
 
 use crate::{
     agent_client::agent_call,
     bundle::{Bundle, Role},
+    cgroup::Meter,
     errors::CallError,
     pod::Pod,
     process::{Exit, LOST_STATUS, Process},
     spec,
+    stats::{self, Sample},
     stdio::{Copying, HostEnds, Paths},
 };
 
@@ -58,6 +60,7 @@ pub(crate) struct Container {
     pub(crate) pause: bool,
     /// Frozen.
     pub(crate) paused: AtomicBool,
+    sample: Mutex<Option<Sample>>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
 }
 
@@ -67,6 +70,10 @@ pub(crate) fn timestamp(time: SystemTime) -> Timestamp {
 }
 
 impl Container {
+    fn sample(&self) -> MutexGuard<'_, Option<Sample>> {
+        self.sample.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -172,6 +179,7 @@ pub(crate) async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Resul
         init: Arc::new(Process::reserve(&request.id, "", paths)),
         pause: bundle.role() == Role::Sandbox,
         paused: AtomicBool::new(false),
+        sample: Mutex::default(),
         execs: Mutex::default(),
     });
     reserve(pod, &container)?;
@@ -620,5 +628,27 @@ pub(crate) async fn update(pod: &Pod, id: &str, resources: &[u8]) -> Result<(), 
             .map_err(|error| CallError::host("resources", error))?,
         ..Default::default()
     };
-    agent_call!(pod.agent, update_container, &request).map(drop)
+    agent_call!(pod.agent, update_container, &request)?;
+    // The limits are among the counters.
+    *container.sample() = None;
+    Ok(())
+}
+
+/// `Stats`: a container's counters; those of the whole sandbox for the one that stands for it.
+pub(crate) async fn stats(pod: &Pod, container: &Container) -> Result<Any, CallError> {
+    let used_us = || pod.meter.as_ref().and_then(Meter::used_us);
+    if let Some(counters) = container
+        .sample()
+        .as_ref()
+        .and_then(|sample| sample.holding(used_us()))
+    {
+        return Ok(stats::metrics(counters));
+    }
+    let mut query = StatsRequest::new();
+    if !container.pause {
+        query.container_id.clone_from(&container.id);
+    }
+    let counters = agent_call!(pod.agent, stats, &query)?;
+    *container.sample() = Sample::taken(&counters, used_us());
+    Ok(stats::metrics(&counters))
 }

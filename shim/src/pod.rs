@@ -43,7 +43,7 @@ use tracing::{info, warn};
 use crate::{
     agent_client::{Agent, agent_call},
     bundle::Bundle,
-    cgroup,
+    cgroup::{self, Meter},
     child::Watched,
     container::{self, Container},
     errors::CallError,
@@ -90,6 +90,8 @@ pub(crate) struct Pod {
     pub(crate) agent: Agent,
     /// The VMM's process.
     pub(crate) vmm: Watched,
+    /// What the VM and its daemon use, where the pod has a cgroup.
+    pub(crate) meter: Option<Meter>,
     /// The directory shared with the guest.
     pub(crate) shared: SharedDirectory,
     /// Events to containerd.
@@ -132,7 +134,8 @@ impl Pod {
         let failed = |error| CallError::host(state.display(), error);
         fs::create_dir_all(state).map_err(failed)?;
         let mut journal = Journal::open(state).map_err(failed)?;
-        let cgroups = Arc::new(make_cgroups(request, &mut journal)?);
+        let (cgroups, meter) = make_cgroups(request, &mut journal)?;
+        let cgroups = Arc::new(cgroups);
         let shared = SharedDirectory::make(state, &mut journal).map_err(failed)?;
         let (daemon, file_system) = shared.serve(state, settings, Arc::clone(&cgroups))?;
         journal.note(&daemon.entry()).map_err(failed)?;
@@ -167,6 +170,7 @@ impl Pod {
             machine,
             agent,
             vmm: process,
+            meter,
             shared,
             publisher,
             containers: Mutex::default(),
@@ -425,15 +429,20 @@ fn host_memory() -> u64 {
         .unwrap_or(u64::MAX)
 }
 
-fn make_cgroups(request: &Request, journal: &mut Journal) -> Result<Vec<File>, CallError> {
+/// Makes the sandbox's cgroups: the files that take processes, and the counter of their time.
+fn make_cgroups(
+    request: &Request,
+    journal: &mut Journal,
+) -> Result<(Vec<File>, Option<Meter>), CallError> {
     let linux = request
         .bundle
         .as_ref()
         .and_then(|bundle| bundle.spec.linux().as_ref());
     let Some(path) = linux.and_then(|linux| linux.cgroups_path().clone()) else {
-        return Ok(Vec::new());
+        return Ok((Vec::new(), None));
     };
     let mut files = Vec::new();
+    let mut meter = None;
     for directory in cgroup::directories(&path) {
         let failed =
             |error: io::Error| CallError::host(format!("cgroup {}", directory.display()), error);
@@ -443,8 +452,9 @@ fn make_cgroups(request: &Request, journal: &mut Journal) -> Result<Vec<File>, C
             })
             .map_err(failed)?;
         files.push(cgroup::make(&directory).map_err(failed)?);
+        meter = meter.or_else(|| Meter::open(&directory));
     }
-    Ok(files)
+    Ok((files, meter))
 }
 
 /// A VMM that ends before the agent speaks has said why on its own stderr or in its last words.

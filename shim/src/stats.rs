@@ -1,8 +1,16 @@
 //! The agent's counters in the types that containerd understands: cgroup v2's `Metrics`
 //! (containerd/cgroups `cgroup2/stats/metrics.proto`), whatever the host's own cgroup version is,
 //! because the guest's is 2.
+//!
+//! containerd 2.3 asks for the counters of every container once a second. Each question wakes the
+//! guest, and an idle guest would do little else than answer. The guest cannot have done more than
+//! its VM used processor time for, and that the host counts: as long as it is next to nothing, the
+//! last answer is given again ([`Sample`], D17).
 
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
 use containerd_shim_protos::{
     cgroups_v2::metrics::{
@@ -13,6 +21,43 @@ use containerd_shim_protos::{
 };
 use pericarp_protocol::guest::{Pressure, PressureLine, StatsResponse};
 use protobuf::MessageField;
+
+/// Longest time that one answer is given: the interval in which kubelet itself looks at a container
+/// (its housekeeping interval is 10 s).
+const SAMPLE_AGE_MAX: Duration = Duration::from_secs(10);
+
+/// Share of one processor, in thousandths, up to which a VM counts as idle.
+const IDLE_PER_MILLE: u128 = 10;
+
+/// Counters of a container and what its VM had used when they were taken.
+#[derive(Debug)]
+pub(crate) struct Sample {
+    at: Instant,
+    vm_used_us: u64,
+    counters: StatsResponse,
+}
+
+impl Sample {
+    /// Counters that were just answered; `None` when nobody counts what the VM uses.
+    pub(crate) fn taken(counters: &StatsResponse, vm_used_us: Option<u64>) -> Option<Self> {
+        Some(Self {
+            at: Instant::now(),
+            vm_used_us: vm_used_us?,
+            counters: counters.clone(),
+        })
+    }
+
+    /// The counters, while they still hold.
+    pub(crate) fn holding(&self, vm_used_us: Option<u64>) -> Option<&StatsResponse> {
+        let used_us = vm_used_us?.checked_sub(self.vm_used_us)?;
+        holds(self.at.elapsed(), used_us).then_some(&self.counters)
+    }
+}
+
+/// Whether counters of that age hold when the VM has used that much since.
+fn holds(age: Duration, used_us: u64) -> bool {
+    age < SAMPLE_AGE_MAX && u128::from(used_us) * 1000 <= age.as_micros() * IDLE_PER_MILLE
+}
 
 /// What containerd looks up to decode the value.
 const TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
@@ -195,6 +240,29 @@ mod tests {
     use pericarp_protocol::guest::{CpuStats, MemoryStats};
 
     use super::*;
+
+    #[test]
+    fn counters_hold_while_the_vm_is_idle_and_they_are_young() {
+        let second = Duration::from_secs(1);
+        assert!(holds(second, 0));
+        assert!(holds(second, 10_000));
+        assert!(!holds(second, 10_001));
+        assert!(holds(9 * second, 90_000));
+        assert!(!holds(10 * second, 0));
+    }
+
+    #[test]
+    fn counters_hold_only_where_the_vms_time_is_counted() {
+        let counters = StatsResponse::new();
+        assert!(Sample::taken(&counters, None).is_none());
+        let sample = Sample::taken(&counters, Some(5)).unwrap();
+        assert!(sample.holding(Some(5)).is_some());
+        assert!(sample.holding(None).is_none());
+        assert!(
+            sample.holding(Some(4)).is_none(),
+            "another cgroup's counter"
+        );
+    }
 
     #[test]
     fn counters_arrive_under_containerds_names() {

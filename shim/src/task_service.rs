@@ -17,16 +17,13 @@ use containerd_shim_protos::{
     },
     shim_async::{Task, create_task},
 };
-use pericarp_protocol::guest;
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
 use crate::{
-    agent_client::agent_call,
     container::{self, timestamp},
     daemon::Daemon,
     errors::CallError,
     process::Phase,
-    stats,
 };
 
 type Answer<T> = ttrpc::Result<T>;
@@ -219,13 +216,9 @@ impl Task for TaskService {
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Answer<StatsResponse> {
         let pod = self.0.pod_of(&request.id).await?;
         let container = pod.container(&request.id)?;
-        let mut query = guest::StatsRequest::new();
-        if !container.pause {
-            query.container_id = request.id;
-        }
-        let counters = agent_call!(pod.agent, stats, &query)?;
+        let counters = container::stats(&pod, &container).await?;
         Ok(StatsResponse {
-            stats: Some(stats::metrics(&counters)).into(),
+            stats: Some(counters).into(),
             ..Default::default()
         })
     }
