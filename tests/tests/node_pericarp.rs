@@ -74,6 +74,7 @@ fn killed_and_removed(victim: &str, pid_of: &str) -> Result<()> {
     let container = container_config("c", BUSYBOX, "exec sleep 1000");
     containerd.run_container(&node, &pod, &container)?;
     node.shell(&format!("id={}; kill -9 $({pid_of})", pod.id))?;
+    containerd.wait_for_end_of_containers(&node, &pod)?;
     containerd.remove_pod(&node, &pod)?;
     Leftovers::nothing_since(&node, &before)?;
     Ok(())

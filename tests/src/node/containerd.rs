@@ -1,6 +1,6 @@
 //! containerd in the node: configuration of both versions, and its command line tools.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::channel::{Command, Service};
 use super::deps::component;
@@ -9,6 +9,9 @@ use super::{Node, Output};
 
 /// Time that containerd gets to be ready.
 const READY_TIMEOUT_S: u64 = 240;
+
+/// Time that containerd gets to see the end of the containers of a dead shim.
+const END_TIMEOUT_S: u64 = 120;
 
 /// What crictl waits for an answer; its own default of 2 s is less than a pod takes here.
 const CRICTL_TIMEOUT: &str = "120s";
@@ -183,6 +186,23 @@ impl Containerd {
         let id = self.crictl_text(node, &["create", &pod.id, &path, &pod.config])?;
         self.crictl_text(node, &["start", &id])?;
         Ok(id)
+    }
+
+    /// Waits until containerd has seen the end of every container of a pod.
+    ///
+    /// When a shim dies, containerd forgets its tasks at once and marks their containers as exited
+    /// later, by an event. A removal in between is refused by containerd itself ("container is
+    /// still running, to stop first"), whatever the runtime; kubelet asks again.
+    pub fn wait_for_end_of_containers(&self, node: &Node, pod: &Pod) -> Result<()> {
+        let line = format!(
+            "while [ -n \"$(crictl ps --quiet --state Running --pod {})\" ]; do :; done",
+            pod.id
+        );
+        let mut command = Command::shell(line).timeout_s(END_TIMEOUT_S);
+        command.env = self.crictl().env;
+        node.text(&command)
+            .map(|_| ())
+            .context("containerd did not see the end of the pod's containers")
     }
 
     /// Removes a pod with its containers.

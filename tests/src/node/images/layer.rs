@@ -26,6 +26,18 @@ const PREDEFINED_USER: &str = "default-user:x:1000:1000::/home:/bin/sh\n";
 const PREDEFINED_GROUP: &str =
     "default-user:x:1000:\ngroup-defined-in-image:x:50000:default-user\n";
 
+/// Programs that busybox of Debian lacks and critest runs in its containers: `pgrep NAME`, and
+/// `ipcs -m` (proc(5), `/proc/sysvipc/shm`).
+const SCRIPTS: [(&str, &str); 2] = [
+    (
+        "pgrep",
+        "#!/bin/sh\nfound=1\nfor process in /proc/[0-9]*; do\n\
+         [ \"$(cat $process/comm 2>/dev/null)\" != \"$1\" ] || { echo ${process#/proc/}; found=0; }\n\
+         done\nexit $found\n",
+    ),
+    ("ipcs", "#!/bin/sh\nexec cat /proc/sysvipc/shm\n"),
+];
+
 const FOLDERS: [&str; 14] = [
     "bin", "dev", "etc", "home", "proc", "root", "sys", "tmp", "usr", "usr/bin", "usr/sbin", "var",
     "var/www", "www",
@@ -100,6 +112,9 @@ fn busybox(program: &[u8]) -> Result<Vec<u8>> {
     layer.file("bin/busybox", 0o755, program)?;
     for applet in applets()? {
         layer.link(&format!("bin/{applet}"), "busybox")?;
+    }
+    for (name, text) in SCRIPTS {
+        layer.file(&format!("bin/{name}"), 0o755, text.as_bytes())?;
     }
     layer.file("etc/passwd", 0o644, PASSWD.as_bytes())?;
     layer.file("etc/group", 0o644, GROUP.as_bytes())?;

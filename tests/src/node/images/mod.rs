@@ -27,7 +27,7 @@ pub const AGNHOST: &str = "registry.k8s.io/e2e-test-images/agnhost:2.53";
 const NAMES_FILE: &str = "names.json";
 
 /// Changes when the images are made differently, so that caches are not reused.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 
 /// Which manifest a reference means.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

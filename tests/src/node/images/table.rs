@@ -74,8 +74,13 @@ pub(super) const IMAGES: &[Image] = &[
     Image {
         label: "web server on port 80",
         content: Content::Web,
-        // critest looks for the server's name in its log.
-        command: &["sh", "-c", "echo httpd starts; exec httpd -f -p 80 -h /www"],
+        // critest looks for the server's name in its log, and for the words by which nginx calls
+        // its first process.
+        command: &[
+            "sh",
+            "-c",
+            "echo httpd starts; httpd -f -p 80 -h /www; : master process",
+        ],
         names: &[("nginx", "*"), ("httpd", "*")],
         ..BUSYBOX
     },
