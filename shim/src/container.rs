@@ -637,10 +637,11 @@ pub(crate) async fn update(pod: &Pod, id: &str, resources: &[u8]) -> Result<(), 
 /// `Stats`: a container's counters; those of the whole sandbox for the one that stands for it.
 pub(crate) async fn stats(pod: &Pod, container: &Container) -> Result<Any, CallError> {
     let used_us = || pod.meter.as_ref().and_then(Meter::used_us);
+    let before_us = used_us();
     if let Some(counters) = container
         .sample()
         .as_ref()
-        .and_then(|sample| sample.holding(used_us()))
+        .and_then(|sample| sample.holding(before_us))
     {
         return Ok(stats::metrics(counters));
     }
@@ -649,6 +650,6 @@ pub(crate) async fn stats(pod: &Pod, container: &Container) -> Result<Any, CallE
         query.container_id.clone_from(&container.id);
     }
     let counters = agent_call!(pod.agent, stats, &query)?;
-    *container.sample() = Sample::taken(&counters, used_us());
+    *container.sample() = Sample::taken(&counters, before_us, used_us());
     Ok(stats::metrics(&counters))
 }

@@ -269,7 +269,12 @@ fn cpu_mode(model: CpuModel) -> Result<CpuMode, CallError> {
 }
 
 fn command_line(settings: &Settings) -> String {
-    let mut words = vec!["quiet panic=-1 pci=noearly 8250.nr_uarts=0 console=hvc0"];
+    let mut words = vec![
+        "quiet panic=-1 pci=noearly 8250.nr_uarts=0 console=hvc0",
+        // An idle guest sleeps: kcompactd would look for work each half second, and kvm-clock would
+        // watch over the TSC, which the host already does.
+        "sysctl.vm.compaction_proactiveness=0 tsc=nowatchdog",
+    ];
     if settings.paths.initramfs.is_none() {
         words.push(
             "root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro init=/sbin/pericarp-agent",

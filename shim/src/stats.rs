@@ -29,20 +29,31 @@ const SAMPLE_AGE_MAX: Duration = Duration::from_secs(10);
 /// Share of one processor, in thousandths, up to which a VM counts as idle.
 const IDLE_PER_MILLE: u128 = 10;
 
+/// Most that one question may be taken to cost: what counters may fall short by.
+const QUESTION_US_MAX: u64 = 50_000;
+
 /// Counters of a container and what its VM had used when they were taken.
 #[derive(Debug)]
 pub(crate) struct Sample {
     at: Instant,
     vm_used_us: u64,
+    question_us: u64,
     counters: StatsResponse,
 }
 
 impl Sample {
-    /// Counters that were just answered; `None` when nobody counts what the VM uses.
-    pub(crate) fn taken(counters: &StatsResponse, vm_used_us: Option<u64>) -> Option<Self> {
+    /// Counters that were just answered, with what the VM had used before and after; `None` when
+    /// nobody counts that.
+    pub(crate) fn taken(
+        counters: &StatsResponse,
+        before_us: Option<u64>,
+        after_us: Option<u64>,
+    ) -> Option<Self> {
+        let vm_used_us = after_us?;
         Some(Self {
             at: Instant::now(),
-            vm_used_us: vm_used_us?,
+            vm_used_us,
+            question_us: vm_used_us.checked_sub(before_us?)?.min(QUESTION_US_MAX),
             counters: counters.clone(),
         })
     }
@@ -50,13 +61,15 @@ impl Sample {
     /// The counters, while they still hold.
     pub(crate) fn holding(&self, vm_used_us: Option<u64>) -> Option<&StatsResponse> {
         let used_us = vm_used_us?.checked_sub(self.vm_used_us)?;
-        holds(self.at.elapsed(), used_us).then_some(&self.counters)
+        holds(self.at.elapsed(), used_us, self.question_us).then_some(&self.counters)
     }
 }
 
-/// Whether counters of that age hold when the VM has used that much since.
-fn holds(age: Duration, used_us: u64) -> bool {
-    age < SAMPLE_AGE_MAX && u128::from(used_us) * 1000 <= age.as_micros() * IDLE_PER_MILLE
+/// Whether counters of that age hold when the VM has used that much since: next to nothing, or no
+/// more than it takes to ask again.
+fn holds(age: Duration, used_us: u64, question_us: u64) -> bool {
+    let idle = u128::from(used_us) * 1000 <= age.as_micros() * IDLE_PER_MILLE;
+    age < SAMPLE_AGE_MAX && (idle || used_us <= question_us)
 }
 
 /// What containerd looks up to decode the value.
@@ -244,24 +257,27 @@ mod tests {
     #[test]
     fn counters_hold_while_the_vm_is_idle_and_they_are_young() {
         let second = Duration::from_secs(1);
-        assert!(holds(second, 0));
-        assert!(holds(second, 10_000));
-        assert!(!holds(second, 10_001));
-        assert!(holds(9 * second, 90_000));
-        assert!(!holds(10 * second, 0));
+        assert!(holds(second, 0, 0));
+        assert!(holds(second, 10_000, 0));
+        assert!(!holds(second, 10_001, 0));
+        assert!(holds(second, 10_001, 10_001));
+        assert!(holds(9 * second, 90_000, 0));
+        assert!(!holds(10 * second, 0, 0));
     }
 
     #[test]
     fn counters_hold_only_where_the_vms_time_is_counted() {
         let counters = StatsResponse::new();
-        assert!(Sample::taken(&counters, None).is_none());
-        let sample = Sample::taken(&counters, Some(5)).unwrap();
-        assert!(sample.holding(Some(5)).is_some());
+        assert!(Sample::taken(&counters, Some(1), None).is_none());
+        let sample = Sample::taken(&counters, Some(5), Some(7)).unwrap();
+        assert!(sample.holding(Some(9)).is_some());
         assert!(sample.holding(None).is_none());
         assert!(
-            sample.holding(Some(4)).is_none(),
+            sample.holding(Some(6)).is_none(),
             "another cgroup's counter"
         );
+        let costly = Sample::taken(&counters, Some(0), Some(QUESTION_US_MAX * 2)).unwrap();
+        assert_eq!(costly.question_us, QUESTION_US_MAX);
     }
 
     #[test]

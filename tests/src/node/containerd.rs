@@ -108,9 +108,40 @@ impl Containerd {
         Command::new(program).args(["--address", &self.socket()])
     }
 
+    fn config_file(&self) -> String {
+        format!("/etc/{}/config.toml", self.version.name())
+    }
+
+    fn service(&self, node: &Node, name: &str) -> Result<Service> {
+        // Its own shim for runc comes first in its PATH.
+        let folder = component(self.version.component())?.built()?;
+        let path = format!("{}:{}", folder.display(), node.search_path());
+        Ok(Service {
+            name: name.to_owned(),
+            command: Command::new(folder.join("containerd").to_string_lossy())
+                .args(["--config", &self.config_file()])
+                .env("PATH", path)
+                .timeout_s(READY_TIMEOUT_S),
+            log: node.results().join(format!("{}.log", self.version.name())),
+            notifies: true,
+        })
+    }
+
+    /// Kills containerd with SIGKILL and starts it again; pods should live on.
+    pub fn restart(&self, node: &Node) -> Result<()> {
+        let line = format!(
+            "pid=$(pgrep -f '^[^ ]*containerd --config {}'); kill -9 $pid; \
+             tail -s 0.1 --pid=$pid -f /dev/null",
+            self.config_file()
+        );
+        node.shell(&line).context("cannot kill containerd")?;
+        // Another name: the watcher of the dead one may still tell its end.
+        let name = format!("{}-again", self.version.name());
+        node.start(&self.service(node, &name)?)
+    }
+
     /// Starts containerd with its configuration, and imports the images.
     pub(super) fn start(node: &Node, version: Version) -> Result<Self> {
-        let folder = component(version.component())?.built()?;
         let containerd = Self { version };
         let cni = component("cni")?.built()?;
         let name = version.name();
@@ -118,8 +149,7 @@ impl Containerd {
             Version::V23 => config_2(&containerd.socket(), name, &cni.to_string_lossy()),
             Version::V17 => config_1(&containerd.socket(), name, &cni.to_string_lossy()),
         };
-        let path = format!("/etc/{name}/config.toml");
-        node.write(&path, &config)?;
+        node.write(&containerd.config_file(), &config)?;
         node.write(&format!("{CNI_FOLDER}/10-node.conflist"), CNI_CONFIG)?;
         let hosts = format!(
             "server = 'http://{0}'\n[host.'http://{0}']\ncapabilities = ['pull', 'resolve']\n",
@@ -131,20 +161,7 @@ impl Containerd {
             containerd.socket()
         );
         node.write(CRICTL_CONFIG, &crictl)?;
-        // Its own shim for runc comes first in its PATH.
-        let program = folder.join("containerd").to_string_lossy().into_owned();
-        node.start(&Service {
-            name: name.to_owned(),
-            command: Command::new(program)
-                .args(["--config", &path])
-                .env(
-                    "PATH",
-                    format!("{}:{}", folder.display(), node.search_path()),
-                )
-                .timeout_s(READY_TIMEOUT_S),
-            log: node.results().join(format!("{name}.log")),
-            notifies: true,
-        })?;
+        node.start(&containerd.service(node, name)?)?;
         let archive = images::best()?.archive();
         let import = containerd
             .ctr()

@@ -68,10 +68,11 @@ impl Layer {
         self.entry(path, tar::EntryType::Regular, mode, data)
     }
 
+    /// A hard link, as the applets of busybox's own image are: each path can be masked alone.
     fn link(&mut self, path: &str, target: &str) -> Result<()> {
         let mut header = tar::Header::new_gnu();
-        header.set_entry_type(tar::EntryType::Symlink);
-        header.set_mode(0o777);
+        header.set_entry_type(tar::EntryType::Link);
+        header.set_mode(0o755);
         header.set_size(0);
         let appended = self.tar.append_link(&mut header, path, target);
         appended.with_context(|| format!("cannot add {path} to a layer"))
@@ -98,6 +99,7 @@ pub(super) fn layers(content: Content, programs: &Programs) -> Result<Option<Vec
             Some(agnhost) => above.file("agnhost", 0o755, agnhost)?,
             None => return Ok(None),
         },
+        Content::Setuid => above.file("effective-uid", 0o4755, &effective_uid()?)?,
     }
     layers.push(above.finish()?);
     Ok(Some(layers))
@@ -111,7 +113,7 @@ fn busybox(program: &[u8]) -> Result<Vec<u8>> {
     }
     layer.file("bin/busybox", 0o755, program)?;
     for applet in applets()? {
-        layer.link(&format!("bin/{applet}"), "busybox")?;
+        layer.link(&format!("bin/{applet}"), "bin/busybox")?;
     }
     for (name, text) in SCRIPTS {
         layer.file(&format!("bin/{name}"), 0o755, text.as_bytes())?;
@@ -119,6 +121,23 @@ fn busybox(program: &[u8]) -> Result<Vec<u8>> {
     layer.file("etc/passwd", 0o644, PASSWD.as_bytes())?;
     layer.file("etc/group", 0o644, GROUP.as_bytes())?;
     layer.finish()
+}
+
+/// Compiles the program that says as whom it runs; a script cannot be set-user-ID.
+fn effective_uid() -> Result<Vec<u8>> {
+    let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
+    let (source, program) = (folder.path().join("e.c"), folder.path().join("e"));
+    let text = "#include <stdio.h>\n#include <unistd.h>\n\
+                int main(void) { return printf(\"Effective uid: %d\\n\", geteuid()) < 0; }\n";
+    std::fs::write(&source, text).context("cannot write a program")?;
+    let mut compiler = Command::new("gcc");
+    compiler.args(["-static", "-s", "-Wl,--build-id=none", "-o"]);
+    let status = compiler.arg(&program).arg(&source).status();
+    let status = status.context("gcc is missing: install the package gcc")?;
+    if !status.success() {
+        bail!("gcc could not compile a static program: {status}");
+    }
+    std::fs::read(&program).context("cannot read a compiled program")
 }
 
 fn applets() -> Result<Vec<String>> {

@@ -11,6 +11,8 @@ pub(super) enum Content {
     PredefinedGroup,
     /// busybox and agnhost.
     Agnhost,
+    /// busybox, and a set-user-ID program that prints as whom it runs.
+    Setuid,
 }
 
 /// One image.
@@ -120,6 +122,13 @@ pub(super) const IMAGES: &[Image] = &[
         content: Content::PredefinedGroup,
         user: "1000",
         names: &[("test-image-predefined-group", "*")],
+        ..BUSYBOX
+    },
+    Image {
+        label: "set-user-ID program",
+        content: Content::Setuid,
+        command: &["/effective-uid"],
+        names: &[("nonewprivs", "*")],
         ..BUSYBOX
     },
     Image {
