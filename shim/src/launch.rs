@@ -275,6 +275,11 @@ fn command_line(settings: &Settings) -> String {
         // watch over the TSC, which the host already does.
         "sysctl.vm.compaction_proactiveness=0 tsc=nowatchdog",
     ];
+    if settings.vm.huge_pages == HugePages::None {
+        // Free memory goes back to the host in pieces from 256 KiB, not from 2 MiB: 1.8 MiB less in
+        // an idle pod.
+        words.push("page_reporting.page_reporting_order=6");
+    }
     if settings.paths.initramfs.is_none() {
         words.push(
             "root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro init=/sbin/pericarp-agent",

@@ -19,6 +19,9 @@ const HANDLER: &str = "pericarp";
 /// Makes the sizes those that are promised.
 const FULL_VARIABLE: &str = "PERICARP_FULL";
 
+/// What runs in a terminal of the node.
+const TERMINAL_FILE: &str = "/run/terminal.sh";
+
 /// Time that one script in the node gets.
 const SCRIPT_TIMEOUT_S: u64 = 1500;
 
@@ -59,17 +62,21 @@ fn terminals_and_attach() {
         let mut config = container_config("echo", BUSYBOX, "echo ready; exec cat");
         config["stdin"] = json!(true);
         let container = containerd.run_container(node, pod, &config)?;
-        // A terminal of 33 rows and 111 columns on this side, and what the guest's side says.
+        // A terminal of 33 rows and 111 columns on this side. crictl tells the size once the
+        // process runs, whatever the runtime: what is asked is whether it arrives.
+        let line = format!(
+            "crictl exec -i -t {container} sh -c 'test -t 0 && test -t 1 && \
+             until [ \"$(stty size)\" = \"33 111\" ]; do :; done 2>/dev/null && echo sized'"
+        );
+        node.write(TERMINAL_FILE, &format!("stty rows 33 cols 111; {line}\n"))?;
         let text = script(
             node,
             containerd,
             &format!(
-                "script -qec 'stty rows 33 cols 111; \
-                 crictl exec -i -t {container} sh -c \"test -t 0 && test -t 1 && stty size\"' \
-                 /dev/null </dev/null | tr -d '\\r'"
+                "timeout 120 script -qec 'bash {TERMINAL_FILE}' /dev/null </dev/null | tr -d '\\r'"
             ),
         )?;
-        ensure!(text.contains("33 111"), "the terminal is {text:?}");
+        ensure!(text.ends_with("sized"), "the terminal says {text:?}");
         let text = script(
             node,
             containerd,
