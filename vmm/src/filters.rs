@@ -131,6 +131,7 @@ const LOOP_REQUESTS: &[u32] = &[
     0x127f,      // BLKZEROOUT
     0x8004_54d2, // TUNGETIFF
     0x4004_54d0, // TUNSETOFFLOAD
+    0x4004_54d9, // TUNSETQUEUE: the driver chooses how many queues it uses
     0x4004_54d8, // TUNSETVNETHDRSZ
     0x4004_54dc, // TUNSETVNETLE
     0x8004_54cf, // TUNGETFEATURES

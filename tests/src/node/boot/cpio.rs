@@ -7,24 +7,24 @@ const FILE: u32 = 0o100_000;
 
 /// An archive in memory.
 #[derive(Debug, Default)]
-pub(super) struct Cpio {
+pub(crate) struct Cpio {
     bytes: Vec<u8>,
     inode: u32,
 }
 
 impl Cpio {
     /// Adds a folder.
-    pub(super) fn folder(&mut self, name: &str) {
+    pub(crate) fn folder(&mut self, name: &str) {
         self.entry(name, FOLDER | 0o755, &[]);
     }
 
     /// Adds a file.
-    pub(super) fn file(&mut self, name: &str, mode: u32, data: &[u8]) {
+    pub(crate) fn file(&mut self, name: &str, mode: u32, data: &[u8]) {
         self.entry(name, FILE | mode, data);
     }
 
     /// Ends the archive.
-    pub(super) fn finish(mut self) -> Vec<u8> {
+    pub(crate) fn finish(mut self) -> Vec<u8> {
         self.entry("TRAILER!!!", 0, &[]);
         self.bytes
     }

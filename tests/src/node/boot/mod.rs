@@ -1,6 +1,6 @@
 //! What the node boots: a stock kernel and an initramfs made here.
 
-mod cpio;
+pub(crate) mod cpio;
 pub mod initramfs;
 
 pub use initramfs::{BootFiles, prepare};
