@@ -432,3 +432,70 @@ async fn containers_share_a_pid_namespace_when_the_pod_does() {
     assert_eq!(guest.wait("a", "").await.unwrap().exit_status, 137);
     guest.delete("a", "").await.unwrap();
 }
+
+/// The name of the first process that a container sees, and whether it sees `program`.
+async fn joins(guest: &Guest, request: CreateContainerRequest) -> ttrpc::Result<String> {
+    let (stdout, mut out) = guest.stream().await;
+    let look = "cat /proc/1/cmdline; until pidof sleep >/dev/null; do :; done";
+    let request = CreateContainerRequest {
+        container_id: "debug".to_owned(),
+        oci_spec: serde_json::to_vec(&guest.spec(&["sh", "-c", look])).unwrap(),
+        streams: Some(Streams {
+            stdout,
+            ..Default::default()
+        })
+        .into(),
+        ..request
+    };
+    guest.client.create_container(deadline(), &request).await?;
+    guest.start_process("debug", "").await?;
+    let mut seen = String::new();
+    out.read_to_string(&mut seen).await.unwrap();
+    assert_eq!(guest.wait("debug", "").await?.exit_status, 0);
+    guest.delete("debug", "").await?;
+    Ok(seen)
+}
+
+#[tokio::test]
+async fn a_container_joins_the_pid_namespace_of_another() {
+    let Some(guest) = Guest::configured().await else {
+        return;
+    };
+    let of = |target: &str| CreateContainerRequest {
+        pid_namespace_of: target.to_owned(),
+        ..Default::default()
+    };
+    let (code, text) = refusal(joins(&guest, of("target")).await);
+    assert_eq!(code, Code::NOT_FOUND, "{text}");
+
+    let spec = guest.spec(&["sleep", "1000"]);
+    guest
+        .create("target", &spec, Streams::default())
+        .await
+        .unwrap();
+    guest.start_process("target", "").await.unwrap();
+    let seen = joins(&guest, of("target")).await.unwrap();
+    assert_eq!(seen, "sleep\x001000\0");
+    let both = CreateContainerRequest {
+        sandbox_pid_namespace: true,
+        ..of("target")
+    };
+    let (code, text) = refusal(joins(&guest, both).await);
+    assert_eq!(code, Code::INVALID_ARGUMENT, "{text}");
+    assert!(text.starts_with("pid_namespace_of: "), "{text}");
+
+    // The debugging container was not the namespace's first, so the other one lives on.
+    let kill = SignalRequest {
+        container_id: "target".to_owned(),
+        signal: 9,
+        ..Default::default()
+    };
+    guest
+        .client
+        .signal_process(deadline(), &kill)
+        .await
+        .unwrap();
+    assert_eq!(guest.wait("target", "").await.unwrap().exit_status, 137);
+    let (code, text) = refusal(joins(&guest, of("target")).await);
+    assert_eq!(code, Code::FAILED_PRECONDITION, "{text}");
+}

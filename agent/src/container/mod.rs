@@ -73,7 +73,7 @@ pub(crate) struct CreateOptions {
     /// Columns and rows; overrides `process.consoleSize`.
     pub(crate) console_size: Option<(u32, u32)>,
     /// Join this PID namespace although the specification asks for one of its own.
-    pub(crate) sandbox_pid_namespace: Option<OwnedFd>,
+    pub(crate) pid_namespace: Option<OwnedFd>,
     /// Directory of the cgroup v2 hierarchy beneath which the container's own is made, named by its
     /// id.
     pub(crate) cgroup_parent: PathBuf,
@@ -114,7 +114,7 @@ impl Container {
             &options.devices,
         )?;
         let mut luggage = Luggage::of(stdio);
-        if let Some(namespace) = options.sandbox_pid_namespace.take() {
+        if let Some(namespace) = options.pid_namespace.take() {
             luggage.add(Role::PidNamespace, namespace);
         }
         let limits = plan.process.limits.clone();

@@ -119,7 +119,7 @@ pub(super) fn of(
         .process()
         .as_ref()
         .ok_or_else(|| ContainerError::invalid("process", "missing; a container runs a program"))?;
-    let namespaces = namespaces::of(linux, options.sandbox_pid_namespace.is_some())?;
+    let namespaces = namespaces::of(linux, options.pid_namespace.is_some())?;
     let mut process = process::of(process, "process", linux, options.console_size)?;
     process.first = true;
     process.stdio_owner = namespaces.outside_uid(process.uid);
