@@ -69,6 +69,43 @@ fn cpu() {
 }
 
 #[test]
+fn what_only_the_first_version_of_cgroups_has_is_refused() {
+    for (pointer, value) in [
+        ("network", json!({"network": {"classID": 1}})),
+        (
+            "cpu.realtimeRuntime",
+            json!({"cpu": {"realtimeRuntime": 1}}),
+        ),
+        ("cpu.realtimePeriod", json!({"cpu": {"realtimePeriod": 1}})),
+        ("memory.kernel", json!({"memory": {"kernel": 1}})),
+        ("memory.kernelTCP", json!({"memory": {"kernelTCP": 1}})),
+        ("memory.swappiness", json!({"memory": {"swappiness": 0}})),
+        (
+            "memory.disableOOMKiller",
+            json!({"memory": {"disableOOMKiller": true}}),
+        ),
+        (
+            "memory.useHierarchy",
+            json!({"memory": {"useHierarchy": false}}),
+        ),
+        ("blockIO.leafWeight", json!({"blockIO": {"leafWeight": 10}})),
+        (
+            "blockIO.weightDevice.leafWeight",
+            json!({"blockIO": {"weightDevice": [{"major": 8, "minor": 0, "leafWeight": 10}]}}),
+        ),
+        ("unified", json!({"unified": {"memory.low": ""}})),
+    ] {
+        let error = error(value);
+        let expected = format!("linux.resources.{pointer}: ");
+        assert!(error.starts_with(&expected), "{error}");
+    }
+    // These say what is so anyway.
+    let nothing = json!({"memory": {"kernel": -1, "kernelTCP": 0, "disableOOMKiller": false,
+        "useHierarchy": true}, "cpu": {"realtimeRuntime": 0, "realtimePeriod": 0}});
+    assert_eq!(settings(nothing), []);
+}
+
+#[test]
 fn memory() {
     assert_eq!(
         settings(json!({"memory": {"limit": 1000, "swap": 1500, "reservation": 500}})),
