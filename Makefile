@@ -3,6 +3,7 @@
 MAKEFLAGS += --no-print-directory
 PREFIX ?= /usr
 CMD ?= crictl version
+FUZZ_SECONDS ?= 60
 FLAVOUR ?= default
 TARGET = $(or $(CARGO_TARGET_DIR),target)
 CACHE = $(or $(PERICARP_CACHE),$(HOME)/.cache/pericarp)
@@ -36,6 +37,10 @@ test: packages ## install what is missing, build all, run every test
 .PHONY: check
 check: ## format, clippy, tidy and unit tests: no root, no guest, minutes
 	tests/run check
+
+.PHONY: fuzz
+fuzz: ## look for bytes that break a parser: FUZZ_SECONDS=60 of each target, or of TARGETS='...'
+	tests/fuzz/run $(FUZZ_SECONDS) $(TARGETS)
 
 .PHONY: node-deps
 node-deps: ## build or install the components of the test node at their pinned versions

@@ -22,6 +22,11 @@ const WAITING_MAX: usize = 64;
 pub(crate) struct Descriptors(Vec<Option<OwnedFd>>);
 
 impl Descriptors {
+    /// Those of one request, in order.
+    pub(crate) fn new(received: Vec<OwnedFd>) -> Self {
+        Self(received.into_iter().map(Some).collect())
+    }
+
     /// Takes the one at a position; `field` is named when there is none.
     pub(crate) fn take(
         &mut self,
@@ -156,7 +161,7 @@ fn interpret(buffer: &[u8], received: seqpacket::Received) -> Incoming {
         let reason = "it is longer than a request, or its descriptors could not be taken";
         return Incoming::Invalid(0, FieldError::new("length", reason));
     }
-    let descriptors = Descriptors(received.descriptors.into_iter().map(Some).collect());
+    let descriptors = Descriptors::new(received.descriptors);
     match decode_request(bytes) {
         Ok((number, request)) => Incoming::Request(number, Box::new(request), descriptors),
         Err(error) => Incoming::Invalid(number_of(bytes), error),

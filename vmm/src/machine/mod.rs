@@ -233,6 +233,18 @@ impl Machine {
         &self.around.doorbell
     }
 
+    /// What answers the accesses of a guest that is played.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn bus(&self) -> &Bus {
+        &self.bus
+    }
+
+    /// Its memory.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
     /// Attaches a device: at boot with its BAR placed, later without, because the guest places it.
     pub(crate) fn add(
         &mut self,

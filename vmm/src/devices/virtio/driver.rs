@@ -1,6 +1,18 @@
 //! The driver's side of the queues, for tests: what a guest kernel does to memory, done by the
 //! test, against the real queue code of the devices. It can also do what no sane kernel does.
 
+#![cfg_attr(
+    not(test),
+    expect(
+        dead_code,
+        reason = "the fuzz targets use what all devices have in common"
+    )
+)]
+#![expect(
+    clippy::unwrap_used,
+    reason = "a double in tests: a failure is the test's"
+)]
+
 use std::{
     collections::HashMap,
     os::fd::RawFd,
@@ -27,8 +39,10 @@ pub(crate) const MEMORY_BYTES: u64 = 64 << 20;
 pub(crate) const BUFFERS: u64 = 1 << 20;
 
 const DESCRIPTOR_BYTES: u64 = 16;
-const F_NEXT: u16 = 1;
-const F_WRITE: u16 = 2;
+/// `VIRTQ_DESC_F_NEXT`
+pub(crate) const F_NEXT: u16 = 1;
+/// `VIRTQ_DESC_F_WRITE`
+pub(crate) const F_WRITE: u16 = 2;
 /// `VIRTQ_DESC_F_INDIRECT`
 pub(crate) const F_INDIRECT: u16 = 4;
 

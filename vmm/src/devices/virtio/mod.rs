@@ -29,7 +29,7 @@ pub(crate) mod chain;
 pub(crate) mod console;
 pub(crate) mod device;
 pub(crate) mod discard;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod driver;
 pub(crate) mod fs;
 pub(crate) mod mem;

@@ -73,6 +73,15 @@ impl QueueRegisters {
         }
     }
 
+    /// All but the vector, which may change at any time.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn without_vector(&self) -> Self {
+        Self {
+            vector: NO_VECTOR,
+            ..self.clone()
+        }
+    }
+
     /// Whether the driver enabled it.
     pub(crate) fn is_enabled(&self) -> bool {
         self.enabled

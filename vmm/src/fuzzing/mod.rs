@@ -1,0 +1,140 @@
+//! Entries for the fuzz targets of `tests/fuzz`: each takes any bytes, plays them as what a hostile
+//! guest does, and panics when what must hold does not. Also run by this crate's own tests.
+//!
+//! [`program`] plays the driver of one device on the real queue code, [`machine`] a whole guest on
+//! the bus of a whole machine without vCPUs. Bounds: what one input may do is limited by its
+//! length, which the fuzzer bounds.
+
+mod bytes;
+mod devices;
+mod machine;
+mod program;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use pericarp_sys::mapping::SharedWords;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
+
+use self::bytes::Choices;
+use crate::{
+    devices::virtio::{
+        chain, segments,
+        transport::registers::{Effect, Registers},
+    },
+    pci::config::{ConfigSpace, FUNCTION_BYTES, Identity},
+};
+
+pub use devices::{balloon, blk, console, mem, net, pmem, rng, vsock};
+pub use machine::machine;
+
+/// Guest memory of [`queue`]: rings at the start, the rest for buffers and indirect tables.
+const QUEUE_MEMORY_BYTES: usize = 0x4000;
+const QUEUE_SIZE: u16 = 16;
+const AVAILABLE: u32 = 0x400;
+const USED: u32 = 0x800;
+
+/// Memory as the guest wrote it: both walkers of descriptor chains end, agree about what is a
+/// chain, and never name a byte outside memory.
+pub fn queue(data: &[u8]) {
+    let memory = [(GuestAddress(0), QUEUE_MEMORY_BYTES)];
+    let memory = GuestMemoryMmap::from_ranges(&memory).expect("a small mapping");
+    let memory = Arc::new(memory);
+    let image = &data[..data.len().min(QUEUE_MEMORY_BYTES)];
+    let fits = "it is cut to the memory's size";
+    memory.write_slice(image, GuestAddress(0)).expect(fits);
+    let [mut borrowing, mut owning] = [rings(), rings()];
+    // A queue's length of chains: as many as the available index may announce.
+    for _ in 0..=QUEUE_SIZE {
+        let borrowed = chain::pop(&mut borrowing, &memory);
+        let owned = segments::Chain::take(&mut owning, &memory);
+        match (borrowed, owned) {
+            (Ok(Some(borrowed)), Ok(Some(owned))) => {
+                assert_eq!(borrowed.head, owned.head);
+                assert_eq!(borrowed.readable.len() as u64, owned.readable_len());
+                assert_eq!(borrowed.writable.len() as u64, owned.writable_len());
+                let used = borrowing.add_used(memory.as_ref(), borrowed.head, 0);
+                let again = owning.add_used(memory.as_ref(), owned.head, 0);
+                assert_eq!(used.is_ok(), again.is_ok());
+            }
+            (Ok(None), Ok(None)) | (Err(_), Err(_)) => break,
+            (borrowed, owned) => panic!("{borrowed:?} but {owned:?}"),
+        }
+    }
+}
+
+fn rings() -> Queue {
+    let mut queue = Queue::new(QUEUE_SIZE).expect("a power of two");
+    queue.set_desc_table_address(Some(0), None);
+    queue.set_avail_ring_address(Some(AVAILABLE), None);
+    queue.set_used_ring_address(Some(USED), None);
+    queue.set_ready(true);
+    queue
+}
+
+/// Registers and configuration space as a guest's writes: a device is activated and reset in turn
+/// only, queues stand still while it lives, and only writable bits of configuration space change.
+pub fn registers(data: &[u8]) {
+    let mut choices = Choices::new(data);
+    let _ = write_registers(&mut choices);
+}
+
+fn write_registers(choices: &mut Choices<'_>) -> Option<()> {
+    let mut registers = Registers::new(0x30, &[256, 16]);
+    let words = Arc::new(SharedWords::new(FUNCTION_BYTES).expect("a page"));
+    let mut space = ConfigSpace::new(words, 0, &IDENTITY);
+    space.add_bar(0, BAR_BYTES, 0);
+    let capability = space.add_capability(0x11, &[1, 0, 0, 0x40, 0, 0], &[0, 0xc0]);
+    let fixed = [space.word(0), space.word(8), space.word(0x34)];
+    let mut live: Option<Vec<_>> = None;
+    loop {
+        let (space_wanted, offset) = (choices.byte()? & 1 == 1, choices.half()?);
+        let data = choices.some(8)?;
+        if space_wanted {
+            space.write(offset, data);
+            let now = [space.word(0), space.word(8), space.word(0x34)];
+            assert_eq!(now, fixed, "the identity is not the guest's to change");
+            let control = space.word(capability) >> 16;
+            assert_eq!(control & !0xc000, 1, "only two bits of message control");
+            if let Some(range) = space.bar(0, BAR_BYTES) {
+                assert!(range.start % BAR_BYTES == 0 && range.end - range.start == BAR_BYTES);
+            }
+            continue;
+        }
+        let mut back = [0; 8];
+        registers.read(u64::from(offset), &mut back[..data.len()]);
+        match registers.write(u64::from(offset), data) {
+            Effect::Activate => {
+                assert!(live.is_none(), "a device is activated once");
+                live = Some(registers.queues().to_vec());
+            }
+            Effect::Reset => {
+                assert!(live.take().is_some(), "only a live device is reset");
+                registers.finish_reset();
+            }
+            Effect::None => {}
+        }
+        if let Some(queues) = &live {
+            let now = registers
+                .queues()
+                .iter()
+                .map(|queue| queue.without_vector());
+            assert!(now.eq(queues.iter().map(|queue| queue.without_vector())));
+        }
+    }
+}
+
+/// Size of the BAR of [`registers`].
+const BAR_BYTES: u64 = 0x8000;
+
+const IDENTITY: Identity = Identity {
+    vendor: 0x1af4,
+    device: 0x1042,
+    revision: 1,
+    class: 0x01_8000,
+    subsystem_vendor: 0x1af4,
+    subsystem: 0x40,
+    multifunction: false,
+};
