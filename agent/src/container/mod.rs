@@ -316,11 +316,6 @@ impl Container {
         self.cgroup.path()
     }
 
-    /// How often the kernel's OOM killer ended a process of this container.
-    pub(crate) fn oom_kills(&self) -> u64 {
-        self.cgroup.oom_kills()
-    }
-
     /// Whether SIGKILL to the first process ends all others, because it is PID 1 of a namespace of
     /// their own. When not, whoever sees it end must call [`Self::signal_all`].
     pub(crate) fn has_own_pid_namespace(&self) -> bool {

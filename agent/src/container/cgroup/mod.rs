@@ -266,15 +266,6 @@ impl Cgroup {
             .ok()
     }
 
-    /// How often the OOM killer ended a process within.
-    pub(super) fn oom_kills(&self) -> u64 {
-        let text = fs::read_to_string(self.path.join("memory.events")).unwrap_or_default();
-        let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
-        count
-            .and_then(|count| count.trim().parse().ok())
-            .unwrap_or(0)
-    }
-
     /// Kills what is left within, waits until it is gone, and removes the cgroup with those beneath
     /// it.
     pub(super) fn remove(&self) -> Result<(), ContainerError> {
