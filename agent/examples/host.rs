@@ -25,8 +25,8 @@ use std::{collections::BTreeMap, env, path::Path, time::Instant};
 
 use common::{Guest, deadline, process};
 use pericarp_protocol::guest::{
-    BlockDevice, ConfigureSandboxRequest, Empty, EventsRequest, ExecRequest, ResizeTerminalRequest,
-    StatsRequest, Storage, Streams, storage::Source,
+    BlockDevice, ConfigureSandboxRequest, Empty, Event, EventsRequest, ExecRequest,
+    ResizeTerminalRequest, StatsRequest, Storage, Streams, storage::Source,
 };
 use serde_json::{Value, json};
 use tokio::{
@@ -73,9 +73,13 @@ async fn main() {
     configure(&guest, &[]).await;
     look(&guest, "fresh").await;
     terminals(&guest).await;
-    out_of_memory(&guest).await;
+    let forever = ttrpc::context::Context::default();
+    let events = guest.client.events(forever, &EventsRequest::new()).await;
+    let mut events = events.unwrap();
+    out_of_memory(&guest, &mut events).await;
     through_stdin(&guest, number("stdin_mib", 16)).await;
     many(&guest, number("containers", 20)).await;
+    surprise_removal(&guest, &mut events).await;
     guest
         .client
         .power_off(deadline(), &Empty::new())
@@ -207,12 +211,9 @@ fn greedy(guest: &Guest) -> Value {
     spec
 }
 
-async fn out_of_memory(guest: &Guest) {
-    let mut events = guest
-        .client
-        .events(ttrpc::context::Context::default(), &EventsRequest::new())
-        .await
-        .unwrap();
+type Events = ttrpc::asynchronous::ClientStreamReceiver<Event>;
+
+async fn out_of_memory(guest: &Guest, events: &mut Events) {
     guest
         .create("o", &greedy(guest), Streams::default())
         .await
@@ -286,6 +287,18 @@ async fn through_stdin(guest: &Guest, blocks: u32) {
         .await
         .unwrap();
     guest.delete("s", "").await.unwrap();
+}
+
+/// A function that goes without the host's request is told of: the balloon, by the guest's sysfs.
+async fn surprise_removal(guest: &Guest, events: &mut Events) {
+    const BALLOON: &str = "0000:00:04.0";
+    let line = format!("echo 1 >/sys/bus/pci/devices/{BALLOON}/remove");
+    let mut spec = guest.spec(&["sh", "-c", &line]);
+    let sysfs = json!({ "destination": "/sys", "type": "sysfs", "source": "sysfs" });
+    spec["mounts"].as_array_mut().unwrap().push(sysfs);
+    assert_eq!(guest.run("r", &spec).await.unwrap().2, 0);
+    let event = events.recv().await.unwrap();
+    assert_eq!(event.unwrap().device_gone().pci_address, BALLOON);
 }
 
 /// Containers one after another must leave nothing in the guest.

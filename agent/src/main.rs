@@ -40,6 +40,7 @@ mod stdio;
 mod storage;
 mod streams;
 mod table;
+mod uevents;
 
 fn main() -> ExitCode {
     let started_us = init::boot_time_us();

@@ -190,7 +190,7 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: RemoveDeviceRequest,
     ) -> ttrpc::Result<Empty> {
-        complete(machine::remove_device(self.pod(), request)).await
+        complete(machine::remove_device(request)).await
     }
 
     async fn online_resources(
