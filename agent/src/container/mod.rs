@@ -34,6 +34,8 @@ use pericarp_sys::{children, pidfd};
 
 mod cgroup;
 mod error;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod helper;
 mod launch;
 mod message;

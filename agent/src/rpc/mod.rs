@@ -19,6 +19,9 @@ use pericarp_protocol::{
 };
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
+#[cfg(feature = "fuzzing")]
+pub(crate) use stats::read_log;
+
 use crate::{errors::RpcError, pod::Pod};
 
 mod container;

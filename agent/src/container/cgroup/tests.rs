@@ -291,3 +291,30 @@ proptest! {
         prop_assert_eq!(run(&program, [access << 16 | device_type, major, minor]) == 1, expected);
     }
 }
+
+#[test]
+fn a_process_is_found_in_the_containers_own_cgroups() {
+    let own = std::path::Path::new("/sys/fs/cgroup/pod/d");
+    for (text, expected) in [
+        (
+            "0::/pod/d/sub/deep\n",
+            Some("/sys/fs/cgroup/pod/d/sub/deep"),
+        ),
+        ("0::/pod/d/pod/d\n", Some("/sys/fs/cgroup/pod/d/pod/d")),
+        (
+            "1:name=x:/pod/d/a\n0::/pod/d/b\n",
+            Some("/sys/fs/cgroup/pod/d/b"),
+        ),
+        ("0::/pod/e/sub\n", None),
+        ("0::/pod/d/../e\n", None),
+        ("0::/pod/d//etc\n", None),
+        ("", None),
+    ] {
+        let found = super::home_in(text, own);
+        assert_eq!(
+            found.as_deref(),
+            expected.map(std::path::Path::new),
+            "{text:?}"
+        );
+    }
+}
