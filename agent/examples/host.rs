@@ -5,6 +5,8 @@
 //! host FOLDER COMMAND [key=value ...]
 //!   stdin_mib=N   what goes through stdin and back
 //!   containers=N  how many are created and deleted, one after another
+//!   pause_s=N     how long the machine stands still when the guest's log says VM-PAUSE
+//!   hello=1       nothing but the hello is wanted
 //!   panic=1       the guest ends by a panic of its kernel
 //! ```
 //!
@@ -21,7 +23,12 @@
 #[path = "../tests/common/mod.rs"]
 mod common;
 
-use std::{collections::BTreeMap, env, path::Path, time::Instant};
+use std::{
+    collections::BTreeMap,
+    env,
+    path::Path,
+    time::{Instant, SystemTime, UNIX_EPOCH},
+};
 
 use common::{Guest, deadline, process};
 use pericarp_protocol::guest::{
@@ -30,7 +37,7 @@ use pericarp_protocol::guest::{
 };
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::UnixStream,
 };
 
@@ -64,6 +71,10 @@ async fn main() {
     println!("features={}", guest.hello.features.join(","));
     println!("agent_started_us={}", guest.hello.started_us);
     println!("agent_ready_us={}", guest.hello.ready_us);
+    if number("hello", 0) == 1 {
+        power_off(guest).await;
+        return;
+    }
     if number("panic", 0) == 1 {
         configure(&guest, &[("vm.panic_on_oom", "2")]).await;
         until_panic(&guest).await;
@@ -77,14 +88,16 @@ async fn main() {
     let events = guest.client.events(forever, &EventsRequest::new()).await;
     let mut events = events.unwrap();
     out_of_memory(&guest, &mut events).await;
+    clock_after_pause(&guest, number("pause_s", 5)).await;
     through_stdin(&guest, number("stdin_mib", 16)).await;
     many(&guest, number("containers", 20)).await;
     surprise_removal(&guest, &mut events).await;
-    guest
-        .client
-        .power_off(deadline(), &Empty::new())
-        .await
-        .unwrap();
+    power_off(guest).await;
+}
+
+async fn power_off(guest: Guest) {
+    let off = guest.client.power_off(deadline(), &Empty::new()).await;
+    off.unwrap();
     guest.ended();
 }
 
@@ -226,6 +239,57 @@ async fn out_of_memory(guest: &Guest, events: &mut Events) {
     guest.delete("o", "").await.unwrap();
 }
 
+/// The wall clock is the host's again when the machine was paused.
+async fn clock_after_pause(guest: &Guest, pause_s: u32) {
+    // As much as whole seconds and a busy computer can hide.
+    const SLACK_S: u64 = 2;
+    let script = "while read word; do [ $word = date ] || echo '<1>VM-PAUSE' >/dev/kmsg; \
+                  date +%s; done";
+    let mut spec = guest.spec(&["sh", "-c", script]);
+    let kmsg = json!({ "path": "/dev/kmsg", "type": "c", "major": 1, "minor": 11 });
+    spec["linux"]["devices"] = json!([kmsg]);
+    spec["linux"]["resources"] = json!({ "devices": [
+        { "allow": true, "type": "c", "major": 1, "minor": 11, "access": "rwm" },
+    ] });
+    let (mut into, out) = guest.start_piped("p", &spec).await;
+    let mut lines = BufReader::new(out).lines();
+    let mut word = "date\n";
+    let began = Instant::now();
+    let mut behind_before = None;
+    // The pause falls into some round trip, which then takes as long.
+    loop {
+        let asked = Instant::now();
+        into.write_all(word.as_bytes()).await.unwrap();
+        let line = lines.next_line().await.unwrap().unwrap();
+        let here = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap()
+            .as_secs();
+        let behind = here.abs_diff(line.parse().unwrap());
+        let Some(before) = behind_before else {
+            behind_before = Some(behind);
+            word = "pause\n";
+            continue;
+        };
+        word = "date\n";
+        if asked.elapsed().as_secs() + 1 >= u64::from(pause_s) {
+            assert!(
+                behind <= before + SLACK_S,
+                "{before} s before, {behind} s after"
+            );
+            println!("clock_behind_s={behind}");
+            break;
+        }
+        assert!(
+            began.elapsed() < common::BOOT_MAX,
+            "the machine was not paused"
+        );
+    }
+    into.shutdown().await.unwrap();
+    assert_eq!(guest.wait("p", "").await.unwrap().exit_status, 0);
+    guest.delete("p", "").await.unwrap();
+}
+
 /// Ends the guest by its kernel: it shall panic when memory is out.
 async fn until_panic(guest: &Guest) {
     guest
@@ -239,18 +303,7 @@ async fn until_panic(guest: &Guest) {
 
 /// Each block carries its number, so that a lost or moved byte shows.
 async fn through_stdin(guest: &Guest, blocks: u32) {
-    let (stdin, mut into) = guest.stream().await;
-    let (stdout, mut out) = guest.stream().await;
-    let streams = Streams {
-        stdin,
-        stdout,
-        ..Default::default()
-    };
-    guest
-        .create("s", &guest.spec(&["cat"]), streams)
-        .await
-        .unwrap();
-    guest.start_process("s", "").await.unwrap();
+    let (mut into, mut out) = guest.start_piped("s", &guest.spec(&["cat"])).await;
     let began = Instant::now();
     let first: Vec<u8> = (0..1u64 << 17)
         .flat_map(|word| (word * word).to_le_bytes())

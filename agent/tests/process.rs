@@ -6,8 +6,7 @@ mod common;
 
 use common::{Guest, deadline, process, refusal};
 use pericarp_protocol::guest::{
-    ContainerRequest, CreateContainerRequest, Empty, ExecRequest, ResizeTerminalRequest,
-    SignalRequest, Streams,
+    ContainerRequest, CreateContainerRequest, Empty, ExecRequest, ResizeTerminalRequest, Streams,
 };
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -55,21 +54,9 @@ async fn states_and_names_are_guarded() {
         refusal(guest.delete("c", "").await).0,
         Code::FAILED_PRECONDITION
     );
-    let kill = SignalRequest {
-        container_id: "c".to_owned(),
-        signal: 9,
-        ..Default::default()
-    };
-    guest
-        .client
-        .signal_process(deadline(), &kill)
-        .await
-        .unwrap();
+    guest.kill("c").await.unwrap();
     assert_eq!(guest.wait("c", "").await.unwrap().exit_status, 137);
-    assert_eq!(
-        refusal(guest.client.signal_process(deadline(), &kill).await).0,
-        Code::NOT_FOUND
-    );
+    assert_eq!(refusal(guest.kill("c").await).0, Code::NOT_FOUND);
     guest.delete("c", "").await.unwrap();
 
     // Never started: it is ended by its deletion.
@@ -103,18 +90,7 @@ async fn stdin_is_closed_by_its_end_and_by_request() {
         return;
     };
     for by_request in [false, true] {
-        let (stdin, mut into) = guest.stream().await;
-        let (stdout, mut out) = guest.stream().await;
-        let streams = Streams {
-            stdin,
-            stdout,
-            ..Default::default()
-        };
-        guest
-            .create("c", &guest.spec(&["cat"]), streams)
-            .await
-            .unwrap();
-        guest.start_process("c", "").await.unwrap();
+        let (mut into, mut out) = guest.start_piped("c", &guest.spec(&["cat"])).await;
         into.write_all(b"some words").await.unwrap();
         if by_request {
             // What was sent before must not be lost.
@@ -142,18 +118,7 @@ async fn much_goes_through_and_comes_back() {
     let Some(guest) = Guest::configured().await else {
         return;
     };
-    let (stdin, into) = guest.stream().await;
-    let (stdout, mut out) = guest.stream().await;
-    let streams = Streams {
-        stdin,
-        stdout,
-        ..Default::default()
-    };
-    guest
-        .create("c", &guest.spec(&["cat"]), streams)
-        .await
-        .unwrap();
-    guest.start_process("c", "").await.unwrap();
+    let (into, mut out) = guest.start_piped("c", &guest.spec(&["cat"])).await;
     let writer = tokio::spawn(async move {
         let mut into = into;
         let mut block = vec![0u8; 1 << 20];
@@ -419,16 +384,7 @@ async fn containers_share_a_pid_namespace_when_the_pod_does() {
     assert_eq!(guest.wait("b", "").await.unwrap().exit_status, 0);
     guest.delete("b", "").await.unwrap();
     // What the first process leaves behind ends with it.
-    let kill = SignalRequest {
-        container_id: "a".to_owned(),
-        signal: 9,
-        ..Default::default()
-    };
-    guest
-        .client
-        .signal_process(deadline(), &kill)
-        .await
-        .unwrap();
+    guest.kill("a").await.unwrap();
     assert_eq!(guest.wait("a", "").await.unwrap().exit_status, 137);
     guest.delete("a", "").await.unwrap();
 }
@@ -485,16 +441,7 @@ async fn a_container_joins_the_pid_namespace_of_another() {
     assert!(text.starts_with("pid_namespace_of: "), "{text}");
 
     // The debugging container was not the namespace's first, so the other one lives on.
-    let kill = SignalRequest {
-        container_id: "target".to_owned(),
-        signal: 9,
-        ..Default::default()
-    };
-    guest
-        .client
-        .signal_process(deadline(), &kill)
-        .await
-        .unwrap();
+    guest.kill("target").await.unwrap();
     assert_eq!(guest.wait("target", "").await.unwrap().exit_status, 137);
     let (code, text) = refusal(joins(&guest, of("target")).await);
     assert_eq!(code, Code::FAILED_PRECONDITION, "{text}");

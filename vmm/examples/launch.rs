@@ -11,6 +11,7 @@
 //!   later=FILE   a disk that is added when the guest's log says HOT-PLUG and removed when it
 //!                says HOT-UNPLUG; when it says
 //!                MEM-PLUG, memory grows to max, and when it says CPU-PLUG, vCPUs to vcpus-max
+//!   pause=MS     how long the machine stands still when its log says VM-PAUSE
 //!   until=TEXT   end when the guest's log has this text
 //!   exits=1      print KVM's counters at that moment
 //! ```
@@ -28,6 +29,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -257,6 +259,11 @@ fn watch(
 
 /// Does what the guest's log asks for.
 fn react(shim: &mut Shim, log: &str, options: &Options) -> Anything<()> {
+    if log.contains("VM-PAUSE") {
+        shim.send(&Request::Pause(Nothing {}), &[])?;
+        thread::sleep(Duration::from_millis(options.number("pause", 1000)?));
+        shim.send(&Request::Resume(Nothing {}), &[])?;
+    }
     let Some(path) = options.text("later") else {
         return Ok(());
     };

@@ -21,8 +21,8 @@ use std::{
 use pericarp_protocol::{
     STREAM_PORT,
     guest::{
-        ConfigureSandboxRequest, CreateContainerRequest, Hello, ProcessRequest, Streams,
-        WaitResponse,
+        ConfigureSandboxRequest, CreateContainerRequest, Empty, Hello, ProcessRequest,
+        SignalRequest, Streams, WaitResponse,
     },
     guest_ttrpc::AgentClient,
 };
@@ -39,7 +39,7 @@ use ttrpc::{asynchronous::transport::Socket, context::Context};
 const REQUEST_NS: i64 = 30_000_000_000;
 
 /// How long a machine may take to the agent's hello; emulated on a busy computer it takes seconds.
-const BOOT_MAX: Duration = Duration::from_secs(120);
+pub(crate) const BOOT_MAX: Duration = Duration::from_secs(120);
 
 /// Streams and sandboxes of this test process.
 static NEXT: AtomicU64 = AtomicU64::new(1);
@@ -293,6 +293,30 @@ impl Guest {
             .start_process(deadline(), &process(id, exec_id))
             .await?
             .pid)
+    }
+
+    /// Starts a container and gives the other ends of its standard input and output.
+    pub(crate) async fn start_piped(&self, id: &str, spec: &Value) -> (UnixStream, UnixStream) {
+        let (stdin, into) = self.stream().await;
+        let (stdout, out) = self.stream().await;
+        let streams = Streams {
+            stdin,
+            stdout,
+            ..Default::default()
+        };
+        self.create(id, spec, streams).await.unwrap();
+        self.start_process(id, "").await.unwrap();
+        (into, out)
+    }
+
+    /// Sends SIGKILL to a container's first process.
+    pub(crate) async fn kill(&self, id: &str) -> ttrpc::Result<Empty> {
+        let request = SignalRequest {
+            container_id: id.to_owned(),
+            signal: 9,
+            ..Default::default()
+        };
+        self.client.signal_process(deadline(), &request).await
     }
 
     /// Waits for the end of a container, or of an exec of it.
