@@ -42,6 +42,7 @@ use crate::{
     log,
     pod::Pod,
     rpc::Service,
+    uevents,
 };
 
 /// vsock context of the host (vsock(7)).
@@ -102,6 +103,7 @@ pub(crate) async fn serve(options: Options, started_us: u64) -> Result<(), Conne
         let pod = Arc::clone(&pod);
         async move { pod.oom.run().await }
     });
+    tokio::spawn(uevents::report(Arc::clone(&pod.events)));
     tokio::spawn(accept_streams(streams, Arc::clone(&pod)));
 
     let (gone, host_gone) = oneshot::channel();

@@ -7,26 +7,16 @@
 
 use std::{
     fs, io,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
-use nix::{
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{
-        AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
-    },
-};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType};
 
-use crate::files;
+use crate::{files, uevents::Uevents};
 
 /// How long a device that the host added may take to appear.
 const DEVICE_WAIT: Duration = Duration::from_secs(10);
-
-/// Largest uevent in bytes (`UEVENT_BUFFER_SIZE` of the kernel, and its header).
-const UEVENT_BYTES_MAX: usize = 4096;
 
 /// Entries of one directory of sysfs that are looked at.
 const ENTRIES_MAX: usize = 65536;
@@ -137,7 +127,11 @@ pub(crate) struct BlockNode {
 
 /// The disk on a function, or its partition when `partition` is not 0. Waits until it is there.
 pub(crate) fn block_device(address: &PciAddress, partition: u32) -> Result<BlockNode, DeviceError> {
-    let uevents = Uevents::new()?;
+    let not_heard = |source| DeviceError::Kernel {
+        path: "the uevent socket".into(),
+        source,
+    };
+    let uevents = Uevents::new().map_err(not_heard)?;
     let deadline = Instant::now() + DEVICE_WAIT;
     if !address.directory().exists() {
         write("/sys/bus/pci/rescan", "1")?;
@@ -146,7 +140,7 @@ pub(crate) fn block_device(address: &PciAddress, partition: u32) -> Result<Block
         if let Some(node) = find_block_device(address, partition)? {
             return Ok(node);
         }
-        if !uevents.wait(deadline)? {
+        if !uevents.wait(deadline).map_err(not_heard)? {
             let what = match partition {
                 0 => "block device".to_owned(),
                 number => format!("partition {number}"),
@@ -317,51 +311,6 @@ fn count_list(text: &str) -> u32 {
             last.checked_sub(first)?.checked_add(1)
         })
         .sum()
-}
-
-/// The kernel's announcements of devices that come and go.
-#[derive(Debug)]
-struct Uevents(OwnedFd);
-
-impl Uevents {
-    fn new() -> Result<Self, DeviceError> {
-        let make = || -> nix::Result<OwnedFd> {
-            let fd = socket(
-                AddressFamily::Netlink,
-                SockType::Datagram,
-                SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
-                SockProtocol::NetlinkKObjectUEvent,
-            )?;
-            // Group 1 is the kernel itself.
-            bind(fd.as_raw_fd(), &NetlinkAddr::new(0, 1))?;
-            Ok(fd)
-        };
-        make().map(Self).map_err(|error| DeviceError::Kernel {
-            path: "the uevent socket".into(),
-            source: error.into(),
-        })
-    }
-
-    /// Waits until anything is announced; `false` when the deadline has passed.
-    fn wait(&self, deadline: Instant) -> Result<bool, DeviceError> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let timeout = PollTimeout::try_from(left.as_millis()).unwrap_or(PollTimeout::MAX);
-        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
-        let ready = match poll(&mut fds, timeout) {
-            Ok(ready) => ready,
-            Err(nix::Error::EINTR) => return Ok(true),
-            Err(error) => {
-                return Err(DeviceError::Kernel {
-                    path: "the uevent socket".into(),
-                    source: error.into(),
-                });
-            }
-        };
-        let mut buffer = [0; UEVENT_BYTES_MAX];
-        // What it says does not matter: the caller looks again. ENOBUFS means that much was said.
-        while recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty()).is_ok() {}
-        Ok(ready > 0)
-    }
 }
 
 fn write(path: impl AsRef<Path>, value: &str) -> Result<(), DeviceError> {

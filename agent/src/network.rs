@@ -96,6 +96,37 @@ pub(crate) fn apply(
     Ok(())
 }
 
+/// Takes neighbours, then routes, then addresses and interfaces away. What is not there is no error.
+pub(crate) fn take_away(
+    interfaces: &[Interface],
+    routes: &[Route],
+    neighbours: &[Neighbour],
+) -> Result<(), NetworkError> {
+    if interfaces.is_empty() && routes.is_empty() && neighbours.is_empty() {
+        return Ok(());
+    }
+    let mut kernel = Kernel::new()?;
+    let links = kernel.links()?;
+    let is_there = |device: &str| links.iter().any(|link| link.name == device);
+    for (index, neighbour) in neighbours.iter().enumerate() {
+        if is_there(&neighbour.device) {
+            let message = neighbour_message(index, neighbour, &links)?;
+            let request = RouteNetlinkMessage::DelNeighbour(message);
+            kernel.delete(request, "neighbour", &neighbour.address)?;
+        }
+    }
+    for (index, route) in routes.iter().enumerate() {
+        if route.device.is_empty() || is_there(&route.device) {
+            let request = RouteNetlinkMessage::DelRoute(route_message(index, route, &links)?);
+            kernel.delete(request, "route", &route.destination)?;
+        }
+    }
+    for (index, interface) in interfaces.iter().enumerate() {
+        kernel.strip(index, interface, &links)?;
+    }
+    Ok(())
+}
+
 /// What is known of an interface.
 #[derive(Debug, Clone)]
 struct Link {
@@ -227,6 +258,73 @@ impl Kernel {
             .map_err(kernel("change", &link.name))
     }
 
+    /// Takes the addresses that `unwanted` names away, or all of them and the link itself.
+    fn strip(
+        &mut self,
+        index: usize,
+        unwanted: &Interface,
+        links: &[Link],
+    ) -> Result<(), NetworkError> {
+        let field = |name: &str| format!("removed_interfaces[{index}].{name}");
+        let link = match find_link(links, unwanted, &field) {
+            Ok(link) => link,
+            Err(NetworkError::NoInterface(_)) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        let mut messages = Vec::new();
+        for (position, address) in unwanted.addresses.iter().enumerate() {
+            let field = field(&format!("addresses[{position}]"));
+            let (address, prefix) = parse_prefix(&field, address)?;
+            messages.push(address_message(link, address, prefix));
+        }
+        if unwanted.addresses.is_empty() {
+            self.exchange(
+                RouteNetlinkMessage::GetAddress(AddressMessage::default()),
+                NLM_F_DUMP,
+                |answer| match answer {
+                    RouteNetlinkMessage::NewAddress(message)
+                        if message.header.index == link.index =>
+                    {
+                        messages.push(message);
+                    }
+                    _ => {}
+                },
+            )
+            .map_err(kernel("list", "the addresses"))?;
+        }
+        for message in messages {
+            let request = RouteNetlinkMessage::DelAddress(message);
+            self.delete(request, "an address of", &link.name)?;
+        }
+        if unwanted.addresses.is_empty() {
+            self.set_link(link, |message| {
+                message.header.change_mask = LinkFlags::Up;
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Deletes something that may be gone already.
+    fn delete(
+        &mut self,
+        request: RouteNetlinkMessage,
+        what: &str,
+        object: &str,
+    ) -> Result<(), NetworkError> {
+        // Of addresses, of routes, of neighbours: the kernel has a word for each.
+        const GONE: [i32; 3] = [libc::EADDRNOTAVAIL, libc::ESRCH, libc::ENOENT];
+        match self.exchange(request, NLM_F_ACK, |_| ()) {
+            Err(error)
+                if error
+                    .raw_os_error()
+                    .is_some_and(|code| GONE.contains(&code)) =>
+            {
+                Ok(())
+            }
+            other => other.map_err(kernel("take away", &format!("{what} {object}"))),
+        }
+    }
+
     fn add_address(
         &mut self,
         link: &Link,
@@ -234,14 +332,9 @@ impl Kernel {
         address: IpAddr,
         prefix: u8,
     ) -> Result<(), NetworkError> {
-        let mut message = AddressMessage::default();
-        message.header.index = link.index;
-        message.header.prefix_len = prefix;
-        message.attributes.push(AddressAttribute::Address(address));
-        message.attributes.push(AddressAttribute::Local(address));
+        let mut message = address_message(link, address, prefix);
         match address {
             IpAddr::V4(address) => {
-                message.header.family = AddressFamily::Inet;
                 if prefix < 31 {
                     let host_bits = u32::MAX.checked_shr(u32::from(prefix)).unwrap_or(0);
                     let broadcast = Ipv4Addr::from_bits(address.to_bits() | host_bits);
@@ -251,7 +344,6 @@ impl Kernel {
                 }
             }
             IpAddr::V6(_) => {
-                message.header.family = AddressFamily::Inet6;
                 // CNI chose the address, and a tentative one cannot be bound to.
                 message.header.flags = AddressHeaderFlags::Nodad;
                 message
@@ -289,37 +381,7 @@ impl Kernel {
         neighbour: &Neighbour,
         links: &[Link],
     ) -> Result<(), NetworkError> {
-        let field = |name: &str| format!("neighbours[{index}].{name}");
-        let address = parse_address(&field("address"), &neighbour.address)?;
-        let mut message = NeighbourMessage::default();
-        message.header.ifindex = device_index(&field("device"), &neighbour.device, links)?;
-        message.header.state = match u16::try_from(neighbour.state) {
-            Ok(0) => NeighbourState::Permanent,
-            Ok(state) => NeighbourState::from(state),
-            Err(_) => {
-                return Err(NetworkError::Invalid {
-                    field: field("state"),
-                    reason: format!("{} is no NUD_* number", neighbour.state),
-                });
-            }
-        };
-        let destination = match address {
-            IpAddr::V4(address) => {
-                message.header.family = AddressFamily::Inet;
-                NeighbourAddress::Inet(address)
-            }
-            IpAddr::V6(address) => {
-                message.header.family = AddressFamily::Inet6;
-                NeighbourAddress::Inet6(address)
-            }
-        };
-        message
-            .attributes
-            .push(NeighbourAttribute::Destination(destination));
-        let mac_address = parse_mac(&field("mac_address"), &neighbour.mac_address)?;
-        message
-            .attributes
-            .push(NeighbourAttribute::LinkLayerAddress(mac_address));
+        let message = neighbour_message(index, neighbour, links)?;
         let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
         self.exchange(RouteNetlinkMessage::NewNeighbour(message), flags, |_| ())
             .map_err(kernel("add neighbour", &neighbour.address))
@@ -430,6 +492,50 @@ fn device_index(field: &str, name: &str, links: &[Link]) -> Result<u32, NetworkE
             field: field.to_owned(),
             reason: format!("there is no interface {name:?} in the guest"),
         })
+}
+
+fn address_message(link: &Link, address: IpAddr, prefix: u8) -> AddressMessage {
+    let mut message = AddressMessage::default();
+    message.header.index = link.index;
+    message.header.prefix_len = prefix;
+    message.header.family = family(address);
+    message.attributes.push(AddressAttribute::Address(address));
+    message.attributes.push(AddressAttribute::Local(address));
+    message
+}
+
+fn neighbour_message(
+    index: usize,
+    neighbour: &Neighbour,
+    links: &[Link],
+) -> Result<NeighbourMessage, NetworkError> {
+    let field = |name: &str| format!("neighbours[{index}].{name}");
+    let address = parse_address(&field("address"), &neighbour.address)?;
+    let mut message = NeighbourMessage::default();
+    message.header.family = family(address);
+    message.header.ifindex = device_index(&field("device"), &neighbour.device, links)?;
+    message.header.state = match u16::try_from(neighbour.state) {
+        Ok(0) => NeighbourState::Permanent,
+        Ok(state) => NeighbourState::from(state),
+        Err(_) => {
+            return Err(NetworkError::Invalid {
+                field: field("state"),
+                reason: format!("{} is no NUD_* number", neighbour.state),
+            });
+        }
+    };
+    let destination = match address {
+        IpAddr::V4(address) => NeighbourAddress::Inet(address),
+        IpAddr::V6(address) => NeighbourAddress::Inet6(address),
+    };
+    message
+        .attributes
+        .push(NeighbourAttribute::Destination(destination));
+    let mac_address = parse_mac(&field("mac_address"), &neighbour.mac_address)?;
+    message
+        .attributes
+        .push(NeighbourAttribute::LinkLayerAddress(mac_address));
+    Ok(message)
 }
 
 /// The rtnetlink message of a route. Pure, so that every attribute is tested without a kernel.

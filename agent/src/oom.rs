@@ -15,6 +15,9 @@ use tokio::io::unix::AsyncFd;
 
 use crate::{events::Events, files, log};
 
+/// What the kernel writes in a cgroup about its memory.
+const EVENTS_FILE: &str = "memory.events";
+
 /// The watches of all containers.
 #[derive(Debug)]
 pub(crate) struct OomWatch {
@@ -26,7 +29,7 @@ pub(crate) struct OomWatch {
 #[derive(Debug)]
 struct Watched {
     container_id: String,
-    file: PathBuf,
+    cgroup: PathBuf,
     kills: u64,
 }
 
@@ -58,7 +61,7 @@ impl OomWatch {
 
     /// Watches a container's cgroup. Where there is no memory controller there is nothing to watch.
     pub(crate) fn add(&self, container_id: &str, cgroup: &Path) {
-        let file = cgroup.join("memory.events");
+        let file = cgroup.join(EVENTS_FILE);
         match self
             .kernel
             .get_ref()
@@ -71,7 +74,7 @@ impl OomWatch {
                     descriptor,
                     Watched {
                         container_id,
-                        file,
+                        cgroup: cgroup.to_owned(),
                         kills: 0,
                     },
                 );
@@ -115,7 +118,7 @@ impl OomWatch {
         let Some(watched) = all.get_mut(&descriptor) else {
             return;
         };
-        let kills = kills(&watched.file);
+        let kills = kills(&watched.cgroup);
         if kills > watched.kills {
             watched.kills = kills;
             self.events.out_of_memory(&watched.container_id);
@@ -127,8 +130,9 @@ impl OomWatch {
     }
 }
 
-fn kills(file: &Path) -> u64 {
-    files::read(file).map_or(0, |text| kills_of(&text))
+/// How often the OOM killer ended a process in a cgroup.
+pub(crate) fn kills(cgroup: &Path) -> u64 {
+    files::read(cgroup.join(EVENTS_FILE)).map_or(0, |text| kills_of(&text))
 }
 
 fn kills_of(text: &str) -> u64 {

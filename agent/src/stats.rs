@@ -240,14 +240,27 @@ fn networks(text: &str) -> Vec<NetworkStats> {
         .collect()
 }
 
+/// Reads `text` as each of the kernel's files.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn read_any(text: &str) {
+    let of = |_: &str| text.to_owned();
+    let found = (cpu(text), memory(&of), pressure(text));
+    drop(found);
+    assert!(io(text).len() <= LISTED_MAX && networks(text).len() <= LISTED_MAX);
+}
+
 fn file_system(mount_point: &Path) -> Option<FileSystemStats> {
     let found = statvfs(mount_point).ok()?;
     let unit = found.fragment_size();
     Some(FileSystemStats {
         mount_point: mount_point.to_str()?.to_owned(),
-        capacity_bytes: found.blocks() * unit,
-        available_bytes: found.blocks_available() * unit,
-        used_bytes: found.blocks().saturating_sub(found.blocks_free()) * unit,
+        // What a file system says that the host serves may be anything.
+        capacity_bytes: found.blocks().saturating_mul(unit),
+        available_bytes: found.blocks_available().saturating_mul(unit),
+        used_bytes: found
+            .blocks()
+            .saturating_sub(found.blocks_free())
+            .saturating_mul(unit),
         inodes: found.files(),
         inodes_used: found.files().saturating_sub(found.files_free()),
         ..Default::default()

@@ -6,8 +6,7 @@ mod common;
 
 use common::{Guest, deadline, process, refusal};
 use pericarp_protocol::guest::{
-    ContainerRequest, CreateContainerRequest, Empty, ExecRequest, ResizeTerminalRequest,
-    SignalRequest, Streams,
+    ContainerRequest, CreateContainerRequest, Empty, ExecRequest, ResizeTerminalRequest, Streams,
 };
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -55,21 +54,9 @@ async fn states_and_names_are_guarded() {
         refusal(guest.delete("c", "").await).0,
         Code::FAILED_PRECONDITION
     );
-    let kill = SignalRequest {
-        container_id: "c".to_owned(),
-        signal: 9,
-        ..Default::default()
-    };
-    guest
-        .client
-        .signal_process(deadline(), &kill)
-        .await
-        .unwrap();
+    guest.kill("c").await.unwrap();
     assert_eq!(guest.wait("c", "").await.unwrap().exit_status, 137);
-    assert_eq!(
-        refusal(guest.client.signal_process(deadline(), &kill).await).0,
-        Code::NOT_FOUND
-    );
+    assert_eq!(refusal(guest.kill("c").await).0, Code::NOT_FOUND);
     guest.delete("c", "").await.unwrap();
 
     // Never started: it is ended by its deletion.
@@ -103,18 +90,7 @@ async fn stdin_is_closed_by_its_end_and_by_request() {
         return;
     };
     for by_request in [false, true] {
-        let (stdin, mut into) = guest.stream().await;
-        let (stdout, mut out) = guest.stream().await;
-        let streams = Streams {
-            stdin,
-            stdout,
-            ..Default::default()
-        };
-        guest
-            .create("c", &guest.spec(&["cat"]), streams)
-            .await
-            .unwrap();
-        guest.start_process("c", "").await.unwrap();
+        let (mut into, mut out) = guest.start_piped("c", &guest.spec(&["cat"])).await;
         into.write_all(b"some words").await.unwrap();
         if by_request {
             // What was sent before must not be lost.
@@ -142,18 +118,7 @@ async fn much_goes_through_and_comes_back() {
     let Some(guest) = Guest::configured().await else {
         return;
     };
-    let (stdin, into) = guest.stream().await;
-    let (stdout, mut out) = guest.stream().await;
-    let streams = Streams {
-        stdin,
-        stdout,
-        ..Default::default()
-    };
-    guest
-        .create("c", &guest.spec(&["cat"]), streams)
-        .await
-        .unwrap();
-    guest.start_process("c", "").await.unwrap();
+    let (into, mut out) = guest.start_piped("c", &guest.spec(&["cat"])).await;
     let writer = tokio::spawn(async move {
         let mut into = into;
         let mut block = vec![0u8; 1 << 20];
@@ -419,16 +384,65 @@ async fn containers_share_a_pid_namespace_when_the_pod_does() {
     assert_eq!(guest.wait("b", "").await.unwrap().exit_status, 0);
     guest.delete("b", "").await.unwrap();
     // What the first process leaves behind ends with it.
-    let kill = SignalRequest {
-        container_id: "a".to_owned(),
-        signal: 9,
-        ..Default::default()
-    };
-    guest
-        .client
-        .signal_process(deadline(), &kill)
-        .await
-        .unwrap();
+    guest.kill("a").await.unwrap();
     assert_eq!(guest.wait("a", "").await.unwrap().exit_status, 137);
     guest.delete("a", "").await.unwrap();
+}
+
+/// The name of the first process that a container sees, and whether it sees `program`.
+async fn joins(guest: &Guest, request: CreateContainerRequest) -> ttrpc::Result<String> {
+    let (stdout, mut out) = guest.stream().await;
+    let look = "cat /proc/1/cmdline; until pidof sleep >/dev/null; do :; done";
+    let request = CreateContainerRequest {
+        container_id: "debug".to_owned(),
+        oci_spec: serde_json::to_vec(&guest.spec(&["sh", "-c", look])).unwrap(),
+        streams: Some(Streams {
+            stdout,
+            ..Default::default()
+        })
+        .into(),
+        ..request
+    };
+    guest.client.create_container(deadline(), &request).await?;
+    guest.start_process("debug", "").await?;
+    let mut seen = String::new();
+    out.read_to_string(&mut seen).await.unwrap();
+    assert_eq!(guest.wait("debug", "").await?.exit_status, 0);
+    guest.delete("debug", "").await?;
+    Ok(seen)
+}
+
+#[tokio::test]
+async fn a_container_joins_the_pid_namespace_of_another() {
+    let Some(guest) = Guest::configured().await else {
+        return;
+    };
+    let of = |target: &str| CreateContainerRequest {
+        pid_namespace_of: target.to_owned(),
+        ..Default::default()
+    };
+    let (code, text) = refusal(joins(&guest, of("target")).await);
+    assert_eq!(code, Code::NOT_FOUND, "{text}");
+
+    let spec = guest.spec(&["sleep", "1000"]);
+    guest
+        .create("target", &spec, Streams::default())
+        .await
+        .unwrap();
+    guest.start_process("target", "").await.unwrap();
+    let seen = joins(&guest, of("target")).await.unwrap();
+    assert_eq!(seen, "sleep\x001000\0");
+    let both = CreateContainerRequest {
+        sandbox_pid_namespace: true,
+        ..of("target")
+    };
+    let (code, text) = refusal(joins(&guest, both).await);
+    assert_eq!(code, Code::INVALID_ARGUMENT, "{text}");
+    assert!(text.starts_with("pid_namespace_of: "), "{text}");
+
+    // The debugging container was not the namespace's first, so the other one lives on.
+    guest.kill("target").await.unwrap();
+    assert_eq!(guest.wait("target", "").await.unwrap().exit_status, 137);
+    let (code, text) = refusal(joins(&guest, of("target")).await);
+    assert_eq!(code, Code::FAILED_PRECONDITION, "{text}");
 }

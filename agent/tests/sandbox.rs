@@ -8,7 +8,7 @@ use common::{Guest, deadline, refusal};
 use pericarp_protocol::{
     GUEST_PROTOCOL_MAJOR,
     guest::{
-        BindSource, ConfigureSandboxRequest, Empty, Interface, Overlay, Route, Scratch,
+        BindSource, ConfigureSandboxRequest, Empty, Interface, Neighbour, Overlay, Route, Scratch,
         SetClockRequest, StatsRequest, Storage, UpdateNetworkRequest, storage::Source,
     },
 };
@@ -300,6 +300,7 @@ async fn interfaces_are_found_by_address_renamed_and_routed() {
         .update_network(deadline(), &update)
         .await
         .unwrap();
+    taken_away(&guest, &update, in_guest).await;
     let bad = UpdateNetworkRequest {
         interfaces: vec![Interface {
             name: "eth1".to_owned(),
@@ -311,6 +312,89 @@ async fn interfaces_are_found_by_address_renamed_and_routed() {
     let (code, text) = refusal(guest.client.update_network(deadline(), &bad).await);
     assert_eq!(code, Code::FAILED_PRECONDITION);
     assert!(text.contains("02:00:00:00:00:99"), "{text}");
+}
+
+/// Takes routes, a neighbour, one address and the whole interface away, each of them twice.
+async fn taken_away(guest: &Guest, made: &UpdateNetworkRequest, in_guest: impl Fn(&str) -> String) {
+    let update = async |update: &UpdateNetworkRequest| {
+        for _ in 0..2 {
+            guest
+                .client
+                .update_network(deadline(), update)
+                .await
+                .unwrap();
+        }
+    };
+    let neighbour = Neighbour {
+        address: "10.88.0.9".to_owned(),
+        mac_address: "02:00:00:00:00:09".to_owned(),
+        device: "eth0".to_owned(),
+        ..Default::default()
+    };
+    let mut neighbours = UpdateNetworkRequest {
+        neighbours: vec![neighbour.clone()],
+        ..Default::default()
+    };
+    update(&neighbours).await;
+    assert!(in_guest("neighbour show").contains("10.88.0.9"));
+    neighbours = UpdateNetworkRequest {
+        removed_neighbours: vec![neighbour],
+        ..Default::default()
+    };
+    update(&neighbours).await;
+    assert!(!in_guest("neighbour show").contains("10.88.0.9 "));
+
+    update(&UpdateNetworkRequest {
+        removed_routes: made.routes.clone(),
+        ..Default::default()
+    })
+    .await;
+    let routes = in_guest("route show") + &in_guest("-6 route show");
+    assert!(
+        !routes.contains("default") && !routes.contains("192.0.2.0"),
+        "{routes}"
+    );
+
+    let mut one_address = made.interfaces[0].clone();
+    one_address.addresses.truncate(1);
+    update(&UpdateNetworkRequest {
+        removed_interfaces: vec![one_address],
+        ..Default::default()
+    })
+    .await;
+    let addresses = in_guest("address show dev eth0");
+    assert!(
+        !addresses.contains("10.88.0.5") && addresses.contains("fd00::5"),
+        "{addresses}"
+    );
+
+    // Replaced in one request: what is taken away goes before what is added.
+    let mut all = made.interfaces[0].clone();
+    all.addresses.clear();
+    let mut other = made.interfaces[0].clone();
+    other.addresses = vec!["10.88.0.6/16".to_owned()];
+    update(&UpdateNetworkRequest {
+        removed_interfaces: vec![all.clone()],
+        interfaces: vec![other],
+        ..Default::default()
+    })
+    .await;
+    let addresses = in_guest("address show dev eth0");
+    assert!(
+        addresses.contains("10.88.0.6") && !addresses.contains("fd00::5"),
+        "{addresses}"
+    );
+    assert!(addresses.contains(",UP"), "{addresses}");
+    update(&UpdateNetworkRequest {
+        removed_interfaces: vec![all],
+        ..Default::default()
+    })
+    .await;
+    let addresses = in_guest("address show dev eth0");
+    assert!(
+        !addresses.contains("inet") && !addresses.contains(",UP"),
+        "{addresses}"
+    );
 }
 
 #[tokio::test]

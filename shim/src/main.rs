@@ -15,6 +15,7 @@ mod container;
 mod daemon;
 mod errors;
 mod events;
+mod guest_panic;
 mod info;
 mod journal;
 mod launch;

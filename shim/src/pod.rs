@@ -48,6 +48,7 @@ use crate::{
     container::{self, Container},
     errors::CallError,
     events::Publisher,
+    guest_panic,
     journal::{self, Entry, Journal},
     launch::{Launch, Launched, entropy, launch},
     machine_client::Machine,
@@ -475,10 +476,15 @@ async fn keep_guest_log(console: OwnedFd, path: PathBuf) {
     };
     let mut file = tokio::fs::File::from_std(file);
     let mut left = GUEST_LOG_BYTES_MAX;
+    let mut panic = guest_panic::Finder::default();
     let mut buffer = vec![0; 4096];
     while let Ok(count) = reader.read(&mut buffer).await {
         if count == 0 {
             break;
+        }
+        if let Some(words) = panic.find(buffer.get(..count).unwrap_or_default()) {
+            // The guest's own words: quoted, so that they are one line and no more.
+            warn!(words, "the guest's kernel panicked");
         }
         let keep = usize::try_from(left).unwrap_or(usize::MAX).min(count);
         left = left.saturating_sub(keep as u64);

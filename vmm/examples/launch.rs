@@ -4,10 +4,14 @@
 //! ```text
 //! launch VMM KERNEL [key=value ...]
 //!   memory=MiB max=MiB vcpus=N vcpus-max=N cpu=LIST pages=base|transparent|2m|1g
-//!   initramfs=FILE pmem=FILE disk=FILE tap=NAME cmdline=TEXT
+//!   initramfs=FILE pmem=FILE disk=FILE cmdline=TEXT
+//!   agent=SOCKET the guest's connection to the agent's port of the host goes to this unix socket
+//!   vsock=SOCKET made here: connections to it reach the guest's ports
+//!   seconds=N    how long it waits at most
 //!   later=FILE   a disk that is added when the guest's log says HOT-PLUG and removed when it
 //!                says HOT-UNPLUG; when it says
 //!                MEM-PLUG, memory grows to max, and when it says CPU-PLUG, vCPUs to vcpus-max
+//!   pause=MS     how long the machine stands still when its log says VM-PAUSE
 //!   until=TEXT   end when the guest's log has this text
 //!   exits=1      print KVM's counters at that moment
 //! ```
@@ -21,17 +25,22 @@ use std::{
     io::{self, Read, Write},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        unix::net::UnixListener,
+        unix::net::{UnixListener, UnixStream},
     },
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command},
+    thread,
     time::{Duration, Instant},
 };
 
-use pericarp_protocol::machine::{
-    Balloon, Blk, Bytes, CONTROL_DESCRIPTOR, CacheMode, Console, CpuMode, Descriptor, Device,
-    DeviceKind, Event, List, MESSAGE_BYTES, Machine, Mem, Message, Named, Nothing, PageKind, Pmem,
-    RateLimit, Request, Rng, Text, Vcpus, Vsock, decode_message, encode_request,
+use pericarp_protocol::{
+    AGENT_PORT,
+    machine::{
+        Balloon, Blk, Bytes, CONTROL_DESCRIPTOR, CacheMode, Console, CpuMode, Descriptor, Device,
+        DeviceKind, Event, List, MESSAGE_BYTES, Machine, Mem, Message, Named, Nothing, PageKind,
+        Pmem, RateLimit, Request, Rng, Text, Vcpus, Vsock, VsockPort, decode_message,
+        encode_request,
+    },
 };
 use pericarp_sys::{
     memory_file::{self, Pages},
@@ -169,14 +178,7 @@ fn add_devices(shim: &mut Shim, options: &Options, output: BorrowedFd<'_>) -> An
     )?;
     let limit = RateLimit::default();
     shim.add("rng", DeviceKind::Rng(Rng { limit }), &[])?;
-    let folder = tempfile::tempdir()?;
-    let listener = UnixListener::bind(folder.path().join("vsock"))?;
-    let vsock = Vsock {
-        cid: 3,
-        listener: at(0),
-        ports: List::default(),
-    };
-    shim.add("vsock", DeviceKind::Vsock(vsock), &[listener.as_fd()])?;
+    add_vsock(shim, options)?;
     let balloon = Balloon {
         deflate_on_oom: true,
         free_page_reporting: true,
@@ -257,6 +259,11 @@ fn watch(
 
 /// Does what the guest's log asks for.
 fn react(shim: &mut Shim, log: &str, options: &Options) -> Anything<()> {
+    if log.contains("VM-PAUSE") {
+        shim.send(&Request::Pause(Nothing {}), &[])?;
+        thread::sleep(Duration::from_millis(options.number("pause", 1000)?));
+        shim.send(&Request::Resume(Nothing {}), &[])?;
+    }
     let Some(path) = options.text("later") else {
         return Ok(());
     };
@@ -276,6 +283,28 @@ fn react(shim: &mut Shim, log: &str, options: &Options) -> Anything<()> {
         shim.send(&Request::ResizeVcpus(Vcpus { count }), &[])?;
     }
     Ok(())
+}
+
+fn add_vsock(shim: &mut Shim, options: &Options) -> Anything<()> {
+    let folder = tempfile::tempdir()?;
+    let path = options
+        .text("vsock")
+        .map_or_else(|| folder.path().join("vsock"), PathBuf::from);
+    let listener = UnixListener::bind(path)?;
+    listener.set_nonblocking(true)?;
+    let agent = options.text("agent").map(UnixStream::connect).transpose()?;
+    let ports = agent.iter().map(|_| VsockPort {
+        port: AGENT_PORT,
+        socket: at(1),
+    });
+    let vsock = Vsock {
+        cid: 3,
+        listener: at(0),
+        ports: List::new("ports", ports.collect())?,
+    };
+    let mut descriptors = vec![listener.as_fd()];
+    descriptors.extend(agent.iter().map(AsFd::as_fd));
+    shim.add("vsock", DeviceKind::Vsock(vsock), &descriptors)
 }
 
 fn add_disk(shim: &mut Shim, name: &str, path: &str) -> Anything<()> {

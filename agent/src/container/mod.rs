@@ -34,6 +34,8 @@ use pericarp_sys::{children, pidfd};
 
 mod cgroup;
 mod error;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod helper;
 mod launch;
 mod message;
@@ -73,7 +75,7 @@ pub(crate) struct CreateOptions {
     /// Columns and rows; overrides `process.consoleSize`.
     pub(crate) console_size: Option<(u32, u32)>,
     /// Join this PID namespace although the specification asks for one of its own.
-    pub(crate) sandbox_pid_namespace: Option<OwnedFd>,
+    pub(crate) pid_namespace: Option<OwnedFd>,
     /// Directory of the cgroup v2 hierarchy beneath which the container's own is made, named by its
     /// id.
     pub(crate) cgroup_parent: PathBuf,
@@ -114,7 +116,7 @@ impl Container {
             &options.devices,
         )?;
         let mut luggage = Luggage::of(stdio);
-        if let Some(namespace) = options.sandbox_pid_namespace.take() {
+        if let Some(namespace) = options.pid_namespace.take() {
             luggage.add(Role::PidNamespace, namespace);
         }
         let limits = plan.process.limits.clone();
@@ -314,11 +316,6 @@ impl Container {
     /// Its cgroup's directory.
     pub(crate) fn cgroup(&self) -> &Path {
         self.cgroup.path()
-    }
-
-    /// How often the kernel's OOM killer ended a process of this container.
-    pub(crate) fn oom_kills(&self) -> u64 {
-        self.cgroup.oom_kills()
     }
 
     /// Whether SIGKILL to the first process ends all others, because it is PID 1 of a namespace of

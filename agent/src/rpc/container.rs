@@ -1,6 +1,10 @@
 //! Containers as a whole: create, update, pause, resume, pids.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::{
+    fs::File,
+    os::fd::OwnedFd,
+    sync::{Arc, PoisonError, RwLock},
+};
 
 use oci_spec::runtime::{LinuxDevice, LinuxResources, Spec};
 use pericarp_protocol::{
@@ -102,10 +106,7 @@ fn build(
         .then_some((request.terminal_width, request.terminal_height));
     let options = CreateOptions {
         console_size,
-        sandbox_pid_namespace: request
-            .sandbox_pid_namespace
-            .then(|| pod.shared_pid_namespace())
-            .transpose()?,
+        pid_namespace: pid_namespace(pod, request)?,
         cgroup_parent: Pod::cgroup()
             .map_err(RpcError::kernel("make the pod's cgroup"))?
             .into(),
@@ -121,6 +122,34 @@ fn build(
         Err(error) => {
             storage::detach_all(&storages);
             Err(error.into())
+        }
+    }
+}
+
+/// The PID namespace that the container joins although its specification asks for one of its own.
+fn pid_namespace(pod: &Pod, request: &CreateContainerRequest) -> Result<Option<OwnedFd>, RpcError> {
+    const FIELD: &str = "pid_namespace_of";
+    match (request.sandbox_pid_namespace, &request.pid_namespace_of) {
+        (false, target) if target.is_empty() => Ok(None),
+        (true, target) if target.is_empty() => pod.shared_pid_namespace().map(Some),
+        (true, _) => Err(RpcError::Invalid {
+            field: FIELD,
+            reason: "sandbox_pid_namespace is asked for too".to_owned(),
+        }),
+        (false, target) => {
+            let process = pod.containers.get(target)?.init.pid;
+            let namespace = File::open(format!("/proc/{process}/ns/pid"));
+            // While it is not collected, the number is its own.
+            if pod.reaper.signal(process, 0).is_err() {
+                return Err(RpcError::State {
+                    object: format!("{FIELD}: container {target:?}"),
+                    reason: "it has ended",
+                });
+            }
+            let namespace = namespace.map_err(RpcError::kernel(format!(
+                "open the PID namespace of {target:?}"
+            )))?;
+            Ok(Some(namespace.into()))
         }
     }
 }

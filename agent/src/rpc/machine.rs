@@ -24,13 +24,9 @@ pub(super) async fn rescan() -> Result<RescanResponse, RpcError> {
 }
 
 /// Gives a function up, so that the host may take it away.
-pub(super) async fn remove_device(
-    pod: Arc<Pod>,
-    request: RemoveDeviceRequest,
-) -> Result<Empty, RpcError> {
+pub(super) async fn remove_device(request: RemoveDeviceRequest) -> Result<Empty, RpcError> {
     let address = PciAddress::parse("pci_address", &request.pci_address)?;
     blocking(move || devices::remove(&address)).await??;
-    pod.events.device_gone(&request.pci_address);
     Ok(Empty::new())
 }
 

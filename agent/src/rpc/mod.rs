@@ -19,6 +19,9 @@ use pericarp_protocol::{
 };
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
+#[cfg(feature = "fuzzing")]
+pub(crate) use stats::read_log;
+
 use crate::{errors::RpcError, pod::Pod};
 
 mod container;
@@ -190,7 +193,7 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: RemoveDeviceRequest,
     ) -> ttrpc::Result<Empty> {
-        complete(machine::remove_device(self.pod(), request)).await
+        complete(machine::remove_device(request)).await
     }
 
     async fn online_resources(

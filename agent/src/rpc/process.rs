@@ -14,7 +14,7 @@ use super::{
 use crate::{
     container::{Container, ContainerError},
     errors::RpcError,
-    log,
+    log, oom,
     pod::{Contained, Executed, Pod, blocking},
     process::Process,
     reaper::Exit,
@@ -161,16 +161,11 @@ pub(super) async fn wait(
 }
 
 fn response(contained: &Contained, exit: Exit) -> WaitResponse {
-    // A file of the cgroup file system is read without waiting for anything.
-    let guard = contained.container.try_read();
-    let oom_killed = guard
-        .ok()
-        .and_then(|guard| guard.as_ref().map(|container| container.oom_kills() > 0))
-        .unwrap_or(false);
     WaitResponse {
         exit_status: exit.status,
         exited_at_ns: exit.at_ns,
-        oom_killed,
+        // A file of the cgroup file system is read without waiting for anything.
+        oom_killed: oom::kills(&contained.cgroup) > 0,
         ..Default::default()
     }
 }

@@ -198,8 +198,15 @@ fn write_resolver_files(folder: &Path, request: &ConfigureSandboxRequest) -> Res
 
 /// Changes the network of a running pod.
 pub(super) async fn update_network(request: UpdateNetworkRequest) -> Result<Empty, RpcError> {
-    blocking(move || network::apply(&request.interfaces, &request.routes, &request.neighbours))
-        .await??;
+    blocking(move || {
+        network::take_away(
+            &request.removed_interfaces,
+            &request.removed_routes,
+            &request.removed_neighbours,
+        )?;
+        network::apply(&request.interfaces, &request.routes, &request.neighbours)
+    })
+    .await??;
     Ok(Empty::new())
 }
 

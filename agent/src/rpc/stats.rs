@@ -132,27 +132,43 @@ fn kernel_log() -> String {
             Err(error) if error.raw_os_error() == Some(libc::EPIPE) => continue,
             Err(_) => break,
         };
-        let record = String::from_utf8_lossy(&buffer[..length]);
-        // priority,sequence,microseconds,flags;text
-        if let Some((head, text)) = record.split_once(';') {
-            let time_us = head
-                .split(',')
-                .nth(2)
-                .and_then(|time| time.parse().ok())
-                .unwrap_or(0u64);
-            let line = text.lines().next().unwrap_or_default();
-            log.push_str(&format!(
-                "[{:5}.{:06}] {line}\n",
-                time_us / 1_000_000,
-                time_us % 1_000_000
-            ));
-        }
+        append(&mut log, &buffer[..length]);
         if log.len() > 2 * KERNEL_LOG_BYTES_MAX {
             keep_end(&mut log);
         }
     }
     keep_end(&mut log);
     log
+}
+
+/// Adds a record's line. A container that may write to `/dev/kmsg` chooses its text.
+fn append(log: &mut String, record: &[u8]) {
+    let record = String::from_utf8_lossy(record);
+    // priority,sequence,microseconds,flags;text
+    let Some((head, text)) = record.split_once(';') else {
+        return;
+    };
+    let time = head.split(',').nth(2).and_then(|time| time.parse().ok());
+    let time_us: u64 = time.unwrap_or(0);
+    let line = text.lines().next().unwrap_or_default();
+    log.push_str(&format!(
+        "[{:5}.{:06}] {line}\n",
+        time_us / 1_000_000,
+        time_us % 1_000_000
+    ));
+}
+
+/// Records that are separated by NULs, which no record has.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn read_log(records: &[u8]) {
+    let mut log = String::new();
+    for record in records.split(|byte| *byte == 0) {
+        let lines = log.lines().count();
+        append(&mut log, record);
+        assert!(log.lines().count() <= lines + 1, "{record:?}");
+        keep_end(&mut log);
+        assert!(log.len() <= KERNEL_LOG_BYTES_MAX);
+    }
 }
 
 /// Cuts whole lines from the beginning until the rest fits.

@@ -11,18 +11,18 @@
 
 use std::{
     fs,
-    os::{fd::AsFd as _, unix::fs::symlink},
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
 };
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pericarp_protocol::{
-    AGENT_PORT, STREAM_PORT,
+    STREAM_PORT,
     guest::{
-        ConfigureSandboxRequest, CreateContainerRequest, Hello, ProcessRequest, Streams,
-        WaitResponse,
+        ConfigureSandboxRequest, CreateContainerRequest, Empty, Hello, ProcessRequest,
+        SignalRequest, Streams, WaitResponse,
     },
     guest_ttrpc::AgentClient,
 };
@@ -37,6 +37,9 @@ use ttrpc::{asynchronous::transport::Socket, context::Context};
 
 /// Deadline of ordinary requests.
 const REQUEST_NS: i64 = 30_000_000_000;
+
+/// How long a machine may take to the agent's hello; emulated on a busy computer it takes seconds.
+pub(crate) const BOOT_MAX: Duration = Duration::from_secs(120);
 
 /// Streams and sandboxes of this test process.
 static NEXT: AtomicU64 = AtomicU64::new(1);
@@ -79,7 +82,8 @@ exec "$@"
 /// How streams are opened.
 enum StreamPort {
     Unix(PathBuf),
-    Vsock(u32),
+    /// A socket of the VMM, which asks for the guest's port first.
+    Machine(PathBuf),
 }
 
 /// The agent under test, and the host's side of its connection.
@@ -142,30 +146,28 @@ impl Guest {
         })
     }
 
-    /// Starts a virtual machine by `command` and meets the agent in it over the kernel's own vsock.
-    /// The machine has context id `cid`, and a root file system for containers at `/rootfs`.
-    pub(crate) async fn in_machine(command: &str, cid: u32) -> Self {
-        let listener = pericarp_sys::vsock::listen_on(AGENT_PORT).unwrap();
+    /// Starts a virtual machine by `command` and meets the agent in it. The machine connects the
+    /// agent's port to `agent.sock` in `folder` and takes connections to the guest's ports at
+    /// `vsock.sock`; `rootfs` is the guest's path of a root file system for containers.
+    pub(crate) async fn in_machine(command: &str, folder: &Path, rootfs: &Path) -> Self {
+        let listener = UnixListener::bind(folder.join("agent.sock")).unwrap();
         let child = Command::new("sh")
             .args(["-c", command])
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
-        let mut ready = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
-        assert_eq!(
-            poll(&mut ready, PollTimeout::from(60_000u16)).unwrap(),
-            1,
-            "no agent came"
-        );
-        let (connection, peer) = pericarp_sys::vsock::accept_from(&listener).unwrap();
-        assert_eq!(peer, cid);
-        let connection = UnixStream::from_std(connection.into()).unwrap();
-        let (client, hello) = greet(connection).await;
+        let hello = async {
+            let (connection, _) = listener.accept().await.unwrap();
+            greet(connection).await
+        };
+        let (client, hello) = tokio::time::timeout(BOOT_MAX, hello)
+            .await
+            .expect("a hello");
         Self {
             client,
             hello,
-            streams: StreamPort::Vsock(cid),
-            rootfs: "/rootfs".into(),
+            streams: StreamPort::Machine(folder.join("vsock.sock")),
+            rootfs: rootfs.to_owned(),
             folder: tempfile::tempdir().unwrap(),
             cgroup_name: String::new(),
             child,
@@ -222,22 +224,17 @@ impl Guest {
     pub(crate) async fn connect(&self, header: &str) -> (String, UnixStream) {
         let mut stream = match &self.streams {
             StreamPort::Unix(path) => UnixStream::connect(path).await.unwrap(),
-            StreamPort::Vsock(cid) => {
-                let stream = pericarp_sys::vsock::connect_to(*cid, STREAM_PORT).unwrap();
-                let stream = std::os::unix::net::UnixStream::from(stream);
-                stream.set_nonblocking(true).unwrap();
-                UnixStream::from_std(stream).unwrap()
+            StreamPort::Machine(path) => {
+                let mut stream = UnixStream::connect(path).await.unwrap();
+                let line = format!("CONNECT {STREAM_PORT}\n");
+                stream.write_all(line.as_bytes()).await.unwrap();
+                let answer = read_line(&mut stream).await;
+                assert!(answer.starts_with("OK "), "the VMM answered {answer:?}");
+                stream
             }
         };
         stream.write_all(header.as_bytes()).await.unwrap();
-        let mut answer = Vec::new();
-        while answer.last() != Some(&b'\n') {
-            match stream.read_u8().await {
-                Ok(byte) => answer.push(byte),
-                Err(_) => break,
-            }
-        }
-        (String::from_utf8(answer).unwrap(), stream)
+        (read_line(&mut stream).await, stream)
     }
 
     /// Opens a stream for a process to come.
@@ -298,6 +295,30 @@ impl Guest {
             .pid)
     }
 
+    /// Starts a container and gives the other ends of its standard input and output.
+    pub(crate) async fn start_piped(&self, id: &str, spec: &Value) -> (UnixStream, UnixStream) {
+        let (stdin, into) = self.stream().await;
+        let (stdout, out) = self.stream().await;
+        let streams = Streams {
+            stdin,
+            stdout,
+            ..Default::default()
+        };
+        self.create(id, spec, streams).await.unwrap();
+        self.start_process(id, "").await.unwrap();
+        (into, out)
+    }
+
+    /// Sends SIGKILL to a container's first process.
+    pub(crate) async fn kill(&self, id: &str) -> ttrpc::Result<Empty> {
+        let request = SignalRequest {
+            container_id: id.to_owned(),
+            signal: 9,
+            ..Default::default()
+        };
+        self.client.signal_process(deadline(), &request).await
+    }
+
     /// Waits for the end of a container, or of an exec of it.
     pub(crate) async fn wait(&self, id: &str, exec_id: &str) -> ttrpc::Result<WaitResponse> {
         self.client
@@ -353,6 +374,18 @@ impl Drop for Guest {
     }
 }
 
+/// Reads a line with its newline, or what there is before the end.
+async fn read_line(stream: &mut UnixStream) -> String {
+    let mut line = Vec::new();
+    while line.last() != Some(&b'\n') {
+        match stream.read_u8().await {
+            Ok(byte) => line.push(byte),
+            Err(_) => break,
+        }
+    }
+    String::from_utf8(line).unwrap()
+}
+
 async fn greet(mut connection: UnixStream) -> (AgentClient, Hello) {
     let length = connection.read_u32_le().await.unwrap();
     let mut hello = vec![0; usize::try_from(length).unwrap()];
@@ -367,7 +400,9 @@ async fn greet(mut connection: UnixStream) -> (AgentClient, Hello) {
 /// The agent's binary: that of this build, or the one that `PERICARP_AGENT` names.
 fn agent() -> String {
     std::env::var("PERICARP_AGENT")
-        .unwrap_or_else(|_| env!("CARGO_BIN_EXE_pericarp-agent").to_owned())
+        .ok()
+        .or_else(|| option_env!("CARGO_BIN_EXE_pericarp-agent").map(str::to_owned))
+        .unwrap()
 }
 
 /// A request's context with an ordinary deadline.

@@ -76,7 +76,7 @@ fn the_sandbox_pid_namespace_wins() {
     place.spec["process"]["args"] = json!(["readlink", "/proc/self/ns/pid"]);
     let path = format!("/proc/{}/ns/pid", first.pid);
     let mut options = place.options();
-    options.sandbox_pid_namespace = Some(std::fs::File::open(&path).unwrap().into());
+    options.pid_namespace = Some(std::fs::File::open(&path).unwrap().into());
     let (reader, stdio) = captured();
     let (mut container, created) =
         Container::create(&place.id, place.parsed(), options, stdio).unwrap();

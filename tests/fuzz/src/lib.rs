@@ -4,8 +4,10 @@
 //! libFuzzer look for such bytes ([`docs/fuzzing.md`](../../../docs/fuzzing.md)); this crate's own
 //! test plays the seeds and a few pseudo-random inputs, without any fuzzer.
 
+mod guest;
 mod machine_messages;
 
+use pericarp_agent::fuzzing as agent;
 use pericarp_vmm::fuzzing as vmm;
 
 /// One target.
@@ -66,6 +68,72 @@ pub const TARGETS: &[Target] = &[
         about: "VMM, which a guest may have taken over: answers and events to the shim",
         run: machine_messages::message,
         seeds: machine_messages::message_seeds,
+    },
+    Target {
+        name: "agent-paths",
+        about: "image: links and paths that are resolved and made beneath its root",
+        run: agent::paths,
+        seeds: guest::paths,
+    },
+    Target {
+        name: "agent-passwd",
+        about: "image: /etc/passwd",
+        run: agent::passwd,
+        seeds: guest::passwd,
+    },
+    Target {
+        name: "agent-spec",
+        about: "tenant: the runtime specification, its seccomp profile included",
+        run: agent::specification,
+        seeds: guest::specification,
+    },
+    Target {
+        name: "agent-resources",
+        about: "tenant: limits and device rules",
+        run: agent::resources,
+        seeds: guest::resources,
+    },
+    Target {
+        name: "agent-uevent",
+        about: "container with CAP_SYS_ADMIN: announcements of devices",
+        run: agent::uevent,
+        seeds: guest::uevent,
+    },
+    Target {
+        name: "agent-cgroup",
+        about: "container: names of its cgroups in /proc/<pid>/cgroup",
+        run: agent::cgroup_of_process,
+        seeds: guest::cgroup,
+    },
+    Target {
+        name: "agent-report",
+        about: "privileged container: what its helper says",
+        run: agent::report,
+        seeds: guest::report,
+    },
+    Target {
+        name: "agent-figures",
+        about: "container: names in files of statistics",
+        run: agent::figures,
+        seeds: guest::figures,
+    },
+    Target {
+        name: "agent-kernel-log",
+        about: "container: records of the kernel's log",
+        run: agent::kernel_log,
+        seeds: guest::kernel_log,
+    },
+    Target {
+        name: "stream-header",
+        about: "host: first lines of stream connections",
+        run: guest::stream_header,
+        seeds: guest::stream_headers,
+    },
+    Target {
+        name: "agent-answer",
+        about: "guest: the hello frame and the agent's answers and events to the shim",
+        run: guest::answer,
+        seeds: guest::answers,
     },
 ];
 

@@ -16,7 +16,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("shim", &["protocol", "runtime-config", "sys"]),
     ("ctl", &["protocol", "runtime-config"]),
     ("tests", &["protocol", "runtime-config", "sys"]),
-    ("tests/fuzz", &["protocol", "vmm"]),
+    ("tests/fuzz", &["agent", "protocol", "vmm"]),
 ];
 
 /// Crates that parse what the VMM must not parse, or that would give it a runtime it does not need.

@@ -18,7 +18,7 @@ const CHARACTER: u32 = 2;
 
 /// One rule; what is `None` fits all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Rule {
+pub(in super::super) struct Rule {
     pub(super) allow: bool,
     pub(super) device_type: Option<u32>,
     pub(super) major: Option<u32>,
@@ -55,7 +55,7 @@ const DEFAULTS: [Rule; 10] = [
 
 /// The rules of the specification, then for devices that the caller adds, then the default ones, as
 /// runc orders them.
-pub(super) fn rules(
+pub(in super::super) fn rules(
     given: &[LinuxDeviceCgroup],
     added: &[LinuxDevice],
 ) -> Result<Vec<Rule>, ContainerError> {
@@ -170,7 +170,7 @@ fn operation(code: u8, registers: u8, offset: i16, immediate: u32) -> Instructio
 }
 
 /// Puts `rules` into instructions.
-pub(super) fn program(rules: &[Rule]) -> Vec<Instruction> {
+pub(in super::super) fn program(rules: &[Rule]) -> Vec<Instruction> {
     // struct bpf_cgroup_dev_ctx: access in the upper half of the first word, type in the lower;
     // then major, minor.
     let mut program = vec![

@@ -36,6 +36,7 @@ pub(in super::super) fn of(
     resources: &LinuxResources,
     exists: impl Fn(&str) -> bool,
 ) -> Result<Vec<Setting>, ContainerError> {
+    refuse_what_only_the_first_version_has(resources)?;
     let mut settings = Vec::new();
     if let Some(cpu) = resources.cpu() {
         cpu_settings(cpu, &mut settings)?;
@@ -85,13 +86,65 @@ pub(in super::super) fn of(
         let reason = "the guest's kernel has no RDMA";
         return Err(ContainerError::invalid("linux.resources.rdma", reason));
     }
-    if resources.network().is_some() {
-        let reason = "net_cls and net_prio exist in the first version of cgroups only";
-        return Err(ContainerError::invalid("linux.resources.network", reason));
-    }
     // Last: what is named verbatim wins over what was converted.
     settings.extend(unified(resources)?);
     Ok(settings)
+}
+
+/// Refuses what the unified hierarchy cannot do, where it asks for something.
+fn refuse_what_only_the_first_version_has(
+    resources: &LinuxResources,
+) -> Result<(), ContainerError> {
+    // 0 and -1 are what callers say that want no limit.
+    let asks = |limit: Option<i64>| limit.is_some_and(|limit| limit > 0);
+    let cpu = resources.cpu().as_ref();
+    let memory = resources.memory().as_ref();
+    let block_io = resources.block_io().as_ref();
+    let devices = block_io.and_then(|block_io| block_io.weight_device().as_deref());
+    let mut leaf_weights = devices.unwrap_or_default().iter();
+    let asked = [
+        ("network", resources.network().is_some()),
+        (
+            "cpu.realtimeRuntime",
+            asks(cpu.and_then(LinuxCpu::realtime_runtime)),
+        ),
+        (
+            "cpu.realtimePeriod",
+            cpu.and_then(LinuxCpu::realtime_period).unwrap_or(0) > 0,
+        ),
+        ("memory.kernel", asks(memory.and_then(LinuxMemory::kernel))),
+        (
+            "memory.kernelTCP",
+            asks(memory.and_then(LinuxMemory::kernel_tcp)),
+        ),
+        (
+            "memory.swappiness",
+            memory.and_then(LinuxMemory::swappiness).is_some(),
+        ),
+        (
+            "memory.disableOOMKiller",
+            memory.and_then(LinuxMemory::disable_oom_killer) == Some(true),
+        ),
+        (
+            "memory.useHierarchy",
+            memory.and_then(LinuxMemory::use_hierarchy) == Some(false),
+        ),
+        (
+            "blockIO.leafWeight",
+            block_io.and_then(LinuxBlockIo::leaf_weight).unwrap_or(0) > 0,
+        ),
+        (
+            "blockIO.weightDevice.leafWeight",
+            leaf_weights.any(|device| device.leaf_weight().unwrap_or(0) > 0),
+        ),
+    ];
+    match asked.iter().find(|(_, asked)| *asked) {
+        None => Ok(()),
+        Some((field, _)) => Err(ContainerError::invalid(
+            format!("linux.resources.{field}"),
+            "exists in the first version of cgroups only",
+        )),
+    }
 }
 
 fn or_max(limit: i64) -> String {
@@ -111,6 +164,10 @@ fn unified(resources: &LinuxResources) -> Result<Vec<Setting>, ContainerError> {
         // break the container's cage.
         if file.contains('/') || !file.contains('.') || file.starts_with("cgroup.") {
             let reason = format!("{file:?} is no file of a controller");
+            return Err(ContainerError::invalid("linux.resources.unified", reason));
+        }
+        if value.is_empty() {
+            let reason = format!("{file:?} has no value");
             return Err(ContainerError::invalid("linux.resources.unified", reason));
         }
         for line in value.lines() {

@@ -121,12 +121,7 @@ impl Cgroup {
     /// The cgroup of process `pid`, if that is within this one.
     fn home_of(&self, pid: i32) -> Option<PathBuf> {
         let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
-        let home = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
-        // The line shows the path from the root of the agent's view; ours ends with the same names.
-        let name = self.path.file_name()?.to_str()?;
-        let beneath = home.split_once(&format!("{name}/"))?.1;
-        let climbs = beneath.split('/').any(|part| part == "..");
-        (!climbs).then(|| self.path.join(beneath))
+        home_in(&text, &self.path)
     }
 
     /// Applies the limits that `resources` names.
@@ -266,15 +261,6 @@ impl Cgroup {
             .ok()
     }
 
-    /// How often the OOM killer ended a process within.
-    pub(super) fn oom_kills(&self) -> u64 {
-        let text = fs::read_to_string(self.path.join("memory.events")).unwrap_or_default();
-        let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
-        count
-            .and_then(|count| count.trim().parse().ok())
-            .unwrap_or(0)
-    }
-
     /// Kills what is left within, waits until it is gone, and removes the cgroup with those beneath
     /// it.
     pub(super) fn remove(&self) -> Result<(), ContainerError> {
@@ -298,6 +284,22 @@ impl Cgroup {
         }
         Ok(())
     }
+}
+
+/// The cgroup that a `/proc/<pid>/cgroup` names, if that is within `own`. A container names the
+/// cgroups that it makes.
+pub(super) fn home_in(text: &str, own: &Path) -> Option<PathBuf> {
+    let home = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    let names: Vec<_> = home.split('/').collect();
+    // The line shows the path from the root of the agent's view; ours ends with the same names.
+    let ours = [
+        own.parent()?.file_name()?.to_str()?,
+        own.file_name()?.to_str()?,
+    ];
+    let at = names.windows(ours.len()).position(|pair| pair == ours)?;
+    let beneath = &names[at + ours.len()..];
+    let plain = beneath.iter().all(|part| !matches!(*part, "" | "." | ".."));
+    plain.then(|| own.join(beneath.join("/")))
 }
 
 /// Lets the children of `parent` have every controller that the hierarchy has.

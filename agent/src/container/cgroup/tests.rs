@@ -69,6 +69,43 @@ fn cpu() {
 }
 
 #[test]
+fn what_only_the_first_version_of_cgroups_has_is_refused() {
+    for (pointer, value) in [
+        ("network", json!({"network": {"classID": 1}})),
+        (
+            "cpu.realtimeRuntime",
+            json!({"cpu": {"realtimeRuntime": 1}}),
+        ),
+        ("cpu.realtimePeriod", json!({"cpu": {"realtimePeriod": 1}})),
+        ("memory.kernel", json!({"memory": {"kernel": 1}})),
+        ("memory.kernelTCP", json!({"memory": {"kernelTCP": 1}})),
+        ("memory.swappiness", json!({"memory": {"swappiness": 0}})),
+        (
+            "memory.disableOOMKiller",
+            json!({"memory": {"disableOOMKiller": true}}),
+        ),
+        (
+            "memory.useHierarchy",
+            json!({"memory": {"useHierarchy": false}}),
+        ),
+        ("blockIO.leafWeight", json!({"blockIO": {"leafWeight": 10}})),
+        (
+            "blockIO.weightDevice.leafWeight",
+            json!({"blockIO": {"weightDevice": [{"major": 8, "minor": 0, "leafWeight": 10}]}}),
+        ),
+        ("unified", json!({"unified": {"memory.low": ""}})),
+    ] {
+        let error = error(value);
+        let expected = format!("linux.resources.{pointer}: ");
+        assert!(error.starts_with(&expected), "{error}");
+    }
+    // These say what is so anyway.
+    let nothing = json!({"memory": {"kernel": -1, "kernelTCP": 0, "disableOOMKiller": false,
+        "useHierarchy": true}, "cpu": {"realtimeRuntime": 0, "realtimePeriod": 0}});
+    assert_eq!(settings(nothing), []);
+}
+
+#[test]
 fn memory() {
     assert_eq!(
         settings(json!({"memory": {"limit": 1000, "swap": 1500, "reservation": 500}})),
@@ -252,5 +289,32 @@ proptest! {
         });
         let program = devices::program(&rules);
         prop_assert_eq!(run(&program, [access << 16 | device_type, major, minor]) == 1, expected);
+    }
+}
+
+#[test]
+fn a_process_is_found_in_the_containers_own_cgroups() {
+    let own = std::path::Path::new("/sys/fs/cgroup/pod/d");
+    for (text, expected) in [
+        (
+            "0::/pod/d/sub/deep\n",
+            Some("/sys/fs/cgroup/pod/d/sub/deep"),
+        ),
+        ("0::/pod/d/pod/d\n", Some("/sys/fs/cgroup/pod/d/pod/d")),
+        (
+            "1:name=x:/pod/d/a\n0::/pod/d/b\n",
+            Some("/sys/fs/cgroup/pod/d/b"),
+        ),
+        ("0::/pod/e/sub\n", None),
+        ("0::/pod/d/../e\n", None),
+        ("0::/pod/d//etc\n", None),
+        ("", None),
+    ] {
+        let found = super::home_in(text, own);
+        assert_eq!(
+            found.as_deref(),
+            expected.map(std::path::Path::new),
+            "{text:?}"
+        );
     }
 }

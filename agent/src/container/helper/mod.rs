@@ -32,6 +32,8 @@ mod copy_up;
 mod devices;
 mod exec;
 mod first;
+#[cfg(feature = "fuzzing")]
+pub(super) mod fuzzing;
 mod hide;
 mod hooks;
 mod identity;

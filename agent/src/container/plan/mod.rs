@@ -119,7 +119,7 @@ pub(super) fn of(
         .process()
         .as_ref()
         .ok_or_else(|| ContainerError::invalid("process", "missing; a container runs a program"))?;
-    let namespaces = namespaces::of(linux, options.sandbox_pid_namespace.is_some())?;
+    let namespaces = namespaces::of(linux, options.pid_namespace.is_some())?;
     let mut process = process::of(process, "process", linux, options.console_size)?;
     process.first = true;
     process.stdio_owner = namespaces.outside_uid(process.uid);
@@ -162,9 +162,28 @@ fn refuse_unsupported(spec: &Spec) -> Result<(), ContainerError> {
             "only versions 1.x of the runtime specification are known",
         );
     }
+    let others = [
+        ("solaris", spec.solaris().is_some()),
+        ("windows", spec.windows().is_some()),
+        ("vm", spec.vm().is_some()),
+        ("zos", spec.zos().is_some()),
+    ];
+    if let Some((field, _)) = others.iter().find(|(_, present)| *present) {
+        return refuse(field, "is for another platform than Linux");
+    }
     let Some(linux) = spec.linux() else {
         return Ok(());
     };
+    if linux
+        .cgroups_path()
+        .as_ref()
+        .is_some_and(|path| !path.as_os_str().is_empty())
+    {
+        return refuse(
+            "linux.cgroupsPath",
+            "is of the host; in the guest the container's id names its cgroup",
+        );
+    }
     if linux.intel_rdt().is_some() {
         return refuse(
             "linux.intelRdt",

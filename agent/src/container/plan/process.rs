@@ -299,15 +299,16 @@ fn cpus(process: &Process, field: &str) -> Result<Option<Vec<usize>>, ContainerE
     let Some(affinity) = process.exec_cpu_affinity() else {
         return Ok(None);
     };
-    let list = affinity
-        .cpu_affinity_final()
-        .as_ref()
-        .or(affinity.initial().as_ref());
-    let Some(list) = list else { return Ok(None) };
-    parse_cpu_list(list).map(Some).ok_or_else(|| {
-        let reason = format!("{list:?} is no list of CPUs such as \"0-3,7\"");
-        ContainerError::invalid(format!("{field}.execCPUAffinity"), reason)
-    })
+    let parse = |name: &str, list: &Option<String>| -> Result<Option<Vec<usize>>, ContainerError> {
+        let Some(list) = list else { return Ok(None) };
+        parse_cpu_list(list).map(Some).ok_or_else(|| {
+            let reason = format!("{list:?} is no list of CPUs such as \"0-3,7\"");
+            ContainerError::invalid(format!("{field}.execCPUAffinity.{name}"), reason)
+        })
+    };
+    let initial = parse("initial", affinity.initial())?;
+    // The process is in its cgroup before it runs anything of its own, so the last word holds.
+    Ok(parse("final", affinity.cpu_affinity_final())?.or(initial))
 }
 
 /// The list format of cpuset(7), "Formats".

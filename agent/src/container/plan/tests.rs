@@ -118,7 +118,7 @@ fn cgroup_is_the_unified_hierarchy() {
 
 #[test]
 fn refusals_name_their_field() {
-    let table: [(&str, Value, &str); 13] = [
+    let table: [(&str, Value, &str); 17] = [
         ("/root", Value::Null, "root: missing"),
         ("/process", Value::Null, "process: missing"),
         ("/linux", Value::Null, "linux: missing"),
@@ -143,6 +143,18 @@ fn refusals_name_their_field() {
         ),
         ("/hostname", json!("x".repeat(65)), "hostname: "),
         ("/linux/intelRdt", json!({}), "linux.intelRdt: "),
+        ("/linux/cgroupsPath", json!("/a"), "linux.cgroupsPath: "),
+        (
+            "/linux/seccomp",
+            json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/x"}),
+            "linux.seccomp.listenerPath: ",
+        ),
+        ("/solaris", json!({}), "solaris: "),
+        (
+            "/process/execCPUAffinity",
+            json!({"initial": "0-99999", "final": "0"}),
+            "process.execCPUAffinity.initial: ",
+        ),
         (
             "/linux/memoryPolicy",
             json!({"mode": "MPOL_BIND", "nodes": "0"}),

@@ -56,6 +56,13 @@ struct Verdict {
 
 /// Compiles `profile`.
 pub(super) fn compile(profile: &LinuxSeccomp) -> Result<Filter, ContainerError> {
+    if profile.listener_path().is_some() {
+        let reason = "notification listeners are not supported: they would be outside of the guest";
+        return Err(ContainerError::invalid(
+            "linux.seccomp.listenerPath",
+            reason,
+        ));
+    }
     let default = action(
         profile.default_action(),
         profile.default_errno_ret(),

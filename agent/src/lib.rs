@@ -1,0 +1,83 @@
+//! `pericarp-agent`: the first process of the guest, and the only program of Pericarp in there.
+//!
+//! It dials the host, says hello, and serves the requests of `protocol/guest.proto` on that one
+//! connection.
+//!
+//! ```text
+//! main ─ init (mounts) ─ connection (dial, hello) ─ ttrpc ─ rpc/* ─ pod ─┬─ container
+//!                            │                                           ├─ storage, network,
+//!                            │                                           │  devices, stats
+//!                            └─ streams: stdio, forward                  └─ reaper, events
+//! ```
+//!
+//! Runs as something else when told so by its first argument: `container-init` builds one container
+//! in a process of its own, `pod-init` is the first process of a PID namespace that the containers
+//! of a pod share.
+//!
+//! On a developer's machine `--socket PATH --streams PATH` put unix sockets in place of vsock, and
+//! nothing of the machine is set up.
+//!
+//! It is a library only for the fuzz targets: [`main`] is all that the program uses.
+
+use std::{env, process::ExitCode};
+
+mod connection;
+mod container;
+mod devices;
+mod errors;
+mod events;
+mod files;
+mod forward;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
+mod init;
+mod log;
+mod network;
+mod oom;
+mod pod;
+mod pod_init;
+mod process;
+mod reaper;
+mod rpc;
+mod stats;
+mod stdio;
+mod storage;
+mod streams;
+mod table;
+mod uevents;
+
+/// The program.
+pub fn main() -> ExitCode {
+    let started_us = init::boot_time_us();
+    let mut arguments = env::args_os().skip(1);
+    let first = arguments.next();
+    match first.as_deref().and_then(|word| word.to_str()) {
+        Some("container-init") => container::init_main(),
+        Some(pod_init::COMMAND) => pod_init::main(),
+        _ => {}
+    }
+    match init::Options::parse(env::args_os().skip(1)).and_then(|options| run(options, started_us))
+    {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            log::error(format_args!("{}", log::chain(&error)));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: init::Options, started_us: u64) -> Result<(), init::InitError> {
+    pericarp_sys::guest::use_one_arena();
+    init::mount_early(&options)?;
+    // One thread serves everything; what blocks in the kernel (mounts, building containers) goes to
+    // threads that end again. Their number bounds how many blocked mounts the guest bears at once.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .max_blocking_threads(init::BLOCKING_THREADS_MAX)
+        .thread_keep_alive(init::BLOCKING_THREAD_KEEP_ALIVE)
+        .build()
+        .map_err(init::InitError::Runtime)?;
+    runtime.block_on(connection::serve(options, started_us))?;
+    Ok(())
+}
