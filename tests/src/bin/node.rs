@@ -1,7 +1,7 @@
 //! `node`: builds the test node's components, boots it, runs commands in it.
 
 use std::io::{Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
@@ -11,7 +11,7 @@ use pericarp_tests::node::builder::Kind as NodeKind;
 use pericarp_tests::node::channel::Kind;
 use pericarp_tests::node::deps::{self, Group};
 use pericarp_tests::node::{Builder, Command, Containerd, Device, Exit, Node, Version, inside};
-use pericarp_tests::verbs::{bench, critest, demo};
+use pericarp_tests::verbs::{bench, critest, demo, kubernetes};
 
 /// Time that a command typed by a person gets.
 const RUN_TIMEOUT_S: u64 = 3600;
@@ -84,6 +84,16 @@ enum Verb {
         /// Minutes per handler after which no further spec is run.
         #[arg(long, default_value_t = 60)]
         limit_min: u64,
+    },
+    /// Run a pod for each thing that a pod may ask of Kubernetes, under runc and under Pericarp.
+    Kubernetes {
+        #[command(flatten)]
+        node: NodeArguments,
+        /// Write the table to this file too.
+        #[arg(long)]
+        table: Option<PathBuf>,
+        /// Only the cases whose names hold one of these.
+        only: Vec<String>,
     },
     /// What runs in the node itself.
     #[command(hide = true)]
@@ -184,6 +194,12 @@ fn run(verb: Verb) -> Result<ExitCode> {
             };
             judge(&node, |node, containerd| {
                 critest::run(node, containerd, &options)
+            })
+        }
+        Verb::Kubernetes { node, table, only } => {
+            deps::ensure(&[Group::Demo, Group::Kube])?;
+            judge(&node, |node, _| {
+                kubernetes::run(node, &node.kubernetes()?, &only, table.as_deref())
             })
         }
         Verb::Inside { role } => match role.as_str() {

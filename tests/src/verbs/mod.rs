@@ -5,3 +5,4 @@
 pub mod bench;
 pub mod critest;
 pub mod demo;
+pub mod kubernetes;

@@ -19,6 +19,8 @@ use crate::node::{paths, tools};
 
 /// Names of the logs in the results folder.
 const SERIAL_LOG: &str = "serial.log";
+/// State of the processors whenever one was reset.
+const PROCESSOR_LOG: &str = "processor.log";
 const QEMU_LOG: &str = "qemu.log";
 const COMMAND_FILE: &str = "qemu.command";
 
@@ -32,7 +34,7 @@ struct Qemu {
 
 impl Machine for Qemu {
     fn logs(&self) -> Vec<PathBuf> {
-        let names = [SERIAL_LOG, QEMU_LOG, COMMAND_FILE];
+        let names = [SERIAL_LOG, PROCESSOR_LOG, QEMU_LOG, COMMAND_FILE];
         names.iter().map(|name| self.results.join(name)).collect()
     }
 
@@ -126,6 +128,11 @@ fn arguments(builder: &Builder, boot: &BootFiles, results: &Path) -> Result<Vec<
         "-display",
         "none",
         "-no-reboot",
+        // A processor that gives up (triple fault) leaves its state here; nothing else does.
+        "-d",
+        "cpu_reset",
+        "-D",
+        &results.join(PROCESSOR_LOG).display().to_string(),
     ]);
     add(&[
         "-serial",
