@@ -391,7 +391,7 @@ sed -n "/^MemAvailable\|^Slab\|^SUnreclaim\|^AnonPages\|^Percpu/$number" /proc/m
 echo descriptors $(ls /proc/1/fd | wc -l)
 echo mounts $(wc -l </proc/1/mountinfo)
 echo cgroups $(find /sys/fs/cgroup -type d | wc -l)
-echo processes $(ls /proc | grep -c '^[0-9]')
+set -- $(grep -ls '^Kthread:.0$' /proc/[0-9]*/status); echo processes $#
 grep '^nr_d[a-z]*_\?descendants' /sys/fs/cgroup/cgroup.stat
 "#;
 

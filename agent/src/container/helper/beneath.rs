@@ -75,7 +75,7 @@ pub(super) fn create(root: BorrowedFd<'_>, path: &str, make: Make) -> io::Result
 pub(super) fn parent(root: BorrowedFd<'_>, path: &str) -> io::Result<(OwnedFd, String)> {
     let trimmed = path.trim_end_matches('/');
     let (directory, name) = trimmed.rsplit_once('/').unwrap_or(("", trimmed));
-    if matches!(name, "" | "." | "..") {
+    if matches!(name, "" | "." | "..") || name.contains('\0') {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
     Ok((create(root, directory, Make::Directory)?, name.to_owned()))
@@ -232,6 +232,7 @@ mod tests {
         let (_, name) = parent(root.as_fd(), "/null").unwrap();
         assert_eq!(name, "null");
         assert!(parent(root.as_fd(), "/a/..").is_err());
+        assert!(parent(root.as_fd(), "/a/\0").is_err());
         assert!(parent(root.as_fd(), "/").is_err());
     }
 
