@@ -93,10 +93,7 @@ fn boot(setting: &Setting) -> Result<()> {
     let inode = image.metadata()?.ino();
     let pmem = Attach {
         name: "image",
-        kind: DeviceKind::Pmem(Pmem {
-            file: at(0),
-            size_bytes: image.metadata()?.len(),
-        }),
+        kind: DeviceKind::Pmem(Pmem { file: at(0) }),
         descriptors: vec![image.into()],
     };
     let mut vmm = Vmm::start(Plan {
@@ -453,10 +450,7 @@ fn memory(setting: &Setting) -> Result<()> {
         block_bytes: 2 << 20,
         requested_bytes: 0,
     };
-    let pmem = Pmem {
-        file: at(0),
-        size_bytes: pmem_bytes,
-    };
+    let pmem = Pmem { file: at(0) };
     let devices = vec![
         attach("balloon", DeviceKind::Balloon(balloon), Vec::new()),
         attach("mem", DeviceKind::Mem(mem), Vec::new()),

@@ -170,17 +170,13 @@ impl Guest {
             block_bytes: 2 << 20,
             requested_bytes: 4 << 20,
         };
-        let limit = RateLimit::default();
-        let pmem = Pmem {
-            file: at(0),
-            size_bytes: 4096,
-        };
+        let pmem = Pmem { file: at(0) };
         self.add(
             "console",
             DeviceKind::Console(Console { output: at(0) }),
             vec![output.into()],
         );
-        self.add("rng", DeviceKind::Rng(Rng { limit }), Vec::new());
+        self.add("rng", DeviceKind::Rng(Rng {}), Vec::new());
         let sockets = vec![listener.into(), dialled.into()];
         self.add("vsock", DeviceKind::Vsock(vsock), sockets);
         self.add("balloon", DeviceKind::Balloon(balloon), Vec::new());
