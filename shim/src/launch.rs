@@ -27,8 +27,8 @@ use pericarp_protocol::{
     AGENT_PORT, GUEST_CID,
     machine::{
         Balloon, CONTROL_DESCRIPTOR, Console, CpuMode, Descriptor, Device, DeviceKind, FieldError,
-        Fs, List, Machine as Description, Net, Nothing, PageKind, Pmem, RateLimit, Request, Rng,
-        Text, Vsock, VsockPort,
+        Fs, List, Machine as Description, Net, Nothing, PageKind, Pmem, Request, Rng, Text, Vsock,
+        VsockPort,
     },
 };
 use pericarp_runtime_config::{CpuModel, HugePages, Settings, Sizing};
@@ -42,9 +42,6 @@ use crate::{
     network::Attachment,
     share,
 };
-
-/// Images of pmem end at multiples of this.
-const PMEM_ALIGNMENT_BYTES: u64 = 2 << 20;
 
 /// Everything a machine is started from.
 #[derive(Debug)]
@@ -106,15 +103,12 @@ pub(crate) async fn launch(
         deflate_on_oom: true,
         free_page_reporting: settings.vm.free_page_reporting,
     };
-    let rng = Rng {
-        limit: RateLimit::default(),
-    };
     let mut devices = vec![
         console_device(console_writer)?,
         image_device(&settings.paths.image)?,
         vsock_device(&vsock, agents_end.into())?,
         file_system_device(launch.file_system)?,
-        plain_device("rng", DeviceKind::Rng(rng))?,
+        plain_device("rng", DeviceKind::Rng(Rng {}))?,
         plain_device("balloon", DeviceKind::Balloon(balloon))?,
     ];
     for attachment in launch.interfaces {
@@ -310,15 +304,7 @@ fn console_device(output: OwnedFd) -> Result<Described, CallError> {
 
 fn image_device(path: &Path) -> Result<Described, CallError> {
     let file = File::open(path).map_err(host(path.display()))?;
-    let length = file.metadata().map_err(host(path.display()))?.len();
-    let size_bytes = length.next_multiple_of(PMEM_ALIGNMENT_BYTES);
-    let (device, _) = plain_device(
-        "image",
-        DeviceKind::Pmem(Pmem {
-            file: at(0),
-            size_bytes,
-        }),
-    )?;
+    let (device, _) = plain_device("image", DeviceKind::Pmem(Pmem { file: at(0) }))?;
     Ok((device, vec![file.into()]))
 }
 

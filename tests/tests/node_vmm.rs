@@ -38,8 +38,13 @@ fn disks_keep_what_was_flushed() -> Result<()> {
 }
 
 #[test]
-fn packets_arrive_both_ways() -> Result<()> {
-    show("packets", "net")
+fn packets_arrive_both_ways_by_vhost() -> Result<()> {
+    show("packets-vhost", "net-vhost")
+}
+
+#[test]
+fn packets_arrive_both_ways_in_process() -> Result<()> {
+    show("packets", "net net-plain")
 }
 
 #[test]

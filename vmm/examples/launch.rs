@@ -176,8 +176,7 @@ fn add_devices(shim: &mut Shim, options: &Options, output: BorrowedFd<'_>) -> An
         DeviceKind::Console(Console { output: at(0) }),
         &[output],
     )?;
-    let limit = RateLimit::default();
-    shim.add("rng", DeviceKind::Rng(Rng { limit }), &[])?;
+    shim.add("rng", DeviceKind::Rng(Rng {}), &[])?;
     add_vsock(shim, options)?;
     let balloon = Balloon {
         deflate_on_oom: true,
@@ -188,10 +187,7 @@ fn add_devices(shim: &mut Shim, options: &Options, output: BorrowedFd<'_>) -> An
     }
     if let Some(path) = options.text("pmem") {
         let file = File::open(path)?;
-        let pmem = Pmem {
-            file: at(0),
-            size_bytes: file.metadata()?.len(),
-        };
+        let pmem = Pmem { file: at(0) };
         shim.add("image", DeviceKind::Pmem(pmem), &[file.as_fd()])?;
     }
     if options.text("max").is_some() {

@@ -136,19 +136,16 @@ wire_struct! {
 wire_struct! {
     /// A file as persistent memory, read-only, for DAX.
     Pmem {
-        /// The file.
+        /// The file: its size is the region's, up to a multiple of 2 MiB, and what is past its
+        /// end reads as zero.
         file: Descriptor,
-        /// Its size; a multiple of 2 MiB is mapped, what is past the file's end reads as zero.
-        size_bytes: u64,
     }
 }
 
 wire_struct! {
     /// Random numbers of the host.
-    Rng {
-        /// Limit in bytes; operations are counted too.
-        limit: RateLimit,
-    }
+    #[derive(Copy, Default)]
+    Rng {}
 }
 
 wire_struct! {
@@ -226,10 +223,6 @@ impl Device {
             DeviceKind::Net(net) => net.check(),
             DeviceKind::Fs(fs) => fs.check(),
             DeviceKind::Vsock(vsock) => vsock.check(),
-            DeviceKind::Pmem(pmem) if pmem.size_bytes == 0 => Err(FieldError::new(
-                "Pmem.size_bytes",
-                "0 bytes are nothing to map",
-            )),
             DeviceKind::Mem(mem) => mem.check(),
             _ => Ok(()),
         }

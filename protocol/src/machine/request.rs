@@ -116,7 +116,7 @@ wire_struct! {
 wire_code! {
     /// Which limit of a device.
     Direction {
-        /// The only one (disk, random numbers).
+        /// The only one (disk).
         Both = 1,
         /// Towards the guest.
         Receive = 2,

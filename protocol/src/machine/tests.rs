@@ -85,11 +85,8 @@ fn devices() -> Vec<DeviceKind> {
         }),
         DeviceKind::Pmem(Pmem {
             file: descriptor(0),
-            size_bytes: 4096,
         }),
-        DeviceKind::Rng(super::Rng {
-            limit: RateLimit::default(),
-        }),
+        DeviceKind::Rng(super::Rng {}),
         DeviceKind::Console(Console {
             output: descriptor(0),
         }),

@@ -23,7 +23,7 @@ use pericarp_sys::seqpacket;
 use super::ORDERS_PORT;
 
 /// How long an answer may take in emulation on a busy computer.
-const PATIENCE: Duration = Duration::from_secs(240);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A device to attach, with its descriptors in the order of their positions.
 #[derive(Debug)]
@@ -185,12 +185,26 @@ impl Vmm {
         self.folder.path().join("console")
     }
 
-    /// The end of the guest's log, for a failure.
-    #[must_use]
-    pub fn log_tail(&self) -> String {
+    /// For a failure: events that nobody took, and the end of the guest's log.
+    fn last_words(&self) -> String {
+        let mut words = String::from("events:");
+        let mut buffer = [0; MESSAGE_BYTES];
+        let mut set = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+        while poll(&mut set, PollTimeout::ZERO).is_ok_and(|ready| ready > 0) {
+            match seqpacket::receive(self.socket.as_fd(), &mut buffer) {
+                Ok(received) if received.length > 0 => {
+                    let message = decode_message(&buffer[..received.length]);
+                    words += &format!(" {message:?}");
+                }
+                _ => {
+                    words += " the VMM has ended";
+                    break;
+                }
+            }
+        }
         let text = std::fs::read(self.log()).unwrap_or_default();
         let start = text.len().saturating_sub(4000);
-        String::from_utf8_lossy(&text[start..]).into_owned()
+        words + "; its log ends with\n" + &String::from_utf8_lossy(&text[start..])
     }
 
     /// Attaches a device.
@@ -270,12 +284,12 @@ impl Vmm {
         let count = self.orders.read_line(&mut line);
         match count {
             Ok(1..) => {}
-            Ok(0) => bail!("the guest hung up; its log ends with\n{}", self.log_tail()),
-            Err(error) => bail!("no answer: {error}; the log ends with\n{}", self.log_tail()),
+            Ok(0) => bail!("the guest hung up; {}", self.last_words()),
+            Err(error) => bail!("no answer: {error}; {}", self.last_words()),
         }
         let line = line.trim_end().to_owned();
         match line.strip_prefix("error ") {
-            Some(reason) => bail!("in the guest: {reason}; its log\n{}", self.log_tail()),
+            Some(reason) => bail!("in the guest: {reason}; {}", self.last_words()),
             None => Ok(line),
         }
     }
@@ -293,7 +307,7 @@ impl Vmm {
     /// Waits for the guest's first byte, whatever it is, and tells when it came.
     pub fn first_word(&mut self) -> Result<Duration> {
         if self.orders.fill_buf()?.is_empty() {
-            bail!("the guest hung up; its log ends with\n{}", self.log_tail());
+            bail!("the guest hung up; {}", self.last_words());
         }
         Ok(self.started.elapsed())
     }

@@ -40,18 +40,18 @@ const MEMORY_BYTES: u64 = 32 << 20;
 const RINGS: u64 = 1 << 20;
 const FUNCTION_BYTES: u64 = 0x1_0000;
 const QUEUE_BYTES: u64 = 0x2000;
-const AVAILABLE: u64 = 0x400;
-const USED: u64 = 0x800;
+pub(super) const AVAILABLE: u64 = 0x400;
+pub(super) const USED: u64 = 0x800;
 const QUEUE_SIZE: u16 = 16;
 /// Buffers of chains.
-const BUFFERS: u64 = 8 << 20;
+pub(super) const BUFFERS: u64 = 8 << 20;
 /// Acts of one program, and turns of the loop at one act.
 const ACTS_MAX: usize = 512;
 const TURNS_MAX: usize = 4;
 
 /// Registers of the transport (virtio 1.2 §4.1.4.3) and its notifications.
 const STATUS: u64 = 0x14;
-const NOTIFY: u64 = 0x3000;
+pub(super) const NOTIFY: u64 = 0x3000;
 const MSIX_TABLE: u64 = 0x4000;
 
 /// A machine that is played with.
@@ -170,17 +170,13 @@ impl Guest {
             block_bytes: 2 << 20,
             requested_bytes: 4 << 20,
         };
-        let limit = RateLimit::default();
-        let pmem = Pmem {
-            file: at(0),
-            size_bytes: 4096,
-        };
+        let pmem = Pmem { file: at(0) };
         self.add(
             "console",
             DeviceKind::Console(Console { output: at(0) }),
             vec![output.into()],
         );
-        self.add("rng", DeviceKind::Rng(Rng { limit }), Vec::new());
+        self.add("rng", DeviceKind::Rng(Rng {}), Vec::new());
         let sockets = vec![listener.into(), dialled.into()];
         self.add("vsock", DeviceKind::Vsock(vsock), sockets);
         self.add("balloon", DeviceKind::Balloon(balloon), Vec::new());
@@ -256,8 +252,14 @@ impl Guest {
         Some(())
     }
 
-    /// What the driver of Linux does until DRIVER_OK.
-    pub(super) fn bring_up(&mut self, (slot, bar): (Slot, u64), features: u64) {
+    /// What the driver of Linux does until DRIVER_OK, and the device's part.
+    pub(super) fn bring_up(&mut self, function: (Slot, u64), features: u64) {
+        self.drive(function, features);
+        self.turn();
+    }
+
+    /// The driver's part; the event loop has not seen DRIVER_OK yet.
+    pub(super) fn drive(&mut self, (slot, bar): (Slot, u64), features: u64) {
         let write = |offset: u64, data: &[u8]| self.machine.bus().write_memory(bar + offset, data);
         write(STATUS, &[0]);
         self.turn();
@@ -290,10 +292,9 @@ impl Guest {
             write(0x1c, &[1, 0]);
         }
         write(STATUS, &[15]);
-        self.turn();
     }
 
-    fn put(&self, address: u64, bytes: &[u8]) {
+    pub(super) fn put(&self, address: u64, bytes: &[u8]) {
         // What reaches past the end of memory is not written.
         let _ = self
             .machine
@@ -414,6 +415,7 @@ pub(super) fn config(slot: Slot, offset: u16) -> u64 {
     layout::ECAM.start + u64::from(slot) * 4096 + u64::from(offset)
 }
 
-fn rings(slot: Slot, queue: u64) -> u64 {
+/// Where the rings of a function's queue are.
+pub(super) fn rings(slot: Slot, queue: u64) -> u64 {
     RINGS + u64::from(slot / 8) * FUNCTION_BYTES + queue * QUEUE_BYTES
 }

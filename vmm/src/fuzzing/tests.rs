@@ -2,7 +2,9 @@
 
 use proptest::prelude::*;
 
-use super::machine::{Guest, config};
+use vm_memory::{Bytes as _, GuestAddress};
+
+use super::machine::{AVAILABLE, BUFFERS, Guest, NOTIFY, USED, config, rings};
 
 /// Programs of one entry.
 const CASES: u32 = 64;
@@ -108,4 +110,36 @@ fn put_back(guest: &mut Guest, (slot, bar): (u8, u64)) {
         bus.write_memory(config(slot, offset), &half.to_le_bytes()[..4]);
     }
     guest.machine.bus().write_memory(config(slot, 4), &[2, 0]);
+}
+
+/// A driver need not wait for the device: what it notifies right behind DRIVER_OK, before the event
+/// loop has run at all, is served.
+#[test]
+fn a_notification_right_behind_driver_ok_is_not_lost() {
+    let Some(mut guest) = machine() else { return };
+    // The disk is the last function.
+    let (slot, bar) = *guest.functions.last().unwrap();
+    let rings = rings(slot, 0);
+    // Get-id: a header that is read, 20 bytes and a status that are written.
+    guest.put(BUFFERS, &[8, 0, 0, 0]);
+    for (index, len, flags) in [(0_u64, 16_u32, 1_u16), (1, 20, 3), (2, 1, 2)] {
+        let mut descriptor = [0; 16];
+        let address = BUFFERS + index * 0x1000;
+        descriptor[..8].copy_from_slice(&address.to_le_bytes());
+        descriptor[8..12].copy_from_slice(&len.to_le_bytes());
+        descriptor[12..14].copy_from_slice(&flags.to_le_bytes());
+        descriptor[14] = u8::try_from(index + 1).unwrap();
+        guest.put(rings + index * 16, &descriptor);
+    }
+    guest.put(rings + AVAILABLE, &[0, 0, 1, 0]);
+    guest.drive((slot, bar), u64::MAX);
+    guest.machine.bus().write_memory(bar + NOTIFY, &[0, 0]);
+    guest.turn();
+    let used: u16 = guest
+        .machine
+        .memory()
+        .guest
+        .read_obj(GuestAddress(rings + USED + 2))
+        .unwrap();
+    assert_eq!(used, 1, "the request is answered");
 }

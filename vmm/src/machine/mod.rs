@@ -86,6 +86,9 @@ pub(crate) enum MachineError {
     /// There is a device of that name.
     #[error("Device.name: {0:?} exists")]
     Exists(String),
+    /// There is a device of that kind, and there can be one.
+    #[error("Device.kind: {0:?} is of this kind, of which there is one")]
+    Single(String),
     /// There is none.
     #[error("device: there is no {0:?}")]
     NotFound(String),
@@ -123,7 +126,7 @@ impl From<MachineError> for Failure {
             | MachineError::Cpuid(_)
             | MachineError::Command(CommandError::Invalid { .. }) => ErrorCode::Invalid,
             MachineError::Command(CommandError::Unsupported(_)) => ErrorCode::Unsupported,
-            MachineError::Exists(_) => ErrorCode::Exists,
+            MachineError::Exists(_) | MachineError::Single(_) => ErrorCode::Exists,
             MachineError::NotFound(_) => ErrorCode::NotFound,
             MachineError::Exhausted(_) => ErrorCode::Exhausted,
             MachineError::State(_) => ErrorCode::WrongState,
@@ -144,6 +147,30 @@ struct Attached {
     region: Option<u32>,
 }
 
+/// A kind that a machine has once, so that requests need not name the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Single {
+    Balloon,
+    Mem,
+}
+
+impl Single {
+    fn of(kind: &DeviceKind) -> Option<Self> {
+        match kind {
+            DeviceKind::Balloon(_) => Some(Self::Balloon),
+            DeviceKind::Mem(_) => Some(Self::Mem),
+            _ => None,
+        }
+    }
+
+    fn kind(self) -> &'static str {
+        match self {
+            Self::Balloon => "balloon",
+            Self::Mem => "mem",
+        }
+    }
+}
+
 /// The machine.
 #[derive(Debug)]
 pub(crate) struct Machine {
@@ -160,6 +187,7 @@ pub(crate) struct Machine {
     window: Allocator,
     regions: Allocator,
     names: BTreeMap<String, Attached>,
+    single: BTreeMap<Single, String>,
     functions: BTreeMap<Slot, Arc<VirtioFunction>>,
     exits: Arc<Exits>,
     vcpus: Option<Vcpus>,
@@ -221,6 +249,7 @@ impl Machine {
             bus: Arc::new(bus),
             pci_slots: root::Slots::new(),
             names: BTreeMap::new(),
+            single: BTreeMap::new(),
             functions: BTreeMap::new(),
             exits: Arc::default(),
             vcpus: None,
@@ -255,6 +284,10 @@ impl Machine {
         if self.names.contains_key(&name) {
             return Err(MachineError::Exists(name));
         }
+        let single = Single::of(&device.kind);
+        if let Some(other) = single.and_then(|single| self.single.get(&single)) {
+            return Err(MachineError::Single(other.clone()));
+        }
         let permanent = devices::is_permanent(&device.kind);
         let hot = self.vcpus.is_some();
         if hot && matches!(device.kind, DeviceKind::Mem(_)) {
@@ -282,6 +315,9 @@ impl Machine {
             permanent,
             region,
         };
+        if let Some(single) = single {
+            self.single.insert(single, name.clone());
+        }
         self.names.insert(name, attached);
         Ok(root::address_of(slot))
     }
@@ -434,14 +470,10 @@ impl Machine {
         self.command(new.device.as_str(), command)
     }
 
-    /// Has the device of a type take `bytes` as its goal.
-    fn resize(&self, device_type: u16, bytes: u64) -> Result<(), MachineError> {
-        let found = self.names.iter().find(|(_, attached)| {
-            let function = self.functions.get(&attached.slot);
-            function.is_some_and(|function| function.device().device_type() == device_type)
-        });
-        let Some((name, _)) = found else {
-            return Err(MachineError::State("the machine has no device for that"));
+    /// Has a device that there is once in a machine take `bytes` as its goal.
+    fn resize(&self, device: Single, bytes: u64) -> Result<(), MachineError> {
+        let Some(name) = self.single.get(&device) else {
+            return Err(MachineError::NotFound(device.kind().to_owned()));
         };
         self.command(name, Command::Resize(bytes))
     }
@@ -456,12 +488,12 @@ impl Machine {
             let reason = format!("{bytes} is not between {least} and {most}");
             return Err(FieldError::new("Bytes.bytes", reason).into());
         }
-        self.resize(TYPE_MEM, bytes - least)
+        self.resize(Single::Mem, bytes - least)
     }
 
     /// What the balloon takes.
     pub(crate) fn set_balloon(&self, bytes: u64) -> Result<(), MachineError> {
-        self.resize(TYPE_BALLOON, bytes)
+        self.resize(Single::Balloon, bytes)
     }
 
     /// Counters of the machine.
@@ -543,10 +575,6 @@ impl Machine {
         (self.description.uid, self.description.gid)
     }
 }
-
-/// Device types of virtio 1.2 §5.
-const TYPE_BALLOON: u16 = 5;
-const TYPE_MEM: u16 = 24;
 
 /// The version of KVM's interface, the only one there ever was.
 const KVM_VERSION: i32 = 12;

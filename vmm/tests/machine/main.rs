@@ -144,7 +144,7 @@ fn sixty_four_disks_fit() {
 fn bad_input_names_the_field_and_starts_nothing() {
     need_kvm!();
     type Change = fn(&mut Start);
-    let cases: [(&str, Change); 7] = [
+    let cases: [(&str, Change); 9] = [
         ("Machine.vcpus", |s| s.machine.vcpus = 0),
         ("Machine.memory_max_bytes", |s| {
             s.machine.memory_max_bytes = 1 << 45;
@@ -153,6 +153,10 @@ fn bad_input_names_the_field_and_starts_nothing() {
         ("Machine.kvm", |s| {
             s.kvm = fs::File::open("/dev/null").unwrap()
         }),
+        ("Machine.memory", |s| {
+            s.memory = fs::File::open("/dev/null").unwrap().into();
+        }),
+        ("Machine.uid", |s| s.machine.uid = 0),
         ("Machine.kernel", |s| s.machine.kernel = at(7)),
         ("Machine.kernel", |s| {
             s.kernel = tempfile::tempfile().unwrap()
@@ -219,6 +223,46 @@ fn the_end_of_the_machine_is_told_at_once() {
         "{:?}",
         start.elapsed()
     );
+}
+
+/// `hlt; jmp -3`, without interrupts: for ever.
+const SLEEP: [u8; 3] = [0xf4, 0xeb, 0xfd];
+
+/// How often any thread of a process has been given a processor.
+fn switches(pid: u32) -> Vec<u64> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let of = |status: &str, key| status_line(status, key).parse::<u64>().unwrap();
+    tasks
+        .map(|task| fs::read_to_string(task.unwrap().path().join("status")).unwrap())
+        .map(|status| {
+            of(&status, "voluntary_ctxt_switches") + of(&status, "nonvoluntary_ctxt_switches")
+        })
+        .collect()
+}
+
+/// No timer, no figures that nobody asked for: a guest that sleeps costs its host nothing.
+#[test]
+fn an_idle_machine_never_runs() {
+    need_kvm!();
+    let mut vmm = Vmm::running(&SLEEP);
+    assert!(vmm.ask(&Request::Statistics(Nothing {}), &[]).is_ok());
+    let pid = vmm.child.id();
+    // Longer than any timer's tick; the first windows may hold the rest of the start.
+    let window = Duration::from_secs(2);
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let mut before = switches(pid);
+    loop {
+        std::thread::sleep(window);
+        let after = switches(pid);
+        if after == before {
+            break;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "something runs: {before:?}, {after:?}"
+        );
+        before = after;
+    }
 }
 
 fn status_line(status: &str, key: &str) -> String {

@@ -15,8 +15,8 @@ use std::{
 
 use pericarp_protocol::machine::{
     CONTROL_DESCRIPTOR, Console, CpuMode, Descriptor, Device, DeviceKind, Event, Failure, List,
-    MESSAGE_BYTES, Machine, Message, Nothing, PageKind, RateLimit, Request, Rng, Success, Text,
-    Vsock, decode_message, encode_request,
+    MESSAGE_BYTES, Machine, Message, Nothing, PageKind, Request, Rng, Success, Text, Vsock,
+    decode_message, encode_request,
 };
 use pericarp_sys::{
     memory_file::{self, Pages},
@@ -167,8 +167,7 @@ impl Vmm {
         let (_, output) = io::pipe().unwrap();
         let console = DeviceKind::Console(Console { output: at(0) });
         vmm.add("console", console, &[output.as_fd()]).unwrap();
-        let limit = RateLimit::default();
-        vmm.add("rng", DeviceKind::Rng(Rng { limit }), &[]).unwrap();
+        vmm.add("rng", DeviceKind::Rng(Rng {}), &[]).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("vsock")).unwrap();
         let vsock = Vsock {

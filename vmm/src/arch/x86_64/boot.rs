@@ -1,15 +1,23 @@
-//! The kernel in memory and what it is told, by the PVH boot protocol (Xen's
-//! `docs/misc/pvh.pandoc`, `start_info.h`).
+//! The kernel in memory and what it is told: an ELF by the PVH boot protocol (Xen's
+//! `docs/misc/pvh.pandoc`, `start_info.h`), a bzImage by the 32-bit boot protocol of Linux
+//! (`Documentation/arch/x86/boot.rst`), which begins with the processor in the same state and tells
+//! the same things in another form.
 //!
 //! The kernel image comes from the host's own files, the command line from the shim; nothing here
 //! is the guest's.
 
-use std::{fs::File, io::Seek};
+use std::{
+    fs::File,
+    io::{Read, Seek},
+};
 
-use linux_loader::loader::{
-    Elf, KernelLoader,
-    elf::PvhBootCapability,
-    elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info},
+use linux_loader::{
+    bootparam::{boot_e820_entry, boot_params},
+    loader::{
+        BzImage, Elf, KernelLoader,
+        elf::PvhBootCapability,
+        elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info},
+    },
 };
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -29,15 +37,26 @@ const TYPE_RESERVED: u32 = 2;
 /// `XEN_HVM_MEMMAP_TYPE_ACPI`.
 const TYPE_ACPI: u32 = 3;
 
+/// First bytes of an ELF.
+const ELF_MAGIC: &[u8] = b"\x7fELF";
+
 /// The initramfs starts at a multiple of this, as the boot protocols ask.
 const PAGE_BYTES: u64 = 4096;
 
 /// Why there is nothing to boot.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BootError {
-    /// Not an ELF, or it does not fit memory.
+    /// Neither an ELF nor a bzImage, or it does not fit memory.
+    #[error("Machine.kernel: as {as_what}: {source}")]
+    Kernel {
+        /// What its first bytes say that it is.
+        as_what: &'static str,
+        /// What is wrong with it.
+        source: linux_loader::loader::Error,
+    },
+    /// The file cannot be read.
     #[error("Machine.kernel: {0}")]
-    Kernel(#[from] linux_loader::loader::Error),
+    Read(std::io::Error),
     /// An ELF without the note of the PVH entry.
     #[error("Machine.kernel: this ELF has no PVH entry (CONFIG_PVH)")]
     NoEntry,
@@ -57,10 +76,19 @@ pub(crate) enum BootError {
 pub(crate) struct Entry {
     /// Its instruction pointer, in 32-bit protected mode.
     pub(crate) instruction: u64,
-    /// What `ebx` points at.
+    /// What `ebx` points at: the start info of PVH.
     pub(crate) start_info: u64,
-    /// End of the kernel, for the pages worth mapping beforehand.
-    pub(crate) kernel_end: u64,
+    /// What `esi` points at: the zero page of Linux' own protocol.
+    pub(crate) zero_page: u64,
+}
+
+/// A kernel in memory.
+struct Image {
+    instruction: u64,
+    /// First byte behind all that it needs until it knows its memory map.
+    end: u64,
+    /// The header of a bzImage, to be given back to it.
+    header: Option<linux_loader::bootparam::setup_header>,
 }
 
 /// Loads the kernel and the initramfs, and writes tables, command line and start info.
@@ -72,29 +100,98 @@ pub(crate) fn load(
     initramfs: Option<&mut File>,
     command_line: &str,
 ) -> Result<Entry, BootError> {
-    let image = Elf::load(
-        memory,
-        None,
-        kernel,
-        Some(GuestAddress(layout::HIGH_MEMORY)),
-    )?;
-    let PvhBootCapability::PvhEntryPresent(instruction) = image.pvh_boot_cap else {
-        return Err(BootError::NoEntry);
-    };
+    let image = load_kernel(memory, kernel)?;
     let module = initramfs
-        .map(|file| load_initramfs(memory, layout, image.kernel_end, file))
+        .map(|file| load_initramfs(memory, layout, image.end, file))
         .transpose()?;
     let tables = acpi::write(memory, layout, vcpus)?;
     let mut text = command_line.as_bytes().to_vec();
     text.push(0);
     memory.write_slice(&text, GuestAddress(layout::COMMAND_LINE))?;
     let map = memory_map(layout, tables.end);
-    write_start_info(memory, tables.rsdp, module, &map)?;
+    let (mut start_info, mut zero_page) = (0, 0);
+    if let Some(header) = image.header {
+        zero_page = layout::ZERO_PAGE;
+        write_zero_page(memory, header, tables.rsdp, module, &map)?;
+    } else {
+        start_info = layout::START_INFO;
+        write_start_info(memory, tables.rsdp, module, &map)?;
+    }
     Ok(Entry {
-        instruction: instruction.0,
-        start_info: layout::START_INFO,
-        kernel_end: image.kernel_end,
+        instruction: image.instruction,
+        start_info,
+        zero_page,
     })
+}
+
+fn load_kernel(memory: &GuestMemoryMmap, kernel: &mut File) -> Result<Image, BootError> {
+    let high = Some(GuestAddress(layout::HIGH_MEMORY));
+    let mut magic = Vec::new();
+    kernel.rewind().map_err(BootError::Read)?;
+    let begin = kernel.take(ELF_MAGIC.len() as u64).read_to_end(&mut magic);
+    begin.map_err(BootError::Read)?;
+    if magic == ELF_MAGIC {
+        let image = Elf::load(memory, None, kernel, high).map_err(|source| BootError::Kernel {
+            as_what: "an ELF",
+            source,
+        })?;
+        let PvhBootCapability::PvhEntryPresent(instruction) = image.pvh_boot_cap else {
+            return Err(BootError::NoEntry);
+        };
+        return Ok(Image {
+            instruction: instruction.0,
+            end: image.kernel_end,
+            header: None,
+        });
+    }
+    let image = BzImage::load(memory, None, kernel, high).map_err(|source| BootError::Kernel {
+        as_what: "a bzImage",
+        source,
+    })?;
+    let header = image.setup_header.unwrap_or_default();
+    // It unpacks itself to its preferred address and needs this much there.
+    let unpacked = header
+        .pref_address
+        .saturating_add(u64::from(header.init_size));
+    Ok(Image {
+        instruction: image.kernel_load.0,
+        end: image.kernel_end.max(unpacked),
+        header: Some(header),
+    })
+}
+
+/// Fills `struct boot_params` as a boot loader does.
+fn write_zero_page(
+    memory: &GuestMemoryMmap,
+    header: linux_loader::bootparam::setup_header,
+    rsdp: u64,
+    module: Option<hvm_modlist_entry>,
+    map: &[hvm_memmap_table_entry],
+) -> Result<(), BootError> {
+    /// `type_of_loader`: none that has a number.
+    const LOADER_UNDEFINED: u8 = 0xff;
+    let below_4_gib = |value: u64| u32::try_from(value).expect("boot structures lie low");
+    let mut params = boot_params {
+        hdr: header,
+        acpi_rsdp_addr: rsdp,
+        ..Default::default()
+    };
+    params.hdr.type_of_loader = LOADER_UNDEFINED;
+    params.hdr.cmd_line_ptr = below_4_gib(layout::COMMAND_LINE);
+    if let Some(module) = module {
+        params.hdr.ramdisk_image = below_4_gib(module.paddr);
+        params.hdr.ramdisk_size = below_4_gib(module.size);
+    }
+    params.e820_entries = u8::try_from(map.len()).expect("a handful of entries");
+    for (to, from) in params.e820_table.iter_mut().zip(map) {
+        // The types have the same numbers in both protocols.
+        *to = boot_e820_entry {
+            addr: from.addr,
+            size: from.size,
+            r#type: from.type_,
+        };
+    }
+    Ok(memory.write_obj(params, GuestAddress(layout::ZERO_PAGE))?)
 }
 
 /// Puts the initramfs at the end of low memory.
@@ -178,6 +275,7 @@ fn memory_map(layout: &Layout, tables_end: u64) -> Vec<hvm_memmap_table_entry> {
 }
 
 const _: () = assert!(layout::START_INFO + 56 + 32 <= layout::MEMORY_MAP);
+const _: () = assert!(layout::ZERO_PAGE + 4096 <= layout::COMMAND_LINE);
 
 #[cfg(test)]
 mod tests {
@@ -202,6 +300,37 @@ mod tests {
             let error = load(&memory(), &layout, 1, &mut file(bytes), None, "").unwrap_err();
             assert!(error.to_string().starts_with("Machine.kernel: "), "{error}");
         }
+    }
+
+    #[test]
+    fn a_bzimage_gets_its_own_header_back() {
+        let (memory, layout) = (memory(), layout::plan(64 << 20, 64 << 20, 40).unwrap());
+        // One sector of set-up code and one of kernel.
+        let mut bytes = vec![0; 3 * 512];
+        bytes[0x1f1] = 1;
+        bytes[0x202..0x206].copy_from_slice(b"HdrS");
+        bytes[0x206..0x208].copy_from_slice(&0x20f_u16.to_le_bytes());
+        bytes[0x211] = 1;
+        bytes[0x214..0x218].copy_from_slice(&0x10_0000_u32.to_le_bytes());
+        bytes[1024..].fill(0x90);
+        let mut initramfs = file(b"cpio");
+        let kernel = &mut file(&bytes);
+        let entry = load(&memory, &layout, 1, kernel, Some(&mut initramfs), "quiet").unwrap();
+        assert_eq!(
+            (entry.instruction, entry.start_info),
+            (layout::HIGH_MEMORY, 0)
+        );
+        let code: u8 = memory.read_obj(GuestAddress(entry.instruction)).unwrap();
+        assert_eq!(code, 0x90, "the kernel without its set-up code");
+        let at = |offset: u64| -> u32 {
+            memory
+                .read_obj(GuestAddress(entry.zero_page + offset))
+                .unwrap()
+        };
+        assert_eq!(at(0x202), 0x5372_6448, "HdrS");
+        assert_eq!(u64::from(at(0x228)), layout::COMMAND_LINE);
+        assert_eq!((at(0x218), at(0x21c)), ((64 << 20) - 4096, 4), "initramfs");
+        assert_eq!(at(0x1e8) & 0xff, 4, "entries of the memory map");
     }
 
     #[test]

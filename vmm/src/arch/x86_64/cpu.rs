@@ -41,7 +41,7 @@ pub(crate) fn prepare(
         system.apic_base |= APIC_BOOTSTRAP;
     }
     if entry.is_some() {
-        // PVH: 32-bit protected mode, flat segments, no paging.
+        // Both protocols: 32-bit protected mode, flat segments, no paging.
         system.cs = segment(0x8, CODE);
         for data in [
             &mut system.ds,
@@ -68,6 +68,7 @@ pub(crate) fn prepare(
     let registers = kvm_regs {
         rip: entry.instruction,
         rbx: entry.start_info,
+        rsi: entry.zero_page,
         rflags: 2,
         ..Default::default()
     };

@@ -39,6 +39,9 @@ pub(crate) const START_INFO: u64 = 0x6000;
 /// Memory map of the PVH boot protocol.
 pub(crate) const MEMORY_MAP: u64 = 0x7000;
 
+/// `struct boot_params` of Linux' own boot protocol.
+pub(crate) const ZERO_PAGE: u64 = 0x8000;
+
 /// Kernel command line.
 pub(crate) const COMMAND_LINE: u64 = 0x2_0000;
 

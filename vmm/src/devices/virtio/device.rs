@@ -100,7 +100,7 @@ pub(crate) struct Broken {
 /// A request of the control socket to one device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Command {
-    /// New limits for the only direction of a device (disk, random numbers).
+    /// New limits for the only direction of a device (disk).
     Limit(Rates),
     /// New limits towards the guest.
     ReceiveLimit(Rates),

@@ -2,15 +2,18 @@
 
 use std::{
     fmt,
-    os::{fd::AsRawFd, unix::net::UnixStream},
+    io::{self, Read, Write},
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::net::UnixStream,
+    },
 };
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use vhost::{
     VhostBackend, VhostUserMemoryRegionInfo, VringConfigData,
-    vhost_user::{
-        Frontend, VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
-        message::VhostUserHeaderFlag,
-    },
+    vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures},
 };
 use virtio_bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
@@ -39,9 +42,12 @@ pub(crate) const REQUEST_QUEUES_MAX: u16 = 16;
 /// Memory regions in one SET_MEM_TABLE message (vhost-user protocol, "Memory regions
 /// description").
 pub(crate) const REGIONS_MAX: usize = 8;
-/// Protocol features that are used when the daemon has them.
-const PROTOCOL_FEATURES: VhostUserProtocolFeatures =
-    VhostUserProtocolFeatures::MQ.union(VhostUserProtocolFeatures::REPLY_ACK);
+/// Protocol features that are used when the daemon has them. Not REPLY_ACK: nothing that a guest
+/// does may have the event loop wait for the daemon, which says what it refuses by hanging up.
+const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ;
+/// How long a daemon may take to stop a queue: the only answer that the event loop waits for,
+/// because until then the daemon may write to the guest's memory. A daemon that is later is lost.
+const STOP_MS_MAX: u16 = 5000;
 /// What the transport offers every driver, so that every daemon must know it.
 const RING_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
@@ -278,6 +284,37 @@ impl Fs {
     }
 }
 
+/// GET_VRING_BASE (vhost-user protocol, "Front-end message types"): the queue stops, and the answer
+/// says so. By hand, because the library waits for an answer without end.
+fn stop_queue(mut socket: &UnixStream, queue: u16) -> io::Result<()> {
+    /// Header (request, flags, size) and `vring state` (index, number).
+    const MESSAGE_BYTES: usize = 20;
+    const REQUEST: u32 = 11;
+    const VERSION_1: u32 = 1;
+    let mut message = [0; MESSAGE_BYTES];
+    let words = [REQUEST, VERSION_1, 8, u32::from(queue), 0];
+    for (to, word) in message.chunks_exact_mut(4).zip(words) {
+        to.copy_from_slice(&word.to_le_bytes());
+    }
+    socket.write_all(&message)?;
+    let mut filled = 0;
+    while filled < MESSAGE_BYTES {
+        let mut set = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut set, PollTimeout::from(STOP_MS_MAX))? == 0 {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        match socket.read(&mut message[filled..])? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            count => filled += count,
+        }
+    }
+    if message[..4] == REQUEST.to_le_bytes() {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::InvalidData.into())
+    }
+}
+
 fn check_queues(tag: &str, given: u16, max: u64) -> Result<(), Error> {
     if given == 0 || u64::from(given) > max {
         return Err(Error::RequestQueues {
@@ -314,10 +351,6 @@ fn negotiate(daemon: &mut Frontend, tag: &str) -> Result<u64, Failure> {
     daemon
         .set_protocol_features(agreed)
         .map_err(refused("SET_PROTOCOL_FEATURES"))?;
-    if agreed.contains(VhostUserProtocolFeatures::REPLY_ACK) {
-        // Each message is answered, so that a refusal is known by its name.
-        daemon.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-    }
     if agreed.contains(VhostUserProtocolFeatures::MQ) {
         daemon.get_queue_num().map_err(refused("GET_QUEUE_NUM"))
     } else {
@@ -383,11 +416,11 @@ impl VirtioDevice for Fs {
         // Fails when activation did not get that far.
         let _ = active.poller.remove(self.socket.as_raw_fd());
         for queue in &active.queues {
-            // Its answer says that the queue has stopped. A daemon that fails here is ending, and
-            // the next activation tells.
-            let index = usize::from(queue.index);
-            if self.daemon.get_vring_base(index).is_err() {
+            // A daemon that fails here is ending or hangs: it is cut off, and the next activation
+            // tells.
+            if stop_queue(&self.socket, queue.index).is_err() {
                 self.daemon_gone = true;
+                let _ = self.socket.shutdown(std::net::Shutdown::Both);
                 return;
             }
         }

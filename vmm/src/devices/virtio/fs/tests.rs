@@ -294,3 +294,35 @@ fn the_configuration_is_tag_and_queues() {
     assert_eq!(bytes[36..], [1, 0, 0, 0]);
     assert_eq!(config(&"x".repeat(36), 2).unwrap()[35..37], [b'x', 2]);
 }
+
+/// A daemon that agrees to everything and never stops a queue: the event loop waits for it once,
+/// with a limit, and from then on it is lost.
+#[test]
+fn a_daemon_that_hangs_is_given_up() {
+    let (near, mut far) = UnixStream::pair().unwrap();
+    let daemon = std::thread::spawn(move || {
+        let mut header = [0; 12];
+        while far.read_exact(&mut header).is_ok() {
+            let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().unwrap());
+            let mut body = vec![0; usize::try_from(word(8)).unwrap()];
+            far.read_exact(&mut body).unwrap();
+            // GET_FEATURES and GET_PROTOCOL_FEATURES: a reply of 8 bytes; all else is ignored.
+            let answer = match word(0) {
+                1 => u64::MAX,
+                15 => 0,
+                _ => continue,
+            };
+            let mut reply = header.to_vec();
+            reply[4..8].copy_from_slice(&5u32.to_le_bytes());
+            reply[8..12].copy_from_slice(&8u32.to_le_bytes());
+            reply.extend(answer.to_le_bytes());
+            far.write_all(&reply).unwrap();
+        }
+    });
+    let mut fs = Fs::new("share".to_owned(), parameters("x", 1), near).unwrap();
+    fs.activate(driver().activation(1 << 32)).unwrap();
+    fs.reset();
+    let broken = fs.activate(driver().activation(1 << 32)).unwrap_err();
+    assert!(broken.to_string().contains("the daemon has ended"));
+    daemon.join().unwrap();
+}

@@ -108,6 +108,15 @@ struct Kick {
     polled: bool,
 }
 
+/// The notifications of a device.
+#[derive(Debug, Default)]
+struct Kicks {
+    live: Vec<Kick>,
+    /// Queues, one bit each, whose notification came before the event loop had made the device
+    /// live: a driver may notify right after DRIVER_OK (§3.1.1).
+    early: u64,
+}
+
 /// A virtio device on the bus.
 #[derive(Debug)]
 pub(crate) struct VirtioFunction {
@@ -126,7 +135,7 @@ pub(crate) struct VirtioFunction {
     /// KVM's slot of it, and its address.
     shown: Mutex<Option<(u32, u64)>>,
     asked: Mutex<Effect>,
-    kicks: Mutex<Vec<Kick>>,
+    kicks: Mutex<Kicks>,
     device: Mutex<Box<dyn VirtioDevice>>,
 }
 
@@ -212,7 +221,7 @@ impl VirtioFunction {
         let notify = range
             .filter(|_| placed)
             .map(|range: Range<u64>| range.start + NOTIFY);
-        for kick in lock(&self.kicks).iter_mut() {
+        for kick in &mut lock(&self.kicks).live {
             self.watch(kick, notify);
         }
     }
@@ -297,7 +306,7 @@ impl VirtioFunction {
                 polled: false,
             });
         }
-        *lock(&self.kicks) = kicks;
+        lock(&self.kicks).live = kicks;
         let mut device = lock(&self.device);
         device.activate(Activation {
             memory: Arc::clone(&self.around.memory),
@@ -309,7 +318,7 @@ impl VirtioFunction {
         let owns_kicks = device.owns_kicks();
         drop(device);
         if !owns_kicks {
-            for kick in lock(&self.kicks).iter_mut() {
+            for kick in &mut lock(&self.kicks).live {
                 let token = KICK_TOKEN | u32::from(kick.queue);
                 let readable = libc::EPOLLIN.cast_unsigned();
                 self.broken_by(self.poller.add(kick.eventfd.as_raw_fd(), token, readable))?;
@@ -317,7 +326,30 @@ impl VirtioFunction {
             }
         }
         self.decode();
+        self.kick_early();
         Ok(())
+    }
+
+    /// Passes on what was notified too early.
+    fn kick_early(&self) {
+        let mut kicks = lock(&self.kicks);
+        let early = std::mem::take(&mut kicks.early);
+        let was_early = |kick: &&Kick| kick.queue < 64 && early >> kick.queue & 1 == 1;
+        for kick in kicks.live.iter().filter(was_early) {
+            // A new counter is not full.
+            let _ = kick.eventfd.write(1);
+        }
+    }
+
+    /// A notification that trapped.
+    fn notified(&self, queue: u16) {
+        let mut kicks = lock(&self.kicks);
+        match kicks.live.iter().find(|kick| kick.queue == queue) {
+            // Full only when nobody reads, and then one more says nothing new.
+            Some(kick) => drop(kick.eventfd.write(1)),
+            None if queue < 64 => kicks.early |= 1 << queue,
+            None => {}
+        }
     }
 
     fn build_queues(&self) -> Result<(u64, Vec<(u16, virtio_queue::Queue)>), Broken> {
@@ -357,6 +389,7 @@ impl VirtioFunction {
         } else {
             let queue = u16::try_from(token & !KICK_TOKEN).expect("as given to the poller");
             let known = lock(&self.kicks)
+                .live
                 .iter()
                 .find(|kick| kick.queue == queue)
                 // Two waits may tell of one notification: then the second read finds nothing.
@@ -393,7 +426,7 @@ impl VirtioFunction {
 
     /// Stops the device. The registers are the caller's.
     fn reset(&self) {
-        for mut kick in std::mem::take(&mut *lock(&self.kicks)) {
+        for mut kick in std::mem::take(&mut *lock(&self.kicks)).live {
             self.watch(&mut kick, None);
             if kick.polled {
                 // It is closed next, which removes it too.
@@ -412,6 +445,8 @@ const KICK_TOKEN: u32 = 1 << 23;
 pub(crate) const TOKEN_BITS: u32 = 24;
 
 const _: () = assert!(KICK_TOKEN < 1 << TOKEN_BITS);
+// One bit a queue: pairs and the control queue of the largest card.
+const _: () = assert!(pericarp_protocol::machine::QUEUES_MAX * 2 + 1 <= 64);
 
 fn identity(device: &dyn VirtioDevice, multifunction: bool) -> Identity {
     /// Class codes (PCI code and ID assignment 1.11): mass storage and network by their kind, all
@@ -512,12 +547,8 @@ impl PciFunction for VirtioFunction {
             }
             DEVICE..NOTIFY => lock(&self.device).write_config(offset - DEVICE, data),
             NOTIFY..TABLE => {
-                let queue =
-                    u16::try_from((offset - NOTIFY) / NOTIFY_STRIDE).expect("within a page");
-                if let Some(kick) = lock(&self.kicks).iter().find(|kick| kick.queue == queue) {
-                    // Full only when nobody reads, and then one more says nothing new.
-                    let _ = kick.eventfd.write(1);
-                }
+                let queue = (offset - NOTIFY) / NOTIFY_STRIDE;
+                self.notified(u16::try_from(queue).expect("within a page"));
             }
             TABLE..PENDING => self.msix.write_table(offset - TABLE, data),
             _ => {}
