@@ -189,9 +189,6 @@ fn features() -> Vec<String> {
     {
         features.push("apparmor".to_owned());
     }
-    if crate::storage::format_program("ext4").is_some() {
-        features.push("format-ext4".to_owned());
-    }
     features
 }
 

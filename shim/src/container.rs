@@ -26,6 +26,7 @@ use pericarp_protocol::{
         StatsRequest, Streams, UpdateContainerRequest,
     },
     limits::OCI_SPEC_BYTES_MAX,
+    machine::CacheMode,
     stream::Header,
 };
 use protobuf::well_known_types::{any::Any, timestamp::Timestamp};
@@ -36,9 +37,11 @@ use crate::{
     agent_client::agent_call,
     bundle::{Bundle, Role},
     cgroup::Meter,
+    disk::Disk,
     errors::CallError,
     pod::Pod,
     process::{Exit, LOST_STATUS, Process},
+    rootfs::{self, Rootfs},
     spec,
     stats::{self, Sample},
     stdio::{Copying, HostEnds, Paths},
@@ -61,6 +64,8 @@ pub(crate) struct Container {
     /// Frozen.
     pub(crate) paused: AtomicBool,
     sample: Mutex<Option<Sample>>,
+    /// The disk that its root file system is on.
+    disk: Mutex<Option<Disk>>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
 }
 
@@ -76,6 +81,10 @@ impl Container {
 
     fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn disk(&self) -> MutexGuard<'_, Option<Disk>> {
+        self.disk.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The process called `exec_id`; the init when it is empty.
@@ -180,6 +189,7 @@ pub(crate) async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Resul
         pause: bundle.role() == Role::Sandbox,
         paused: AtomicBool::new(false),
         sample: Mutex::default(),
+        disk: Mutex::default(),
         execs: Mutex::default(),
     });
     reserve(pod, &container)?;
@@ -191,7 +201,7 @@ pub(crate) async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Resul
     };
     if let Err(error) = built {
         forget(pod, &container.id);
-        let _ = pod.shared.remove(&container.id);
+        let _ = release(pod, &container).await;
         return Err(error);
     }
     let mut event = TaskCreate::new();
@@ -242,18 +252,30 @@ async fn build(
     request: &CreateTaskRequest,
 ) -> Result<(), CallError> {
     let id = &container.id;
-    let root = bundle
-        .spec
-        .root()
-        .as_ref()
-        .map(|root| bundle.path.join(root.path()));
-    let guest_root = spec::guest_path(id, "rootfs");
-    let translated = spec::translate(bundle.spec, id, &guest_root, spec::source_kind)?;
+    let root = bundle.spec.root().as_ref();
+    let rootfs = Rootfs::of(
+        &request.rootfs,
+        root.map(|root| bundle.path.join(root.path())),
+        root.is_some_and(|root| root.readonly() == Some(true)),
+    )?;
+    // kubelet starts no container on a snapshot again; other callers may, after a crash of the host
+    // too.
+    let cache = match bundle.role() {
+        Role::Member(_) => CacheMode::Unsafe,
+        Role::Sandbox | Role::Single => CacheMode::WriteBack,
+    };
+    let mut translated = spec::translate(bundle.spec, id, spec::source_kind)?;
     let console = translated
         .spec
         .process()
         .as_ref()
         .and_then(oci_spec::runtime::Process::console_size);
+    share(pod, id, &rootfs, translated.shares).await?;
+    let attached = rootfs::attach(pod, id, &rootfs, cache).await?;
+    *container.disk() = attached.disk;
+    if let Some(root) = translated.spec.root_mut() {
+        root.set_path(attached.path);
+    }
     let oci_spec = serde_json::to_vec(&translated.spec)
         .map_err(|error| CallError::host("OCI specification", error))?;
     if oci_spec.len() > OCI_SPEC_BYTES_MAX {
@@ -263,7 +285,6 @@ async fn build(
         );
         return Err(CallError::Invalid(reason));
     }
-    share(pod, id, request, root, translated.shares).await?;
     let ends = HostEnds::open(&container.init.paths)
         .await
         .map_err(|error| CallError::Invalid(error.to_string()))?;
@@ -271,6 +292,7 @@ async fn build(
     let create = CreateContainerRequest {
         container_id: id.clone(),
         oci_spec,
+        storages: attached.storages,
         streams: Some(opened.numbers).into(),
         terminal_width: console.map_or(0, |size| u32::try_from(size.width()).unwrap_or_default()),
         terminal_height: console.map_or(0, |size| u32::try_from(size.height()).unwrap_or_default()),
@@ -288,15 +310,14 @@ async fn build(
 async fn share(
     pod: &Arc<Pod>,
     id: &str,
-    request: &CreateTaskRequest,
-    root: Option<PathBuf>,
+    rootfs: &Rootfs,
     shares: Vec<spec::Share>,
 ) -> Result<(), CallError> {
     let shared = pod.shared.clone();
     let id = id.to_owned();
-    let mounts = request.rootfs.clone();
+    let rootfs = rootfs.clone();
     let mounted = tokio::task::spawn_blocking(move || {
-        shared.mount_rootfs(&id, &mounts, root.as_deref())?;
+        shared.mount_rootfs(&id, &rootfs)?;
         shared.add(&id, &shares)
     });
     mounted
@@ -503,19 +524,26 @@ async fn delete_claimed(
     }
     process.finish_copying().await;
     if process.exec_id.is_empty() {
-        let shared = pod.shared.clone();
-        let id = container.id.clone();
-        let removed = tokio::task::spawn_blocking(move || shared.remove(&id)).await;
-        removed
-            .map_err(|error| CallError::host("unmounting", error))?
-            .map_err(|error| {
-                CallError::host(
-                    format!("shared directory of container {}", container.id),
-                    error,
-                )
-            })?;
+        release(pod, container).await?;
     }
     Ok(())
+}
+
+/// Takes back what of the host the container had; the guest has let go of it.
+async fn release(pod: &Arc<Pod>, container: &Container) -> Result<(), CallError> {
+    let disk = container.disk().take();
+    if let Some(disk) = disk {
+        disk.unplug(pod).await;
+    }
+    let shared = pod.shared.clone();
+    let id = container.id.clone();
+    tokio::task::spawn_blocking(move || shared.remove(&id))
+        .await
+        .map_err(|error| CallError::host("unmounting", error))?
+        .map_err(|error| {
+            let object = format!("shared directory of container {}", container.id);
+            CallError::host(object, error)
+        })
 }
 
 /// `Kill`.

@@ -14,7 +14,8 @@ use std::{
 
 use nix::sys::socket::{ControlMessage, MsgFlags, recv, sendmsg};
 use pericarp_protocol::machine::{
-    self, Device, Event, MESSAGE_BYTES, Message, Nothing, PciAddress, Request, Success,
+    self, Device, DeviceName, Event, MESSAGE_BYTES, Message, Named, Nothing, PciAddress, Request,
+    Success,
 };
 use tokio::{
     io::Interest,
@@ -112,6 +113,14 @@ impl Machine {
                 "the VMM answered AddDevice with {other:?}"
             ))),
         }
+    }
+
+    /// Takes a device away that the guest has let go of.
+    pub(crate) async fn remove_device(&self, name: &str) -> Result<(), CallError> {
+        let device = DeviceName::new("device", name)
+            .map_err(|error| CallError::Host(format!("device {name}: {error}")))?;
+        let request = Request::RemoveDevice(Named { device });
+        self.request(request, Vec::new()).await.map(drop)
     }
 
     /// Ends the machine; a machine that is gone already is fine.

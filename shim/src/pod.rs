@@ -31,6 +31,7 @@ use pericarp_protocol::guest::{
 };
 use pericarp_runtime_config::{
     Config, Demand, HostCapacity, PodConfig, RuntimeOptions, Settings, Sizing,
+    Storage as StorageSettings,
 };
 use serde::Serialize;
 use tokio::{
@@ -38,7 +39,7 @@ use tokio::{
     net::{UnixStream, unix::pipe},
     sync::watch,
 };
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     agent_client::{Agent, agent_call},
@@ -103,8 +104,11 @@ pub(crate) struct Pod {
     pub(crate) ready_at: SystemTime,
     /// It came without a pause container.
     pub(crate) by_sandbox_service: bool,
+    /// The pod's settings of disks.
+    pub(crate) storage: StorageSettings,
     exit: watch::Sender<Option<Exit>>,
     next_stream: AtomicU64,
+    next_disk: AtomicU64,
 }
 
 impl Pod {
@@ -177,8 +181,10 @@ impl Pod {
             containers: Mutex::default(),
             ready_at: SystemTime::now(),
             by_sandbox_service: request.bundle.is_none(),
+            storage: settings.storage.clone(),
             exit: watch::Sender::new(None),
             next_stream: AtomicU64::new(1),
+            next_disk: AtomicU64::new(1),
         });
         let sandbox = pod.sandbox_request(request, attached.guest)?;
         agent_call!(pod.agent, configure_sandbox, &sandbox)?;
@@ -225,6 +231,11 @@ impl Pod {
     /// A number for a stream that no other stream of this sandbox has.
     pub(crate) fn stream_number(&self) -> u64 {
         self.next_stream.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// A number for a disk that no other disk of this VM had.
+    pub(crate) fn disk_number(&self) -> u64 {
+        self.next_disk.fetch_add(1, Ordering::Relaxed)
     }
 
     /// The PID that containerd is told for everything in the VM.
@@ -515,9 +526,9 @@ async fn pass_events(pod: Arc<Pod>) {
                 container::out_of_memory(&pod, &oom.container_id).await;
             }
             Some(event::Event::DeviceGone(device)) => {
-                warn!(
+                debug!(
                     pci_address = device.pci_address,
-                    "a device of the guest is gone"
+                    "the guest let go of a device"
                 );
             }
             _ => {}

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! <state>/shared                    a mount of its own with shared propagation
-//! <state>/shared/<container>/rootfs the container's root file system
+//! <state>/shared/<container>/rootfs the container's root file system, or its read-only layers
 //! <state>/shared/<container>/mount-<n>  a volume, file or directory
 //! ```
 //!
@@ -23,13 +23,18 @@ use std::{
 };
 
 use containerd_shim_protos::api::Mount;
-use nix::mount::{MsFlags, mount};
+use nix::{
+    fcntl::{OFlag, open},
+    mount::{MsFlags, mount},
+    sys::stat::Mode,
+};
 use pericarp_runtime_config::Settings;
 
 use crate::{
     child::Watched,
     errors::CallError,
     journal::{Entry, Journal, unmount},
+    rootfs::{Layers, Rootfs},
     spec::Share,
 };
 
@@ -58,32 +63,55 @@ impl SharedDirectory {
         self.path.join(id)
     }
 
-    /// Mounts a container's root file system as the snapshotter described it, or binds a directory
-    /// that is ready.
-    pub(crate) fn mount_rootfs(
-        &self,
-        id: &str,
-        mounts: &[Mount],
-        ready: Option<&Path>,
-    ) -> Result<(), CallError> {
+    /// Mounts what of a container's root file system the host gives: see [`crate::rootfs`].
+    pub(crate) fn mount_rootfs(&self, id: &str, rootfs: &Rootfs) -> Result<(), CallError> {
+        if matches!(rootfs, Rootfs::Image(_)) {
+            return Ok(());
+        }
         let target = self.container(id).join("rootfs");
         fs::create_dir_all(&target).map_err(|error| CallError::host(target.display(), error))?;
-        if mounts.is_empty() {
-            let Some(ready) = ready else {
-                return Err(CallError::Invalid(
-                    "rootfs: neither mounts nor root.path name one".to_owned(),
-                ));
-            };
-            bind(ready, &target, true).map_err(|error| {
-                CallError::host(format!("root file system {}", ready.display()), error)
-            })?;
+        let mounted = match rootfs {
+            Rootfs::Image(_) => Ok(()),
+            Rootfs::Directory(ready) => bind(ready, &target, true),
+            Rootfs::Layers(layers) => self.mount_layers(layers, &target),
+            Rootfs::Mounted(mounts) => mounts
+                .iter()
+                .try_for_each(|described| mount_described(described, &target)),
+        };
+        mounted
+            .map_err(|error| CallError::host(format!("root file system of container {id}"), error))
+    }
+
+    /// Mounts layers, read-only.
+    fn mount_layers(&self, layers: &Layers, target: &Path) -> io::Result<()> {
+        let all = layers.all(&self.path.with_file_name("mask"))?;
+        if let [layer] = all.as_slice() {
+            bind(layer, target, false)?;
+            return make_read_only(target);
         }
-        for described in mounts {
-            mount_described(described, &target).map_err(|error| {
-                CallError::host(format!("root file system of container {id}"), error)
-            })?;
-        }
-        Ok(())
+        // By descriptor: paths of many layers would not fit the one page that mount(2) takes, nor
+        // could they hold a colon.
+        let opened = all
+            .iter()
+            .map(|layer| open_directory(layer))
+            .collect::<io::Result<Vec<_>>>()?;
+        let paths: Vec<_> = opened
+            .iter()
+            .map(|layer| format!("/proc/self/fd/{}", layer.as_raw_fd()))
+            .collect();
+        let attributes = if layers.user_attributes {
+            ",userxattr"
+        } else {
+            ""
+        };
+        let data = format!("lowerdir={}{attributes}", paths.join(":"));
+        Ok(mount(
+            Some("overlay"),
+            target,
+            Some("overlay"),
+            MsFlags::MS_RDONLY,
+            Some(data.as_str()),
+        )?)
     }
 
     /// Shares files and directories with a container.
@@ -111,8 +139,7 @@ impl SharedDirectory {
         propagate(&target, MsFlags::MS_SLAVE)?;
         propagate(&target, MsFlags::MS_SHARED)?;
         if share.read_only {
-            let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-            mount(None::<&str>, &target, None::<&str>, flags, None::<&str>)?;
+            make_read_only(&target)?;
         }
         Ok(())
     }
@@ -192,6 +219,22 @@ fn bind(source: &Path, target: &Path, recursive: bool) -> io::Result<()> {
     )?)
 }
 
+fn make_read_only(target: &Path) -> io::Result<()> {
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    Ok(mount(
+        None::<&str>,
+        target,
+        None::<&str>,
+        flags,
+        None::<&str>,
+    )?)
+}
+
+fn open_directory(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    Ok(open(path, flags, Mode::empty())?)
+}
+
 fn propagate(target: &Path, kind: MsFlags) -> io::Result<()> {
     Ok(mount(
         None::<&str>,
@@ -212,8 +255,7 @@ fn mount_described(described: &Mount, target: &Path) -> io::Result<()> {
             flags.contains(MsFlags::MS_REC),
         )?;
         if flags.contains(MsFlags::MS_RDONLY) {
-            let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-            mount(None::<&str>, target, None::<&str>, flags, None::<&str>)?;
+            make_read_only(target)?;
         }
         return Ok(());
     }

@@ -111,7 +111,6 @@ pub(crate) fn check(spec: &Spec) -> Result<(), CallError> {
 pub(crate) fn translate(
     mut spec: Spec,
     id: &str,
-    root: &Path,
     source_kind: impl Fn(&Path) -> SourceKind,
 ) -> Result<Translated, CallError> {
     check(&spec)?;
@@ -122,9 +121,6 @@ pub(crate) fn translate(
         kept.push(translate_mount(mount, id, &mut shares, &source_kind)?);
     }
     spec.set_mounts(Some(kept));
-    if let Some(spec_root) = spec.root_mut() {
-        spec_root.set_path(root.to_owned());
-    }
     spec.set_hooks(None);
     spec.set_annotations(None);
     let sandbox_pid_namespace = translate_linux(&mut spec)?;
@@ -323,10 +319,7 @@ mod tests {
 
     #[test]
     fn pods_namespaces_become_the_guests() {
-        let result = translate(container(json!([])), "c", Path::new("/r"), |_| {
-            SourceKind::Missing
-        })
-        .unwrap();
+        let result = translate(container(json!([])), "c", |_| SourceKind::Missing).unwrap();
         let linux = result.spec.linux().as_ref().unwrap();
         let kinds: Vec<_> = linux
             .namespaces()
@@ -347,7 +340,6 @@ mod tests {
         assert!(linux.cgroups_path().is_none());
         let cpu = linux.resources().as_ref().unwrap().cpu().as_ref().unwrap();
         assert_eq!((cpu.cpus().clone(), cpu.quota()), (None, Some(5)));
-        assert_eq!(result.spec.root().as_ref().unwrap().path(), Path::new("/r"));
     }
 
     #[test]
@@ -365,7 +357,7 @@ mod tests {
             Some("/var/lib/hosts") => SourceKind::File,
             _ => SourceKind::Directory,
         };
-        let result = translate(container(mounts), "c", Path::new("/r"), kind).unwrap();
+        let result = translate(container(mounts), "c", kind).unwrap();
         let sources: Vec<_> = result
             .spec
             .mounts()
@@ -406,10 +398,7 @@ mod tests {
         let device = json!([
             {"destination": "/dev/kvm", "type": "bind", "source": "/dev/kvm", "options": ["bind"]}
         ]);
-        let error = translate(container(device), "c", Path::new("/r"), |_| {
-            SourceKind::CharacterDevice
-        })
-        .unwrap_err();
+        let error = translate(container(device), "c", |_| SourceKind::CharacterDevice).unwrap_err();
         assert!(
             error.to_string().contains("mounts[/dev/kvm].source"),
             "{error}"

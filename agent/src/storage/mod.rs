@@ -33,10 +33,9 @@ use crate::{
     log,
 };
 
+mod ext4;
 mod format;
 mod ownership;
-
-pub(crate) use format::format_program;
 
 /// Lower directories of one overlay: the kernel's own bound (`OVL_MAX_STACK`).
 const OVERLAY_LAYERS_MAX: usize = 500;
@@ -433,8 +432,9 @@ fn mount_overlay(
     for lower in &overlay.lower {
         Target::new("overlay.lower", Path::new(lower))?.open(Missing::Refuse)?;
         // Linux 6.8: one directory a call, so that their number is not bounded by the length of one
-        // option.
-        maker.set("lowerdir+", Some(lower))?;
+        // option. The last "." has a mount of the host that is announced there made by the guest's
+        // virtio-fs (`FUSE_ATTR_SUBMOUNT`): overlay's own look-up would stop before it.
+        maker.set("lowerdir+", Some(&format!("{lower}/.")))?;
     }
     if !overlay.upper.is_empty() {
         for (field, key, path) in [

@@ -1,0 +1,170 @@
+//! Root file systems of containers in VMs: what is on a disk of the guest, what is shared.
+
+use anyhow::{Context, Result};
+use pericarp_tests::node::containerd::Pod;
+use pericarp_tests::node::images::BUSYBOX;
+use pericarp_tests::node::{Builder, Containerd, Session, Version, pericarp, session};
+use pericarp_tests::pods::leftovers::Leftovers;
+use pericarp_tests::pods::{container_config, pod_config};
+use serde_json::json;
+
+/// The handler of containerd.
+const HANDLER: &str = "pericarp";
+/// What a container is told to run when it is there to be entered.
+const WAIT: &str = "exec sleep 1000";
+/// The disks of all snapshots of a node.
+const DISKS: &str = "find /var/lib/containerd* -name .pericarp-disk";
+
+/// The node, unless what it needs is not built: then the reason is printed.
+fn node(test: &str) -> Option<Session> {
+    let missing = pericarp::missing();
+    if !missing.is_empty() {
+        eprintln!("skipped: not built: {}", missing.join(", "));
+        return None;
+    }
+    let builder = || Builder::default().name("storage");
+    Some(session(test, builder).expect("the node boots"))
+}
+
+/// Bytes of host storage that the one disk of the node takes.
+fn disk_bytes(node: &Session) -> Result<u64> {
+    let blocks = node.shell(&format!("stat -c %b $({DISKS})"))?;
+    Ok(blocks.trim().parse::<u64>().context("one disk")? * 512)
+}
+
+/// Waits until a line of shell is true.
+fn wait_until(node: &Session, condition: &str) -> Result<()> {
+    let line = format!("timeout 60 sh -c 'until {condition}; do sleep 0.2; done'");
+    node.shell(&line).map(drop)
+}
+
+fn shell(node: &Session, containerd: &Containerd, container: &str, line: &str) -> Result<String> {
+    containerd.crictl_text(node, &["exec", container, "sh", "-c", line])
+}
+
+fn pod(node: &Session, containerd: &Containerd, name: &str) -> Result<Pod> {
+    containerd.run_pod(node, HANDLER, &pod_config(name))
+}
+
+fn writes_are_on_a_disk(node: &Session, version: Version) -> Result<()> {
+    let containerd = node.containerd(version)?;
+    let before = Leftovers::look(node)?;
+    let pod = pod(node, &containerd, "disk")?;
+    let config = container_config("c", BUSYBOX, WAIT);
+    let container = containerd.run_container(node, &pod, &config)?;
+    let written =
+        "rm /bin/true && echo kept > /kept && dd if=/dev/zero of=/big bs=1M count=32 && sync";
+    shell(node, &containerd, &container, written)?;
+    assert!(disk_bytes(node)? > 32 << 20);
+    // The kubelet's figure for ephemeral storage is containerd's of the snapshot.
+    let usage = containerd
+        .ctr()
+        .args(["--namespace", "k8s.io", "snapshots", "usage", "-b"]);
+    let usage = node.text(&usage.args([container.as_str()]))?;
+    let bytes = usage
+        .lines()
+        .last()
+        .and_then(|line| line.split_whitespace().nth(1));
+    let bytes: u64 = bytes.context("no usage")?.parse()?;
+    assert!(bytes > 32 << 20, "{usage}");
+    // The host gets back what is deleted.
+    shell(node, &containerd, &container, "rm /big && sync")?;
+    wait_until(node, &format!("[ $(stat -c %b $({DISKS})) -lt 8192 ]"))?;
+    assert_eq!(shell(node, &containerd, &container, "cat /kept")?, "kept");
+
+    // Another container of the same image has its own, and the layers are as they were.
+    containerd.crictl_text(node, &["rm", "-f", &container])?;
+    assert_eq!(node.shell(DISKS)?.trim(), "");
+    let second = containerd.run_container(node, &pod, &config)?;
+    assert!(shell(node, &containerd, &second, "test -e /kept").is_err());
+    shell(node, &containerd, &second, "/bin/true")?;
+    containerd.remove_pod(node, &pod)?;
+    assert_eq!(node.shell(DISKS)?.trim(), "");
+    Leftovers::nothing_since(node, &before)?;
+    Ok(())
+}
+
+#[test]
+fn what_a_container_writes_is_on_a_disk_in_its_snapshot() {
+    let Some(node) = node("storage-disk-2.3") else {
+        return;
+    };
+    writes_are_on_a_disk(&node, Version::V23).unwrap();
+}
+
+#[test]
+fn what_a_container_writes_is_on_a_disk_with_containerd_1_7() {
+    let Some(node) = node("storage-disk-1.7") else {
+        return;
+    };
+    writes_are_on_a_disk(&node, Version::V17).unwrap();
+}
+
+#[test]
+fn a_read_only_root_needs_no_disk() {
+    let Some(node) = node("storage-read-only") else {
+        return;
+    };
+    let containerd = node.containerd(Version::V23).unwrap();
+    let pod = pod(&node, &containerd, "read-only").unwrap();
+    node.shell("mkdir -p /run/volume && echo volume > /run/volume/file")
+        .unwrap();
+    let mut config = container_config("c", BUSYBOX, WAIT);
+    config["linux"] = json!({"security_context": {"readonly_rootfs": true}});
+    config["mounts"] = json!([{"host_path": "/run/volume", "container_path": "/not/in/image"}]);
+    let container = containerd.run_container(&node, &pod, &config).unwrap();
+    let inside = |line: &str| shell(&node, &containerd, &container, line);
+    assert_eq!(inside("cat /not/in/image/file").unwrap(), "volume");
+    let error = format!("{:#}", inside("touch /x").unwrap_err());
+    assert!(error.contains("Read-only file system"), "{error}");
+    assert_eq!(node.shell(DISKS).unwrap().trim(), "");
+    containerd.remove_pod(&node, &pod).unwrap();
+}
+
+#[test]
+fn a_snapshot_keeps_what_was_written_from_one_task_to_the_next() {
+    let Some(node) = node("storage-again") else {
+        return;
+    };
+    node.containerd(Version::V23).unwrap();
+    let run = "ctr -n k8s.io task start k";
+    let line = "cat /kept; echo kept >> /kept; ls -a /";
+    let create = format!(
+        "ctr -n k8s.io container create --runtime io.containerd.pericarp.v2 {BUSYBOX} k sh -c '{line}'"
+    );
+    node.shell(&create).unwrap();
+    assert!(!node.shell(run).unwrap().contains("kept\nkept"));
+    // Between its tasks somebody works on the snapshot itself.
+    let upper = "ctr -n k8s.io snapshots mounts /tmp/m k | tr , '\\n' | sed -n 's/.*upperdir=//p'";
+    node.shell(&format!(
+        "rm -rf $({upper})/old; echo x > $({upper})/foreign"
+    ))
+    .unwrap();
+    let second = node.shell(run).unwrap();
+    assert!(
+        second.contains("kept") && second.contains("foreign"),
+        "{second}"
+    );
+    assert!(!second.contains("pericarp-disk"), "{second}");
+    node.shell("ctr -n k8s.io container rm k").unwrap();
+    assert_eq!(node.shell(DISKS).unwrap().trim(), "");
+}
+
+#[test]
+fn a_container_cannot_write_more_than_its_disk_holds() {
+    let Some(node) = node("storage-size") else {
+        return;
+    };
+    node.containerd(Version::V23).unwrap();
+    let setting = "/etc/pericarp/config.d/90-size.toml";
+    node.write(setting, "[storage]\nscratch_size_mib = 64\n")
+        .unwrap();
+    let fill = "dd if=/dev/zero of=/big bs=1M count=100; df -m / | tail -1";
+    let run = format!(
+        "ctr -n k8s.io run --rm --runtime io.containerd.pericarp.v2 {BUSYBOX} full sh -c '{fill}' 2>&1"
+    );
+    let said = node.shell(&run);
+    node.shell(&format!("rm {setting}")).unwrap();
+    let said = said.unwrap();
+    assert!(said.contains("No space left on device"), "{said}");
+}
