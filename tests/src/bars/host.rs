@@ -47,8 +47,11 @@ pub struct Setting {
     pub cpu_features: String,
 }
 
+/// What a scenario runs.
+type Scenario = fn(&Setting) -> Result<()>;
+
 /// Name, scenario.
-pub const SCENARIOS: &[(&str, fn(&Setting) -> Result<()>)] = &[
+pub const SCENARIOS: &[(&str, Scenario)] = &[
     ("boot", boot),
     ("blk", blk),
     ("net-vhost", net_vhost),

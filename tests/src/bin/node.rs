@@ -196,12 +196,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
                 critest::run(node, containerd, &options)
             })
         }
-        Verb::Kubernetes { node, table, only } => {
-            deps::ensure(&[Group::Demo, Group::Kube])?;
-            judge(&node, |node, _| {
-                kubernetes::run(node, &node.kubernetes()?, &only, table.as_deref())
-            })
-        }
+        Verb::Kubernetes { node, table, only } => cases(&node, table.as_deref(), &only),
         Verb::Inside { role } => match role.as_str() {
             "init" => inside::init::run().map(|()| ExitCode::SUCCESS),
             "init-here" => inside::init::run_here().map(|()| ExitCode::SUCCESS),
@@ -209,6 +204,14 @@ fn run(verb: Verb) -> Result<ExitCode> {
             other => bail!("`inside {other}` is none of `init`, `init-here`, `serve`"),
         },
     }
+}
+
+/// Runs the cases of Kubernetes.
+fn cases(arguments: &NodeArguments, table: Option<&Path>, only: &[String]) -> Result<ExitCode> {
+    deps::ensure(&[Group::Demo, Group::Kube])?;
+    judge(arguments, |node, _| {
+        kubernetes::run(node, &node.kubernetes()?, only, table)
+    })
 }
 
 fn groups_of(names: &[String]) -> Result<Vec<Group>> {

@@ -261,12 +261,12 @@ fn table(rows: &[(String, [Verdict; 2])]) -> String {
 }
 
 fn page(table: &str) -> String {
-    format!(
-        "# Kubernetes\n\nWhat a pod may ask of an unmodified kubelet, under runc and under Pericarp. \
-         `make kubernetes` makes this\npage: a pod for each line, in a test node with etcd, API \
-         server, kubelet and containerd\n(`tests/kubernetes/` has the pods). *Refused by name* is \
-         what no VM can give: the pod's event names the\nfield.\n\n{table}"
-    )
+    let head = "# Kubernetes\n\n\
+        What a pod may ask of an unmodified kubelet, under runc and under Pericarp. `make kubernetes` \
+        makes\nthis page: a pod for each line, in a test node with etcd, API server, kubelet and \
+        containerd\n(`tests/kubernetes/` has the pods). *Refused by name* is what no VM can give: \
+        the pod's event\nnames the field.\n\n";
+    format!("{head}{table}")
 }
 
 #[cfg(test)]

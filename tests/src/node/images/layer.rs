@@ -32,7 +32,8 @@ const SCRIPTS: [(&str, &str); 2] = [
     (
         "pgrep",
         "#!/bin/sh\nfound=1\nfor process in /proc/[0-9]*; do\n\
-         [ \"$(cat $process/comm 2>/dev/null)\" != \"$1\" ] || { echo ${process#/proc/}; found=0; }\n\
+         [ \"$(cat $process/comm 2>/dev/null)\" != \"$1\" ] && continue\n\
+         echo ${process#/proc/}; found=0\n\
          done\nexit $found\n",
     ),
     ("ipcs", "#!/bin/sh\nexec cat /proc/sysvipc/shm\n"),

@@ -128,22 +128,16 @@ fn arguments(builder: &Builder, boot: &BootFiles, results: &Path) -> Result<Vec<
         "-display",
         "none",
         "-no-reboot",
-        // A processor that gives up (triple fault) leaves its state here; nothing else does.
-        "-d",
-        "cpu_reset",
-        "-D",
-        &results.join(PROCESSOR_LOG).display().to_string(),
     ]);
+    // A processor that gives up (triple fault) leaves its state here; nothing else does.
+    let processor_log = results.join(PROCESSOR_LOG).display().to_string();
+    add(&["-d", "cpu_reset", "-D", &processor_log]);
     add(&[
         "-serial",
         &format!("file:{}", results.join(SERIAL_LOG).display()),
     ]);
-    add(&[
-        "-chardev",
-        "stdio,id=control,signal=off",
-        "-device",
-        "virtio-serial-pci",
-    ]);
+    add(&["-chardev", "stdio,id=control,signal=off"]);
+    add(&["-device", "virtio-serial-pci"]);
     add(&[
         "-device",
         &format!("virtserialport,chardev=control,name={PORT_NAME}"),
