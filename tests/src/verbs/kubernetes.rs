@@ -262,10 +262,10 @@ fn table(rows: &[(String, [Verdict; 2])]) -> String {
 
 fn page(table: &str) -> String {
     let head = "# Kubernetes\n\n\
-        What a pod may ask of an unmodified kubelet, under runc and under Pericarp. `make kubernetes` \
-        makes\nthis page: a pod for each line, in a test node with etcd, API server, kubelet and \
-        containerd\n(`tests/kubernetes/` has the pods). *Refused by name* is what no VM can give: \
-        the pod's event\nnames the field.\n\n";
+        What a pod may ask of an unmodified kubelet, under runc and under Pericarp. \
+        `make kubernetes` makes\nthis page: a pod for each line, in a test node with etcd, API \
+        server, kubelet and containerd\n(`tests/kubernetes/` has the pods). *Refused by name* is \
+        what no VM can give: the pod's event\nnames the field.\n\n";
     format!("{head}{table}")
 }
 
