@@ -217,7 +217,8 @@ impl<'a> Ends<'a> {
             .containerd
             .crictl_run(self.node, &["exec", id, program])?;
         ensure!(!output.exit.success(), "{program} was executed");
-        Ok(output.stderr)
+        // Within a line of a log its quotes are escaped.
+        Ok(output.stderr.replace('\\', ""))
     }
 }
 

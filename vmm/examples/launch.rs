@@ -215,6 +215,7 @@ fn watch(
     let seconds = options.number("seconds", 60)?;
     let deadline = start + Duration::from_secs(seconds);
     let mut text = String::new();
+    let mut heard = 0;
     let mut log_open = true;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -238,8 +239,11 @@ fn watch(
             log_open = count > 0;
             io::stdout().write_all(&buffer[..count])?;
             let new = String::from_utf8_lossy(&buffer[..count]);
-            react(shim, &new, options)?;
             text += &new;
+            // A console writes a few bytes at a time: only whole lines say something.
+            let lines_end = text.rfind('\n').map_or(0, |newline| newline + 1);
+            react(shim, &text[heard..lines_end], options)?;
+            heard = lines_end;
             let wanted = options.text("until");
             if wanted.is_some_and(|wanted| text.contains(wanted)) {
                 println!("launch: after {} ms", start.elapsed().as_millis());
