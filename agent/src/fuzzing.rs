@@ -1,11 +1,37 @@
 //! The agent's parsers as functions of any bytes, for `tests/fuzz`. Each panics when what must hold
 //! does not.
 
-pub use crate::container::fuzzing::{
-    cgroup_of_process, passwd, paths, report, resources, specification,
-};
+use crate::{container::fuzzing as container, rpc, stats, uevents};
 
-use crate::{rpc, stats, uevents};
+/// See [`container::paths`].
+pub fn paths(data: &[u8]) {
+    container::paths(data);
+}
+
+/// See [`container::passwd`].
+pub fn passwd(data: &[u8]) {
+    container::passwd(data);
+}
+
+/// See [`container::specification`].
+pub fn specification(data: &[u8]) {
+    container::specification(data);
+}
+
+/// See [`container::resources`].
+pub fn resources(data: &[u8]) {
+    container::resources(data);
+}
+
+/// See [`container::cgroup_of_process`].
+pub fn cgroup_of_process(data: &[u8]) {
+    container::cgroup_of_process(data);
+}
+
+/// See [`container::report`].
+pub fn report(data: &[u8]) {
+    container::report(data);
+}
 
 /// An announcement of the kernel's: what is read as a PCI address has its form.
 pub fn uevent(data: &[u8]) {

@@ -117,7 +117,6 @@ fn ready_percent(figures: &BTreeMap<&str, u64>) -> u64 {
 }
 
 #[test]
-#[expect(clippy::print_stdout, reason = "the figures are a result of the test")]
 fn an_agent_in_a_vm_does_what_the_host_asks_and_keeps_nothing() {
     let Some((node, programs)) = node("agent-in-a-vm") else {
         return;

@@ -4,16 +4,26 @@ use std::path::Path;
 
 use oci_spec::runtime::{LinuxResources, Spec};
 
-pub use super::helper::fuzzing::{passwd, paths};
 use super::{
     CreateOptions,
     cgroup::{self, devices, limits},
+    helper::fuzzing as helper,
     message::Report,
     plan,
 };
 
+/// See [`helper::paths`].
+pub(crate) fn paths(data: &[u8]) {
+    helper::paths(data);
+}
+
+/// See [`helper::passwd`].
+pub(crate) fn passwd(data: &[u8]) {
+    helper::passwd(data);
+}
+
 /// A runtime specification: it is refused by a field, or its plan survives the way to the helper.
-pub fn specification(data: &[u8]) {
+pub(crate) fn specification(data: &[u8]) {
     let Ok(spec) = serde_json::from_slice::<Spec>(data) else {
         return;
     };
@@ -35,7 +45,7 @@ pub fn specification(data: &[u8]) {
 }
 
 /// Limits of a container: files of its own cgroup alone, and a program for its devices.
-pub fn resources(data: &[u8]) {
+pub(crate) fn resources(data: &[u8]) {
     let Ok(resources) = serde_json::from_slice::<LinuxResources>(data) else {
         return;
     };
@@ -51,7 +61,7 @@ pub fn resources(data: &[u8]) {
 
 /// `/proc/<pid>/cgroup` of a process that may have made cgroups of any name: the one that is found
 /// lies within the container's.
-pub fn cgroup_of_process(data: &[u8]) {
+pub(crate) fn cgroup_of_process(data: &[u8]) {
     let own = Path::new("/sys/fs/cgroup/pod/c");
     let text = String::from_utf8_lossy(data);
     if let Some(home) = cgroup::home_in(&text, own) {
@@ -60,7 +70,7 @@ pub fn cgroup_of_process(data: &[u8]) {
 }
 
 /// What a helper says, which a privileged container could have made it say.
-pub fn report(data: &[u8]) {
+pub(crate) fn report(data: &[u8]) {
     if let Ok(Report::Failed(error)) = serde_json::from_slice(data) {
         let status = error.exit_status();
         assert!(

@@ -18,7 +18,7 @@ const ENTRIES_MAX: usize = 16;
 
 /// A tree and paths in it, a line each: `name>target` is a symbolic link, `name/` a directory,
 /// anything else a path that is made. Nothing is made or found outside of the root.
-pub fn paths(data: &[u8]) {
+pub(crate) fn paths(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else {
         return;
     };
@@ -57,7 +57,7 @@ pub fn paths(data: &[u8]) {
 }
 
 /// An `/etc/passwd`: a home is an absolute path of one line.
-pub fn passwd(data: &[u8]) {
+pub(crate) fn passwd(data: &[u8]) {
     for uid in [0, 1000, u32::MAX] {
         if let Some(home) = home(data, uid) {
             assert!(home.starts_with('/') && !home.contains(['\0', '\n', ':']));
