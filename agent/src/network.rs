@@ -96,7 +96,8 @@ pub(crate) fn apply(
     Ok(())
 }
 
-/// Takes neighbours, then routes, then addresses and interfaces away. What is not there is no error.
+/// Takes neighbours, then routes, then addresses and interfaces away. What is not there is no
+/// error.
 pub(crate) fn take_away(
     interfaces: &[Interface],
     routes: &[Route],

@@ -29,10 +29,10 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command},
-    thread,
     time::{Duration, Instant},
 };
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pericarp_protocol::{
     AGENT_PORT,
     machine::{
@@ -211,7 +211,6 @@ fn watch(
     options: &Options,
     start: Instant,
 ) -> Anything<()> {
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     let seconds = options.number("seconds", 60)?;
     let deadline = start + Duration::from_secs(seconds);
     let mut text = String::new();
@@ -261,7 +260,10 @@ fn watch(
 fn react(shim: &mut Shim, log: &str, options: &Options) -> Anything<()> {
     if log.contains("VM-PAUSE") {
         shim.send(&Request::Pause(Nothing {}), &[])?;
-        thread::sleep(Duration::from_millis(options.number("pause", 1000)?));
+        let pause = PollTimeout::try_from(options.number("pause", 1000)?)?;
+        // Nothing is to happen but the end of the VMM, which the next look sees too.
+        let socket = PollFd::new(shim.socket.as_fd(), PollFlags::empty());
+        poll(&mut [socket], pause)?;
         shim.send(&Request::Resume(Nothing {}), &[])?;
     }
     let Some(path) = options.text("later") else {
