@@ -18,7 +18,7 @@ impl VirtioFunction {
     /// Stops the device and gives all that a function in its place needs to go on. The vCPUs stand
     /// still, and what the driver asked for by its status has been done ([`Self::work`]).
     #[cfg_attr(
-        not(any(test, feature = "fuzzing")),
+        not(test),
         expect(dead_code, reason = "snapshots and moves come later (D8)")
     )]
     pub(crate) fn save(&self) -> SavedFunction {
@@ -36,7 +36,7 @@ impl VirtioFunction {
 
     /// Makes a fresh function go on where a saved one stood, with the guest's memory as it was.
     #[cfg_attr(
-        not(any(test, feature = "fuzzing")),
+        not(test),
         expect(dead_code, reason = "snapshots and moves come later (D8)")
     )]
     pub(crate) fn restore(&self, saved: &SavedFunction) -> Result<(), Broken> {
