@@ -33,6 +33,11 @@ fn show(test: &str, scenario: &str) -> Result<()> {
 }
 
 #[test]
+fn a_distributions_kernel_boots() -> Result<()> {
+    show("bzimage", "bzimage")
+}
+
+#[test]
 fn disks_keep_what_was_flushed() -> Result<()> {
     show("disks", "blk")
 }

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use nix::sys::resource::{Resource, setrlimit};
 use pericarp_protocol::machine::{
-    Balloon, Blk, Bytes, CacheMode, DeviceKind, Fs, List, Mem, Named, Net, Pmem, RateLimit,
-    Request, Success, Text,
+    Balloon, Blk, Bytes, CacheMode, DeviceKind, Event, Fs, List, Mem, Named, Net, Pmem, RateLimit,
+    Request, ShutdownKind, Success, Text,
 };
 use pericarp_sys::tap;
 
@@ -53,6 +53,7 @@ type Scenario = fn(&Setting) -> Result<()>;
 /// Name, scenario.
 pub const SCENARIOS: &[(&str, Scenario)] = &[
     ("boot", boot),
+    ("bzimage", bzimage),
     ("blk", blk),
     ("net-vhost", net_vhost),
     ("net", net),
@@ -124,6 +125,32 @@ fn boot(setting: &Setting) -> Result<()> {
         "ms={} exits={exits} irq_exits={interrupted} pss_kib={proportional} \
         private_kib={private}{others}",
         time.as_millis()
+    ))
+}
+
+/// The node's own kernel, as its distribution packs it: it has none of our devices built in, so
+/// all that its init can do is to switch the machine off.
+fn bzimage(setting: &Setting) -> Result<()> {
+    let release = nix::sys::utsname::uname()?
+        .release()
+        .to_string_lossy()
+        .into_owned();
+    let kernel = PathBuf::from(format!("/boot/vmlinuz-{release}"));
+    let archive = initramfs::build()?;
+    let mut vmm = Vmm::start(Plan {
+        kernel: &kernel,
+        ..setting.plan(&archive, Vec::new())
+    })?;
+    let event = vmm.event()?;
+    let Event::GuestShutdown(shutdown) = event else {
+        bail!("{}: {event:?}", kernel.display());
+    };
+    if shutdown.kind != ShutdownKind::PowerOff {
+        bail!("{}: {shutdown:?}", kernel.display());
+    }
+    say(format_args!(
+        "{}: booted, its init switched it off",
+        kernel.display()
     ))
 }
 

@@ -241,6 +241,14 @@ impl Vmm {
 
     /// Waits for the event of a device that broke: its name and the reason.
     pub fn broken_device(&mut self) -> Result<String> {
+        match self.event()? {
+            Event::DeviceBroken(broken) => Ok(format!("{}: {}", broken.device, broken.reason)),
+            other => bail!("unexpected: {other:?}"),
+        }
+    }
+
+    /// The next event but that of the start.
+    pub fn event(&mut self) -> Result<Event> {
         loop {
             let mut buffer = [0; MESSAGE_BYTES];
             let mut set = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
@@ -249,10 +257,8 @@ impl Vmm {
             }
             let received = seqpacket::receive(self.socket.as_fd(), &mut buffer)?;
             match decode_message(&buffer[..received.length])? {
-                (_, Message::Event(Event::DeviceBroken(broken))) => {
-                    return Ok(format!("{}: {}", broken.device, broken.reason));
-                }
                 (_, Message::Event(Event::Started(_))) => {}
+                (_, Message::Event(event)) => return Ok(event),
                 other => bail!("unexpected: {other:?}"),
             }
         }

@@ -268,6 +268,12 @@ impl Machine {
         &self.bus
     }
 
+    /// Its functions.
+    #[cfg(test)]
+    pub(crate) fn functions(&self) -> &BTreeMap<Slot, Arc<VirtioFunction>> {
+        &self.functions
+    }
+
     /// Its memory.
     #[cfg(any(test, feature = "fuzzing"))]
     pub(crate) fn memory(&self) -> &Memory {

@@ -117,6 +117,29 @@ impl ConfigSpace {
         self.bus[self.first + index].store(value, Relaxed);
     }
 
+    /// The values of all registers.
+    pub(crate) fn save(&self) -> Vec<u32> {
+        (0..WORDS).map(|index| self.get(index)).collect()
+    }
+
+    /// Takes over what the guest may write, from a function with the same registers otherwise;
+    /// false when it is another one.
+    pub(crate) fn restore(&mut self, saved: &[u32]) -> bool {
+        let fixed = |index: usize, value: u32| value & !self.writable[index];
+        let same = (0..WORDS).zip(saved).all(|(index, saved)| {
+            let ours = fixed(index, self.get(index));
+            ours == fixed(index, *saved)
+        });
+        if saved.len() != WORDS || !same {
+            return false;
+        }
+        for (index, saved) in saved.iter().enumerate() {
+            let value = fixed(index, self.get(index)) | saved & self.writable[index];
+            self.set(index, value);
+        }
+        true
+    }
+
     /// Takes the function out of the guest's sight.
     pub(crate) fn clear(&self) {
         for index in 0..WORDS {

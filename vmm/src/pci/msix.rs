@@ -14,6 +14,7 @@ use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::routes::{InterruptMessage, Route, Routes};
+use serde::{Deserialize, Serialize};
 
 /// Bytes of a table entry: address, data, control.
 const ENTRY_BYTES: u64 = 16;
@@ -42,6 +43,14 @@ struct Table {
     entries: Vec<Entry>,
     enabled: bool,
     all_masked: bool,
+}
+
+/// One vector as it is saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedVector {
+    message: InterruptMessage,
+    masked: bool,
+    pending: bool,
 }
 
 /// The vectors of one function. Any thread may signal.
@@ -91,6 +100,31 @@ impl Msix {
 
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Every vector; message control stands in configuration space.
+    pub(crate) fn save(&self) -> Vec<SavedVector> {
+        let saved = |entry: &Entry| SavedVector {
+            message: entry.message,
+            masked: entry.masked,
+            pending: entry.pending,
+        };
+        self.lock().entries.iter().map(saved).collect()
+    }
+
+    /// Takes them over; false when they are those of another function. Nothing is sent before
+    /// message control is set again.
+    pub(crate) fn restore(&self, saved: &[SavedVector]) -> bool {
+        let mut table = self.lock();
+        if table.entries.len() != saved.len() {
+            return false;
+        }
+        for (entry, saved) in table.entries.iter_mut().zip(saved) {
+            entry.message = saved.message;
+            entry.masked = saved.masked;
+            entry.pending = saved.pending;
+        }
+        true
     }
 
     /// The guest wrote message control.

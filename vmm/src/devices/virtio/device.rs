@@ -21,7 +21,10 @@ use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::rate_limiter::Rates;
+use super::{
+    rate_limiter::Rates,
+    saved::{Kept, RestoreError, Saved},
+};
 
 /// The guest's memory. Its layout is fixed for the life of the machine: memory that virtio-mem
 /// plugs later is mapped from the start and merely not given out.
@@ -175,6 +178,24 @@ pub(crate) trait VirtioDevice: Debug + Send {
     /// Back to the state before activation. What is under way is finished or dropped; nothing
     /// touches guest memory afterwards.
     fn reset(&mut self);
+    /// Stops as [`Self::reset`] does and gives what another device needs to go on. May wait for
+    /// requests that the host works on. The vCPUs stand still.
+    fn save(&mut self) -> Saved;
+    /// Takes what a device of this kind kept, before [`Self::activate`], whose queues then stand
+    /// where they stood.
+    fn restore(&mut self, kept: &Kept) -> Result<(), RestoreError> {
+        match kept {
+            Kept::Nothing => Ok(()),
+            other => Err(self.cannot_restore(other)),
+        }
+    }
+    /// The refusal of what another kind of device kept.
+    fn cannot_restore(&self, kept: &Kept) -> RestoreError {
+        RestoreError {
+            device: self.name(),
+            reason: format!("{kept:?} is of another kind or size"),
+        }
+    }
     /// Does what the control socket asks.
     fn command(&mut self, command: Command) -> Result<(), CommandError> {
         let _ = command;

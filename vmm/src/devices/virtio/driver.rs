@@ -29,8 +29,9 @@ use vmm_sys_util::{
     eventfd::{EFD_NONBLOCK, EventFd},
 };
 
-use super::device::{
-    Activation, ActiveQueue, GuestMemory, Interrupt, Poller, Readiness, VirtioDevice,
+use super::{
+    device::{Activation, ActiveQueue, GuestMemory, Interrupt, Poller, Readiness, VirtioDevice},
+    saved::Position,
 };
 
 /// Bytes of guest memory of a [`Driver`].
@@ -329,6 +330,18 @@ impl Driver {
             interrupt: self.signals.clone(),
             poller: self.poller.clone(),
         }
+    }
+
+    /// The same, with the queues where another device left them.
+    pub(crate) fn activation_at(&self, features: u64, positions: &[Position]) -> Activation {
+        let mut activation = self.activation(features);
+        for active in &mut activation.queues {
+            let mut found = positions.iter();
+            if let Some(position) = found.find(|position| position.index == active.index) {
+                position.apply(&mut active.queue);
+            }
+        }
+        activation
     }
 
     /// The eventfd behind a queue's notifications.

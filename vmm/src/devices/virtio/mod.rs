@@ -37,6 +37,7 @@ pub(crate) mod net;
 pub(crate) mod pmem;
 pub(crate) mod rate_limiter;
 pub(crate) mod rng;
+pub(crate) mod saved;
 pub(crate) mod segments;
 pub(crate) mod transport;
 pub(crate) mod vsock;

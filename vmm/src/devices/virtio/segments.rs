@@ -223,6 +223,13 @@ pub(crate) struct Signals {
 }
 
 impl Signals {
+    /// Nothing that the queue holds so far is to be told.
+    pub(crate) fn since(queue: &Queue) -> Self {
+        Self {
+            signalled_at: queue.next_used(),
+        }
+    }
+
     /// Asks, and takes it that the driver is then told.
     pub(crate) fn due(
         &mut self,

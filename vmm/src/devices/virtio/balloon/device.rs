@@ -16,6 +16,7 @@ use crate::devices::virtio::{
         Readiness, VirtioDevice,
     },
     discard::{Discard, DiscardError},
+    saved::{Kept, Position, RestoreError, Saved},
     segments::{Chain, ChainError},
 };
 
@@ -356,6 +357,38 @@ impl VirtioDevice for Balloon {
         self.stop();
         // A driver starts with an empty balloon (§5.5.5).
         self.actual_pages = 0;
+    }
+
+    fn save(&mut self) -> Saved {
+        let kept = Kept::Balloon {
+            goal_pages: self.goal_pages,
+            actual_pages: self.actual_pages,
+        };
+        let mut queues = Vec::new();
+        if let Some(running) = &self.running {
+            let features = running.features;
+            queues.extend(running.queues.iter().map(|active| {
+                // The buffer for figures is kept for long: the next device takes it again.
+                let figures = request::role(active.index, features) == Some(Role::Statistics);
+                let held = figures && running.figures_buffer.is_some();
+                Position::of(active).without(usize::from(held))
+            }));
+        }
+        self.stop();
+        Saved { queues, kept }
+    }
+
+    fn restore(&mut self, kept: &Kept) -> Result<(), RestoreError> {
+        let Kept::Balloon {
+            goal_pages,
+            actual_pages,
+        } = *kept
+        else {
+            return Err(self.cannot_restore(kept));
+        };
+        self.goal_pages = goal_pages;
+        self.actual_pages = actual_pages;
+        Ok(())
     }
 
     fn command(&mut self, command: Command) -> Result<(), CommandError> {

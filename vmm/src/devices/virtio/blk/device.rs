@@ -6,6 +6,7 @@ use std::{
     sync::Arc,
 };
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pericarp_sys::{
     disk_io::{DiskIo, Operation, PUNCH_HOLE, ZERO_DATA_BYTES_MAX, ZERO_RANGE},
     guest_io::Segment,
@@ -27,6 +28,7 @@ use crate::devices::virtio::{
         Readiness, VirtioDevice,
     },
     rate_limiter::RateLimiter,
+    saved::{Kept, Position, Saved},
     segments::{self, Chain, ChainError},
 };
 
@@ -656,6 +658,27 @@ impl VirtioDevice for Blk {
 
     fn reset(&mut self) {
         self.stop();
+    }
+
+    /// Finishes what the kernel works on; what was not begun stays in the queues.
+    fn save(&mut self) -> Saved {
+        while self.running.is_some() && self.disk_io.under_way() > 0 {
+            let begun = self.disk_io.submit().is_ok();
+            let mut set = [PollFd::new(self.disk_io.event(), PollFlags::POLLIN)];
+            let waited = begun && poll(&mut set, PollTimeout::NONE).is_ok();
+            // Without an answer, or with a driver that broke a rule meanwhile, what is left is
+            // dropped, as by a reset.
+            if !waited || self.complete().is_err() {
+                break;
+            }
+        }
+        let running = self.running.as_ref();
+        let queues = running.map_or_else(Vec::new, |running| {
+            running.queues.iter().map(Position::of).collect()
+        });
+        self.stop();
+        let kept = Kept::Nothing;
+        Saved { queues, kept }
     }
 
     fn command(&mut self, command: Command) -> Result<(), CommandError> {

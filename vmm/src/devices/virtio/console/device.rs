@@ -10,6 +10,7 @@ use vm_memory::WriteVolatile;
 use super::super::{
     chain::{self, Buffers},
     device::{Activation, Broken, VirtioDevice},
+    saved::{Kept, Saved},
 };
 
 /// Entries of each queue. The driver of Linux keeps one or two buffers in flight.
@@ -175,6 +176,10 @@ impl VirtioDevice for Console {
 
     fn reset(&mut self) {
         self.active = None;
+    }
+
+    fn save(&mut self) -> Saved {
+        Saved::stopped(self.active.take(), Kept::Nothing)
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -28,6 +28,7 @@ use super::{
     super::{
         chain,
         device::{Activation, ActiveQueue, Broken, GuestMemory, Readiness, VirtioDevice},
+        saved::{Kept, Saved},
     },
     config::{CONFIG_BYTES, TAG_BYTES, config},
 };
@@ -285,8 +286,8 @@ impl Fs {
 }
 
 /// GET_VRING_BASE (vhost-user protocol, "Front-end message types"): the queue stops, and the answer
-/// says so. By hand, because the library waits for an answer without end.
-fn stop_queue(mut socket: &UnixStream, queue: u16) -> io::Result<()> {
+/// says so, and where it stands. By hand, because the library waits for an answer without end.
+fn stop_queue(mut socket: &UnixStream, queue: u16) -> io::Result<u16> {
     /// Header (request, flags, size) and `vring state` (index, number).
     const MESSAGE_BYTES: usize = 20;
     const REQUEST: u32 = 11;
@@ -309,7 +310,7 @@ fn stop_queue(mut socket: &UnixStream, queue: u16) -> io::Result<()> {
         }
     }
     if message[..4] == REQUEST.to_le_bytes() {
-        Ok(())
+        Ok(u16::from_le_bytes([message[16], message[17]]))
     } else {
         Err(io::ErrorKind::InvalidData.into())
     }
@@ -406,23 +407,46 @@ impl VirtioDevice for Fs {
     }
 
     fn reset(&mut self) {
-        let Some(active) = self.active.take() else {
-            return;
-        };
+        self.stop();
+    }
+
+    /// What a daemon knows of open files stays with it: a file system goes on with the daemon that
+    /// it has.
+    fn save(&mut self) -> Saved {
+        let active = self.stop();
+        let queues = active.map_or_else(Vec::new, |active| {
+            let stopped = active.queues.iter();
+            stopped
+                .map(|queue| queue.kernel_position(&active.memory))
+                .collect()
+        });
+        let kept = Kept::Nothing;
+        Saved { queues, kept }
+    }
+}
+
+impl Fs {
+    /// Takes the queues back from the daemon, with the positions that it reached.
+    fn stop(&mut self) -> Option<Activation> {
+        let mut active = self.active.take()?;
         self.calls.clear();
         if self.daemon_gone {
-            return;
+            return Some(active);
         }
         // Fails when activation did not get that far.
         let _ = active.poller.remove(self.socket.as_raw_fd());
-        for queue in &active.queues {
+        for queue in &mut active.queues {
             // A daemon that fails here is ending or hangs: it is cut off, and the next activation
             // tells.
-            if stop_queue(&self.socket, queue.index).is_err() {
-                self.daemon_gone = true;
-                let _ = self.socket.shutdown(std::net::Shutdown::Both);
-                return;
+            match stop_queue(&self.socket, queue.index) {
+                Ok(base) => queue.queue.set_next_avail(base),
+                Err(_) => {
+                    self.daemon_gone = true;
+                    let _ = self.socket.shutdown(std::net::Shutdown::Both);
+                    break;
+                }
             }
         }
+        Some(active)
     }
 }

@@ -17,6 +17,7 @@ use super::{
     super::{
         device::VirtioDevice,
         driver::{BUFFERS, Driver, HOSTILE_CHAINS, MEMORY_BYTES, Part},
+        saved::Saved,
     },
     config::config,
     *,
@@ -176,6 +177,25 @@ fn the_daemon_serves_the_guests_queues_also_after_a_reset() {
         fs.reset();
         fs.reset();
     }
+}
+
+#[test]
+fn a_file_system_goes_on_where_it_stood() {
+    let Some((_daemon, socket)) = daemon() else {
+        return;
+    };
+    let mut fs = Fs::new("share".to_owned(), parameters("pericarp", 1), socket).unwrap();
+    let mut driver = driver();
+    fs.activate(driver.activation(1 << 32)).unwrap();
+    init(&mut driver);
+    let text = serde_json::to_string(&fs.save()).unwrap();
+    let saved: Saved = serde_json::from_str(&text).unwrap();
+    assert_eq!(saved.queues[1].next_used, 1);
+    fs.restore(&saved.kept).unwrap();
+    fs.activate(driver.activation_at(1 << 32, &saved.queues))
+        .unwrap();
+    let (error, _) = request(&mut driver, FUSE_GETATTR, ROOT, &[0; 16], 104);
+    assert_eq!(error, 0, "the next entry of the same rings");
 }
 
 #[test]

@@ -40,6 +40,25 @@ impl Blocks {
         }
     }
 
+    /// Which blocks are plugged, one bit each.
+    pub(crate) fn map(&self) -> &[u64] {
+        &self.map
+    }
+
+    /// Takes over such a map; false when it is one of another region.
+    pub(crate) fn set_map(&mut self, map: &[u64]) -> bool {
+        let spare = self.map.len() as u64 * WORD_BITS - self.count;
+        let beyond = map
+            .last()
+            .is_some_and(|last| spare > 0 && last >> (WORD_BITS - spare) != 0);
+        if map.len() != self.map.len() || beyond {
+            return false;
+        }
+        self.map.copy_from_slice(map);
+        self.plugged = map.iter().map(|word| u64::from(word.count_ones())).sum();
+        true
+    }
+
     /// Bytes of all plugged blocks.
     pub(crate) fn plugged_bytes(&self) -> u64 {
         self.plugged * self.block_bytes

@@ -15,6 +15,7 @@ use crate::devices::virtio::{
         VirtioDevice,
     },
     discard::{Discard, DiscardError},
+    saved::{Kept, Position, RestoreError, Saved},
     segments::{Chain, ChainError},
 };
 
@@ -300,6 +301,33 @@ impl VirtioDevice for Mem {
     /// what it does not know (§5.15.5).
     fn reset(&mut self) {
         self.running = None;
+    }
+
+    fn save(&mut self) -> Saved {
+        let running = self.running.take();
+        let queue = running.and_then(|running| running.queue);
+        Saved {
+            queues: queue.iter().map(Position::of).collect(),
+            kept: Kept::Mem {
+                requested_bytes: self.requested_bytes,
+                plugged: self.blocks.map().to_vec(),
+            },
+        }
+    }
+
+    fn restore(&mut self, kept: &Kept) -> Result<(), RestoreError> {
+        let Kept::Mem {
+            requested_bytes,
+            plugged,
+        } = kept
+        else {
+            return Err(self.cannot_restore(kept));
+        };
+        if *requested_bytes > self.parameters.region_bytes || !self.blocks.set_map(plugged) {
+            return Err(self.cannot_restore(kept));
+        }
+        self.requested_bytes = *requested_bytes;
+        Ok(())
     }
 
     fn command(&mut self, command: Command) -> Result<(), CommandError> {

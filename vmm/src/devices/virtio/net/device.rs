@@ -25,6 +25,7 @@ use crate::devices::virtio::{
         Readiness, VirtioDevice,
     },
     rate_limiter::{RateLimiter, Rates},
+    saved::{Kept, Position, RestoreError, Saved},
     segments::{Chain, ChainError},
 };
 
@@ -172,6 +173,8 @@ pub(crate) struct Net {
     receive_limiter: RateLimiter,
     transmit_limiter: RateLimiter,
     counters: Counters,
+    /// Queue pairs in use from the next activation on: more than one only when it goes on.
+    pairs_due: u16,
     running: Option<Running>,
 }
 
@@ -219,6 +222,7 @@ impl Net {
             receive_limiter,
             transmit_limiter,
             counters: Counters::default(),
+            pairs_due: 1,
             running: None,
             name,
         };
@@ -309,7 +313,8 @@ impl Net {
         for (vhost, token) in self.vhosts.iter().zip(TOKEN_VHOST_ERROR..) {
             poll(vhost.error.as_raw_fd(), token)?;
         }
-        self.use_pairs(1)
+        let pairs = std::mem::replace(&mut self.pairs_due, 1);
+        self.use_pairs(pairs)
     }
 
     /// Lets the first `count` pairs take part, and no others.
@@ -605,6 +610,45 @@ impl VirtioDevice for Net {
 
     fn reset(&mut self) {
         self.stop();
+    }
+
+    /// A packet that no buffer was found for is lost, as packets may be.
+    fn save(&mut self) -> Saved {
+        let pairs = u16::try_from(self.attached.iter().filter(|attached| **attached).count());
+        let kept = Kept::Net {
+            pairs: pairs.expect("checked against PAIRS_MAX").max(1),
+        };
+        let mut queues = Vec::new();
+        if let Some(running) = &mut self.running {
+            for (index, pair) in running.pairs.iter_mut().enumerate() {
+                match pair {
+                    Pair::InProcess {
+                        receiver, sender, ..
+                    } => {
+                        queues.extend(receiver.as_ref().map(Receiver::position));
+                        queues.extend(sender.as_ref().map(Sender::position));
+                    }
+                    Pair::Kernel { queues: active } => {
+                        self.vhosts[index].stop(active);
+                        let active = active.iter().flatten();
+                        queues.extend(active.map(|queue| queue.kernel_position(&running.memory)));
+                    }
+                }
+            }
+            queues.extend(running.control.as_ref().map(Position::of));
+        }
+        self.stop();
+        Saved { queues, kept }
+    }
+
+    fn restore(&mut self, kept: &Kept) -> Result<(), RestoreError> {
+        match *kept {
+            Kept::Net { pairs } if (1..=self.pairs()).contains(&pairs) => {
+                self.pairs_due = pairs;
+                Ok(())
+            }
+            _ => Err(self.cannot_restore(kept)),
+        }
     }
 
     fn command(&mut self, command: Command) -> Result<(), CommandError> {

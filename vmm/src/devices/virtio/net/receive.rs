@@ -16,6 +16,7 @@ use super::{
 use crate::devices::virtio::{
     device::{ActiveQueue, GuestMemory, Interrupt},
     rate_limiter::RateLimiter,
+    saved::Position,
     segments::{self, Chain, ChainError, SEGMENTS_MAX, Signals, add_used_together, write_segments},
 };
 
@@ -88,14 +89,19 @@ pub(super) struct Turn<'a> {
 impl Receiver {
     pub(super) fn new(queue: ActiveQueue, mergeable: bool) -> Self {
         Self {
+            signals: Signals::since(&queue.queue),
             queue,
-            signals: Signals::default(),
             mergeable,
             buffers: VecDeque::new(),
             buffers_bytes: 0,
             buffers_segments: 0,
             held: None,
         }
+    }
+
+    /// Where its queue stands, with the buffers that are not filled given back.
+    pub(super) fn position(&self) -> Position {
+        Position::of(&self.queue).without(self.buffers.len())
     }
 
     /// Receives what is there, up to [`BATCH_MAX`] packets.

@@ -23,6 +23,7 @@ use crate::devices::virtio::{
     device::{Command, VirtioDevice},
     driver::{BUFFERS, Driver, HOSTILE_CHAINS, Part, assert_hostile_chains_break},
     rate_limiter::{Rate, Rates},
+    saved::{Kept, Saved},
 };
 
 const QUEUE_SIZE: u16 = 256;
@@ -319,6 +320,49 @@ fn every_size_reaches_the_guest() {
             }
         });
     }
+}
+
+#[test]
+fn a_card_goes_on_where_another_one_stood() {
+    with_taps(1, 1500, |taps| {
+        let second = vec![taps[0].try_clone().unwrap()];
+        let mut net = card(taps);
+        let mut guest = Guest::new(&net, 2048);
+        guest.activate(&mut net, F_MAC | F_MRG_RXBUF);
+        guest.fill(0, 8);
+        net.queue_kicked(0).unwrap();
+        let socket = sockets();
+        let exchange = |guest: &mut Guest, net: &mut Net, seed: usize| {
+            let sent = pattern(500, seed);
+            guest.send(1, &frame(&sent, false), 65536);
+            net.queue_kicked(1).unwrap();
+            let mut seen = [0; 1000];
+            let got = socket.recv(&mut seen).unwrap();
+            assert_eq!(&seen[..got], sent);
+            assert!(guest.driver.queues[1].take_used().is_some());
+            socket.send_to(&sent, (GUEST, PORT)).unwrap();
+            let packet = loop {
+                if let Some(packet) = guest.take(0) {
+                    break packet;
+                }
+                assert!(guest.turn(net), "the packet never came");
+            };
+            assert_eq!(payload(&packet), sent);
+        };
+        exchange(&mut guest, &mut net, 1);
+        let text = serde_json::to_string(&net.save()).unwrap();
+        drop(net);
+        let saved: Saved = serde_json::from_str(&text).unwrap();
+        let mut net = card(second);
+        net.restore(&saved.kept).unwrap();
+        assert!(net.restore(&Kept::Net { pairs: 2 }).is_err(), "it has one");
+        let activation = guest
+            .driver
+            .activation_at(F_MAC | F_MRG_RXBUF, &saved.queues);
+        net.activate(activation).unwrap();
+        net.queue_kicked(0).unwrap();
+        exchange(&mut guest, &mut net, 2);
+    });
 }
 
 #[test]

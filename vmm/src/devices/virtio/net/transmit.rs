@@ -12,6 +12,7 @@ use super::{
 use crate::devices::virtio::{
     device::{ActiveQueue, GuestMemory, Interrupt},
     rate_limiter::RateLimiter,
+    saved::Position,
     segments::{Chain, ChainError},
 };
 
@@ -42,6 +43,11 @@ pub(super) struct Sender {
 impl Sender {
     pub(super) fn new(queue: ActiveQueue) -> Self {
         Self { queue }
+    }
+
+    /// Where its queue stands.
+    pub(super) fn position(&self) -> Position {
+        Position::of(&self.queue)
     }
 
     /// Sends what is available, up to [`BATCH_MAX`] packets and what the limiter admits.

@@ -13,6 +13,7 @@ use super::{
     super::{
         chain,
         device::{Activation, Broken, VirtioDevice},
+        saved::{Kept, RestoreError, Saved},
     },
     request::{RESPONSE_BYTES, Request},
 };
@@ -214,6 +215,19 @@ impl VirtioDevice for Pmem {
 
     fn reset(&mut self) {
         self.active = None;
+    }
+
+    fn save(&mut self) -> Saved {
+        let address = self.region_address;
+        Saved::stopped(self.active.take(), Kept::Pmem { address })
+    }
+
+    fn restore(&mut self, kept: &Kept) -> Result<(), RestoreError> {
+        match *kept {
+            // The driver has mapped it there: the machine lays regions out as it did before.
+            Kept::Pmem { address } if address == self.region_address => Ok(()),
+            _ => Err(self.cannot_restore(kept)),
+        }
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -7,6 +7,7 @@ use virtio_queue::QueueT;
 use super::super::{
     chain::{self, Buffers},
     device::{Activation, Broken, VirtioDevice},
+    saved::{Kept, Saved},
 };
 
 /// Entries of the queue. The driver of Linux keeps one buffer in flight.
@@ -133,6 +134,10 @@ impl VirtioDevice for Rng {
 
     fn reset(&mut self) {
         self.active = None;
+    }
+
+    fn save(&mut self) -> Saved {
+        Saved::stopped(self.active.take(), Kept::Nothing)
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

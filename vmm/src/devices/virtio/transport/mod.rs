@@ -23,6 +23,7 @@
 
 mod interrupt;
 pub(crate) mod registers;
+pub(crate) mod saved;
 
 use std::{
     ops::Range,
@@ -41,8 +42,11 @@ use self::{
     interrupt::Vectors,
     registers::{COMMON_BYTES, Effect, Registers},
 };
-use super::device::{
-    Activation, ActiveQueue, Broken, GuestMemory, Interrupt, Poller, Readiness, VirtioDevice,
+use super::{
+    device::{
+        Activation, ActiveQueue, Broken, GuestMemory, Interrupt, Poller, Readiness, VirtioDevice,
+    },
+    saved::Position,
 };
 use crate::{
     event_loop::Doorbell,
@@ -283,7 +287,7 @@ impl VirtioFunction {
         let asked = std::mem::replace(&mut *lock(&self.asked), Effect::None);
         match asked {
             Effect::None => Ok(()),
-            Effect::Activate => self.activate(),
+            Effect::Activate => self.activate(&[]),
             Effect::Reset => {
                 self.reset();
                 self.change(Registers::finish_reset);
@@ -292,10 +296,14 @@ impl VirtioFunction {
         }
     }
 
-    fn activate(&self) -> Result<(), Broken> {
+    /// `positions`: where the queues of a device stand that goes on.
+    fn activate(&self, positions: &[Position]) -> Result<(), Broken> {
         let (features, queues) = self.build_queues()?;
         let (mut active, mut kicks) = (Vec::new(), Vec::new());
-        for (index, queue) in queues {
+        for (index, mut queue) in queues {
+            if let Some(position) = positions.iter().find(|position| position.index == index) {
+                position.apply(&mut queue);
+            }
             let eventfd = self.make_eventfd()?;
             let kick = self.broken_by(eventfd.try_clone())?;
             active.push(ActiveQueue { index, queue, kick });
@@ -336,6 +344,14 @@ impl VirtioFunction {
         let early = std::mem::take(&mut kicks.early);
         let was_early = |kick: &&Kick| kick.queue < 64 && early >> kick.queue & 1 == 1;
         for kick in kicks.live.iter().filter(was_early) {
+            // A new counter is not full.
+            let _ = kick.eventfd.write(1);
+        }
+    }
+
+    /// Notifies every queue.
+    fn kick_all(&self) {
+        for kick in &lock(&self.kicks).live {
             // A new counter is not full.
             let _ = kick.eventfd.write(1);
         }

@@ -16,6 +16,7 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -49,7 +50,7 @@ pub(crate) enum Effect {
 }
 
 /// One queue as the driver set it up.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct QueueRegisters {
     max: u16,
     size: u16,
@@ -125,8 +126,8 @@ fn set_half(value: &mut u64, high: bool, half: u32) {
     *value = *value & !(0xffff_ffff << shift) | u64::from(half) << shift;
 }
 
-/// The registers of one device.
-#[derive(Debug, Clone)]
+/// The registers of one device: plain data, which is what is saved of them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Registers {
     offered: u64,
     accepted: u64,
@@ -160,6 +161,20 @@ impl Registers {
             active: false,
             resetting: false,
         }
+    }
+
+    /// Whether these may stand for `other`, the registers of the same kind of device as made: what
+    /// is offered and the sizes of queues must not have changed.
+    pub(crate) fn fit(&self, other: &Self) -> bool {
+        let sizes = |registers: &Self| -> Vec<u16> {
+            registers.queues.iter().map(|queue| queue.max).collect()
+        };
+        self.offered == other.offered && sizes(self) == sizes(other) && !self.resetting
+    }
+
+    /// Whether the driver has set DRIVER_OK and the device has not found a violation since.
+    pub(crate) fn is_live(&self) -> bool {
+        self.active && self.status & NEEDS_RESET == 0
     }
 
     /// Features that both sides agreed on.

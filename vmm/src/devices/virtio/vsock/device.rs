@@ -12,6 +12,7 @@ use super::{
     super::{
         chain,
         device::{Activation, Broken, GuestMemory, Readiness, VirtioDevice},
+        saved::{Kept, RestoreError, Saved},
     },
     muxer::Muxer,
     packet::{HEADER_BYTES, HOST_CID, Header},
@@ -54,6 +55,8 @@ pub(crate) struct Vsock {
     guest_cid: u64,
     muxer: Muxer,
     active: Option<Activation>,
+    /// The driver must learn that its connections are gone.
+    reset_due: bool,
 }
 
 impl Vsock {
@@ -77,6 +80,7 @@ impl Vsock {
             guest_cid,
             muxer: Muxer::new(guest_cid, listener, ports).map_err(Error::SetUp)?,
             active: None,
+            reset_due: false,
         })
     }
 
@@ -92,6 +96,24 @@ impl Vsock {
             device: self.name(),
             reason: reason.to_string(),
         }
+    }
+
+    /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET` (§5.10.6.7): all connections are gone.
+    fn tell_reset(&self, activation: &mut Activation) -> Result<(), Broken> {
+        const TRANSPORT_RESET: [u8; 4] = [0; 4];
+        let memory = activation.memory.clone();
+        let [queue] = queues(activation, [EVENT]);
+        let Some(queue) = queue else { return Ok(()) };
+        // A driver without a buffer for it finds out by its own time-outs.
+        if let Some(mut chain) = chain::pop(queue, &memory).map_err(|e| self.broken(e))? {
+            let count = chain.writable.write(&TRANSPORT_RESET);
+            let count = u32::try_from(count).map_err(|e| self.broken(e))?;
+            queue
+                .add_used(&*memory, chain.head, count)
+                .map_err(|e| self.broken(e))?;
+            activation.interrupt.signal_queue(EVENT);
+        }
+        Ok(())
     }
 
     /// Moves what can be moved both ways.
@@ -255,6 +277,9 @@ impl VirtioDevice for Vsock {
         self.muxer
             .start(activation.poller.clone())
             .map_err(|e| self.broken(format!("sockets cannot be waited for: {e}")))?;
+        if std::mem::take(&mut self.reset_due) {
+            self.tell_reset(&mut activation)?;
+        }
         self.active = Some(activation);
         self.turn()
     }
@@ -279,6 +304,22 @@ impl VirtioDevice for Vsock {
     fn reset(&mut self) {
         self.muxer.stop();
         self.active = None;
+    }
+
+    /// Connections do not move: the host's programs see theirs end, and the driver is told by the
+    /// device that goes on.
+    fn save(&mut self) -> Saved {
+        let connections = self.muxer.len() > 0;
+        self.muxer.stop();
+        Saved::stopped(self.active.take(), Kept::Vsock { connections })
+    }
+
+    fn restore(&mut self, kept: &Kept) -> Result<(), RestoreError> {
+        let Kept::Vsock { connections } = *kept else {
+            return Err(self.cannot_restore(kept));
+        };
+        self.reset_due = connections;
+        Ok(())
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -4,12 +4,20 @@
 mod guest;
 mod hostile;
 
-use std::{io::Write, net::Shutdown, os::unix::net::UnixStream};
+use std::{
+    io::{Read, Write},
+    net::Shutdown,
+    os::unix::net::UnixStream,
+};
 
 use guest::{GUEST_ROOM, Guest, Ports, drain, pattern};
 
 use super::{
-    super::device::VirtioDevice,
+    super::{
+        device::VirtioDevice,
+        driver::{BUFFERS, Part},
+        saved::Saved,
+    },
     device::{Error, Parameters, Vsock},
     packet::{Operation, SHUTDOWN_RECEIVE, SHUTDOWN_SEND},
     table::room_bytes,
@@ -125,6 +133,37 @@ fn a_guest_dials_the_ports_that_it_was_given_and_no_other() {
     host.write_all(b"world").unwrap();
     guest.run();
     assert_eq!(guest.sockets[&(5001, 1024)].read, b"world");
+}
+
+/// Connections end with the device that is saved; the driver is told by the one that goes on.
+#[test]
+fn a_device_that_goes_on_tells_that_connections_are_gone() {
+    let (mut guest, _hosts) = Guest::new(&[]);
+    let (mut stream, _) = guest.connect(7);
+    let saved = guest.device.save();
+    assert_eq!(
+        stream.read(&mut [0; 8]).unwrap(),
+        0,
+        "the host's program sees its end"
+    );
+    let text = serde_json::to_string(&saved).unwrap();
+    let saved: Saved = serde_json::from_str(&text).unwrap();
+    guest.device.restore(&saved.kept).unwrap();
+    let event = BUFFERS + (8 << 20);
+    guest.driver.put(event, &[0xff; 4]);
+    guest.driver.queues[2]
+        .offer(&[Part::Write(event, 4)])
+        .unwrap();
+    let activation = guest.driver.activation_at(0, &saved.queues);
+    guest.device.activate(activation).unwrap();
+    assert_eq!(guest.driver.get(event, 4), [0; 4], "transport reset");
+    assert_eq!(
+        guest.driver.queues[2].take_used().map(|used| used.1),
+        Some(4)
+    );
+    guest.sockets.clear();
+    let (_stream, ports) = guest.connect(8);
+    assert!(guest.sockets[&ports].open, "the queues go on");
 }
 
 #[test]
