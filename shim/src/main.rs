@@ -12,6 +12,7 @@ mod cgroup;
 mod child;
 mod cleanup;
 mod container;
+mod cri;
 mod daemon;
 mod disk;
 mod errors;
