@@ -292,7 +292,7 @@ async fn build(
         );
         return Err(CallError::Invalid(reason));
     }
-    let ends = HostEnds::open(&container.init.paths)
+    let ends = HostEnds::open(&container.init.paths, id, &pod.namespace)
         .await
         .map_err(|error| CallError::Invalid(error.to_string()))?;
     let opened = open_streams(pod, &ends).await?;
@@ -374,7 +374,7 @@ async fn build_exec(
     process: &OciProcess,
     request: &ExecProcessRequest,
 ) -> Result<(), CallError> {
-    let ends = HostEnds::open(&entry.paths)
+    let ends = HostEnds::open(&entry.paths, &entry.exec_id, &pod.namespace)
         .await
         .map_err(|error| CallError::Invalid(error.to_string()))?;
     let opened = open_streams(pod, &ends).await?;

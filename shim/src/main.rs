@@ -22,6 +22,7 @@ mod info;
 mod journal;
 mod launch;
 mod log;
+mod logger;
 mod machine_client;
 mod network;
 mod options;

@@ -87,6 +87,8 @@ pub(crate) struct Request {
 pub(crate) struct Pod {
     /// The sandbox's id.
     pub(crate) id: String,
+    /// containerd's namespace.
+    pub(crate) namespace: String,
     /// Its state directory.
     pub(crate) state: PathBuf,
     /// The VMM.
@@ -180,6 +182,7 @@ impl Pod {
         write_state(request, state, sizing, process.pid).map_err(failed)?;
         let pod = Arc::new(Self {
             id: request.id.clone(),
+            namespace: request.namespace.clone(),
             state: state.to_owned(),
             machine,
             agent,

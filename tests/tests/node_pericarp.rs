@@ -62,6 +62,24 @@ fn a_container_of_ctr_runs_in_a_vm_of_its_own() {
     Leftovers::nothing_since(&node, &before).unwrap();
 }
 
+#[test]
+fn a_program_of_the_host_takes_the_output() {
+    let Some(node) = node("pericarp-logger") else {
+        return;
+    };
+    node.containerd(Version::V23).unwrap();
+    let before = Leftovers::look(&node).unwrap();
+    // exec 5>&-; cat <&3 >/logged
+    let uri = "binary:///bin/sh?-c=exec+5%3e%26-%3b+cat+%3c%263+%3e/logged";
+    let run = "ctr -n k8s.io run --rm --runtime io.containerd.pericarp.v2";
+    node.shell(&format!(
+        "{run} --log-uri '{uri}' {BUSYBOX} logged echo words"
+    ))
+    .unwrap();
+    assert_eq!(node.shell("cat /logged").unwrap(), "words\n");
+    Leftovers::nothing_since(&node, &before).unwrap();
+}
+
 /// Ends a process of pod `$id` with SIGKILL, at once, and removes the pod.
 fn killed_and_removed(victim: &str, pid_of: &str) -> Result<()> {
     let Some(node) = node(&format!("pericarp-kill-{victim}")) else {
