@@ -1,6 +1,7 @@
 //! What crosses a process boundary of Pericarp: pure types, parsers and bounds, and no I/O.
 //!
 //! - [`guest`] and [`guest_ttrpc`]: shim and agent, over vsock (`guest.proto`).
+//! - [`cri`]: the options of a pod that comes by containerd's sandbox service (`cri.proto`).
 //! - [`stream`]: the header line of a process stream or a forwarded port.
 //! - [`machine`]: shim and VMM, over one SEQPACKET socket.
 //! - [`limits`]: the bound of every message and table.
@@ -19,6 +20,18 @@ pub mod stream;
 )]
 pub mod guest {
     include!(concat!(env!("OUT_DIR"), "/guest.rs"));
+}
+
+/// Messages of `cri.proto`, generated: what containerd's CRI says about a pod.
+#[allow(
+    warnings,
+    clippy::all,
+    clippy::pedantic,
+    clippy::restriction,
+    reason = "generated code"
+)]
+pub mod cri {
+    include!(concat!(env!("OUT_DIR"), "/cri.rs"));
 }
 
 /// Client and server of `guest.proto`, generated.

@@ -8,7 +8,7 @@ use super::*;
 
 fn config() -> Config {
     let text = "[vm]\nmax_vcpus = 8\n[security]\nallowed_annotations = \
-                ['vm.default_vcpus', 'vm.huge_pages', 'log.debug_console', \
+                ['vm.default_vcpus', 'vm.huge_pages', 'vm.free_page_reporting', \
                 'kernel.extra_parameters']";
     Config::from_texts([(Path::new("c.toml"), text)]).unwrap()
 }
@@ -97,7 +97,7 @@ fn each_refusal_names_the_annotation_and_the_way_out() {
                 `vm.max_vcpus` = 8",
         ),
         (
-            "pericarp.dev/log.debug_console",
+            "pericarp.dev/vm.free_page_reporting",
             "yes",
             "found \"yes\"; allowed: true or false",
         ),

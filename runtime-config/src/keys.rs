@@ -89,8 +89,6 @@ settings! {
         image: PathBuf = Kind::Path, "/usr/share/pericarp/guest.erofs", node;
         /// Initial RAM disk to boot from instead of the image.
         initramfs: Option<PathBuf> = Kind::OptionalPath, "", node;
-        /// Kernel modules: an EROFS file system that the guest mounts on /lib/modules.
-        modules: Option<PathBuf> = Kind::OptionalPath, "", node;
         /// The virtual machine monitor.
         vmm: PathBuf = Kind::Path, "/usr/libexec/pericarp/pericarp-vmm", node;
         /// The file-system daemon that shares directories of the host with a guest.
@@ -169,10 +167,6 @@ settings! {
         agent_ready_ms: u64 = integer("ms", 100, TIMEOUT_MS_MAX), "30000", pod;
         /// Answer of the agent or the VMM to an ordinary request.
         rpc_ms: u64 = integer("ms", 100, TIMEOUT_MS_MAX), "10000", node;
-        /// Start of a process in the guest by exec.
-        exec_ms: u64 = integer("ms", 100, TIMEOUT_MS_MAX), "30000", node;
-        /// Orderly end of the guest, after which the VMM is killed.
-        shutdown_ms: u64 = integer("ms", 0, TIMEOUT_MS_MAX), "5000", pod;
     }
 
     /// The wall.
@@ -180,8 +174,8 @@ settings! {
         /// Keys that pods may override by annotation, such as "vm.default_memory_mib". Nothing is
         /// allowed unless it is named here.
         allowed_annotations: Vec<String> = list(Item::Overridable, 64), "", node;
-        /// Host PCI devices that pods may be given, by address or by vendor and device id. Nothing
-        /// is allowed unless it is named here.
+        /// Host PCI devices that pods may be given, by address or by vendor and device id. None can
+        /// be given yet: as long as one is named here, every pod is refused.
         passthrough_devices: Vec<PciSelector> = list(Item::PciDevice, 256), "", node;
         /// First user and group id of the VMMs. Each VM takes one of its own, so that one VMM
         /// cannot reach another; nothing else on the node may use these ids.
@@ -194,12 +188,11 @@ settings! {
 
     /// What is written down.
     log: Log {
-        /// Least important lines that the shim, the VMM and the agent write.
+        /// Least important lines that the shim writes to containerd's log; containerd's own debug
+        /// level asks for `debug`.
         level: LogLevel = Kind::Choice(LogLevel::WORDS), "info", node;
-        /// Keep the end of each guest kernel's log for a diagnosis.
+        /// Keep the beginning of each guest kernel's log in the pod's state directory, for a
+        /// diagnosis.
         guest_kernel: bool = Kind::Bool, "true", node;
-        /// Offer a root shell of the guest, outside the containers, to the node's root (`pericarp
-        /// console`).
-        debug_console: bool = Kind::Bool, "false", pod;
     }
 }

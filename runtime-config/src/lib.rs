@@ -35,4 +35,7 @@ pub use keys::{KEYS, Settings, Storage};
 pub use kind::{CpuFeature, PciSelector};
 pub use load::LoadError;
 pub use options::RuntimeOptions;
-pub use sizing::{Demand, HostCapacity, Sizing, SizingError};
+pub use sizing::{
+    CPU_PERIOD_ANNOTATION, CPU_QUOTA_ANNOTATION, CPU_SHARES_ANNOTATION, Demand, HostCapacity,
+    MEMORY_ANNOTATION, Sizing, SizingError,
+};

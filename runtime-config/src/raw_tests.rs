@@ -13,7 +13,7 @@ fn problems(text: &str) -> Vec<String> {
 #[test]
 fn a_right_file_gives_values_with_places() {
     let text = "# c\n[vm]\ndefault_vcpus = 0x02\n  huge_pages = \
-        \"2M\"\n[flavour.gpu.paths]\nmodules='/m'\n";
+        \"2M\"\n[flavour.gpu.paths]\ninitramfs='/m'\n";
     let parsed = parse(Path::new("c.toml"), text);
     assert_eq!(parsed.problems, []);
     let (value, place) = &parsed.base["vm.default_vcpus"];
@@ -27,7 +27,7 @@ fn a_right_file_gives_values_with_places() {
         (&Value::Text("2M".into()), 4, 3)
     );
     assert_eq!(
-        parsed.flavours["gpu"]["paths.modules"].0,
+        parsed.flavours["gpu"]["paths.initramfs"].0,
         Value::Text("/m".into())
     );
 }

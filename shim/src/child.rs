@@ -33,17 +33,34 @@ pub(crate) struct Watched {
 impl Watched {
     /// Starts `command` with `descriptors`, in `cgroups`, as the first process of a PID namespace.
     pub(crate) fn spawn(
-        mut command: Command,
+        command: Command,
         descriptors: Vec<(RawFd, RawFd)>,
         cgroups: Arc<Vec<File>>,
     ) -> io::Result<Self> {
-        let mut exits = signal(SignalKind::child())?;
         let placement = Placement {
             descriptors: &descriptors,
             cgroups: &cgroups,
             new_pid_namespace: true,
         };
-        let child = spawn_placed(&mut command, &placement)?;
+        Self::spawn_at(command, &placement)
+    }
+
+    /// Starts a program of the host's with `descriptors`, beside us.
+    pub(crate) fn spawn_program(
+        command: Command,
+        descriptors: Vec<(RawFd, RawFd)>,
+    ) -> io::Result<Self> {
+        let placement = Placement {
+            descriptors: &descriptors,
+            cgroups: &[],
+            new_pid_namespace: false,
+        };
+        Self::spawn_at(command, &placement)
+    }
+
+    fn spawn_at(mut command: Command, placement: &Placement<'_>) -> io::Result<Self> {
+        let mut exits = signal(SignalKind::child())?;
+        let child = spawn_placed(&mut command, placement)?;
         let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
         let start = journal::start_time(pid).unwrap_or_default();
         let (sender, ended) = watch::channel(None);

@@ -37,6 +37,7 @@ use crate::{
     agent_client::agent_call,
     bundle::{Bundle, Role},
     cgroup::Meter,
+    cri,
     disk::Disk,
     errors::CallError,
     pod::Pod,
@@ -248,10 +249,13 @@ fn forget(pod: &Pod, id: &str) {
 async fn build(
     pod: &Arc<Pod>,
     container: &Arc<Container>,
-    bundle: Bundle,
+    mut bundle: Bundle,
     request: &CreateTaskRequest,
 ) -> Result<(), CallError> {
     let id = &container.id;
+    if pod.by_sandbox_service {
+        cri::add_mounts(&mut bundle.spec, &pod.state);
+    }
     let root = bundle.spec.root().as_ref();
     let rootfs = Rootfs::of(
         &request.rootfs,
@@ -264,6 +268,9 @@ async fn build(
         Role::Member(_) => CacheMode::Unsafe,
         Role::Sandbox | Role::Single => CacheMode::WriteBack,
     };
+    if !pod.guest_seccomp {
+        spec::drop_seccomp(&mut bundle.spec);
+    }
     let mut translated = spec::translate(bundle.spec, id, spec::source_kind)?;
     let console = translated
         .spec
@@ -285,7 +292,7 @@ async fn build(
         );
         return Err(CallError::Invalid(reason));
     }
-    let ends = HostEnds::open(&container.init.paths)
+    let ends = HostEnds::open(&container.init.paths, id, &pod.namespace)
         .await
         .map_err(|error| CallError::Invalid(error.to_string()))?;
     let opened = open_streams(pod, &ends).await?;
@@ -367,7 +374,7 @@ async fn build_exec(
     process: &OciProcess,
     request: &ExecProcessRequest,
 ) -> Result<(), CallError> {
-    let ends = HostEnds::open(&entry.paths)
+    let ends = HostEnds::open(&entry.paths, &entry.exec_id, &pod.namespace)
         .await
         .map_err(|error| CallError::Invalid(error.to_string()))?;
     let opened = open_streams(pod, &ends).await?;

@@ -17,7 +17,7 @@ use std::{
 };
 
 use futures::stream;
-use pericarp_runtime_config::RuntimeOptions;
+use pericarp_runtime_config::{Config, RuntimeOptions};
 use tokio::{
     net::UnixListener,
     signal::unix::{SignalKind, signal},
@@ -153,7 +153,9 @@ impl Daemon {
 
 /// Runs the daemon in the current directory, which is the sandbox's bundle.
 pub(crate) fn run(args: &Args) -> Result<(), DaemonError> {
-    crate::log::to_containerd(args.debug);
+    // What is wrong with a configuration, the first call that boots the pod says.
+    let configured = Config::load(args.config.as_deref(), true).unwrap_or_default();
+    crate::log::to_containerd(configured.settings.log.level, args.debug);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -218,6 +220,7 @@ fn boot_from(daemon: &Arc<Daemon>, args: &Args, bundle: Bundle) {
         network_namespace: bundle.network_namespace(),
         annotations: bundle.annotations(),
         bundle: Some(bundle),
+        files: None,
         options: daemon.options.clone(),
         namespace: args.namespace.clone(),
     };

@@ -10,6 +10,7 @@ use std::{
     sync::Mutex,
 };
 
+use pericarp_runtime_config::LogLevel;
 use tracing::Level;
 
 #[derive(Debug)]
@@ -28,19 +29,47 @@ impl Write for Fifo {
     }
 }
 
+/// The least important lines that are written: what the operator wants, more when containerd itself
+/// is asked for more.
+fn level(wanted: LogLevel, debug: bool) -> Level {
+    let level = match wanted {
+        LogLevel::Error => Level::ERROR,
+        LogLevel::Warn => Level::WARN,
+        LogLevel::Info => Level::INFO,
+        LogLevel::Debug => Level::DEBUG,
+        LogLevel::Trace => Level::TRACE,
+    };
+    if debug {
+        level.max(Level::DEBUG)
+    } else {
+        level
+    }
+}
+
 /// Sends this process's log to the FIFO in the current directory; without one there is no log.
-pub(crate) fn to_containerd(debug: bool) {
+pub(crate) fn to_containerd(wanted: LogLevel, debug: bool) {
     let opened = OpenOptions::new()
         .read(true)
         .write(true)
         .custom_flags(libc::O_NONBLOCK)
         .open("log");
     let Ok(fifo) = opened else { return };
-    let level = if debug { Level::DEBUG } else { Level::INFO };
     tracing_subscriber::fmt()
         .with_ansi(false)
         .with_target(false)
-        .with_max_level(level)
+        .with_max_level(level(wanted, debug))
         .with_writer(Mutex::new(Fifo(fifo)))
         .init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn containerds_debug_level_adds_and_never_takes_away() {
+        assert_eq!(level(LogLevel::Warn, false), Level::WARN);
+        assert_eq!(level(LogLevel::Error, true), Level::DEBUG);
+        assert_eq!(level(LogLevel::Trace, true), Level::TRACE);
+    }
 }

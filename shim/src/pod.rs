@@ -14,7 +14,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs::{self, File},
+    fs::{self, File, OpenOptions},
     io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
@@ -47,6 +47,7 @@ use crate::{
     cgroup::{self, Meter},
     child::Watched,
     container::{self, Container},
+    cri::PodFiles,
     errors::CallError,
     events::Publisher,
     guest_panic,
@@ -67,8 +68,10 @@ const GUEST_LOG_BYTES_MAX: u64 = 1 << 20;
 pub(crate) struct Request {
     /// The sandbox's id.
     pub(crate) id: String,
-    /// Its bundle, unless it came by the sandbox service.
+    /// Its bundle.
     pub(crate) bundle: Option<Bundle>,
+    /// Files of its containers, when it came by the sandbox service.
+    pub(crate) files: Option<PodFiles>,
     /// Its network namespace.
     pub(crate) network_namespace: Option<PathBuf>,
     /// Its annotations.
@@ -84,6 +87,8 @@ pub(crate) struct Request {
 pub(crate) struct Pod {
     /// The sandbox's id.
     pub(crate) id: String,
+    /// containerd's namespace.
+    pub(crate) namespace: String,
     /// Its state directory.
     pub(crate) state: PathBuf,
     /// The VMM.
@@ -104,6 +109,8 @@ pub(crate) struct Pod {
     pub(crate) ready_at: SystemTime,
     /// It came without a pause container.
     pub(crate) by_sandbox_service: bool,
+    /// Containers' seccomp profiles are applied.
+    pub(crate) guest_seccomp: bool,
     /// The pod's settings of disks.
     pub(crate) storage: StorageSettings,
     exit: watch::Sender<Option<Exit>>,
@@ -141,6 +148,9 @@ impl Pod {
         let mut journal = Journal::open(state).map_err(failed)?;
         let (cgroups, meter) = make_cgroups(request, &mut journal)?;
         let cgroups = Arc::new(cgroups);
+        if let Some(files) = &request.files {
+            files.write(state).map_err(failed)?;
+        }
         let shared = SharedDirectory::make(state, &mut journal).map_err(failed)?;
         let (daemon, file_system) = shared.serve(state, settings, Arc::clone(&cgroups))?;
         journal.note(&daemon.entry()).map_err(failed)?;
@@ -164,13 +174,15 @@ impl Pod {
             vsock,
             console,
         } = launched.await?;
-        tokio::spawn(keep_guest_log(console, state.join("guest.log")));
+        let log = settings.log.guest_kernel.then(|| state.join("guest.log"));
+        tokio::spawn(keep_guest_log(console, log));
         tokio::spawn(end_without_files(daemon, process.clone()));
         let greeted = greet(agent, vsock, settings, state, (&machine, &process));
         let agent = greeted.await?;
         write_state(request, state, sizing, process.pid).map_err(failed)?;
         let pod = Arc::new(Self {
             id: request.id.clone(),
+            namespace: request.namespace.clone(),
             state: state.to_owned(),
             machine,
             agent,
@@ -180,7 +192,8 @@ impl Pod {
             publisher,
             containers: Mutex::default(),
             ready_at: SystemTime::now(),
-            by_sandbox_service: request.bundle.is_none(),
+            by_sandbox_service: request.files.is_some(),
+            guest_seccomp: settings.security.guest_seccomp,
             storage: settings.storage.clone(),
             exit: watch::Sender::new(None),
             next_stream: AtomicU64::new(1),
@@ -374,9 +387,13 @@ fn configure(request: &Request) -> Result<PodConfig, CallError> {
             .map_err(|error| CallError::Host(error.to_string()))?;
     }
     let annotations: BTreeMap<String, String> = request.annotations.clone().into_iter().collect();
-    config
+    let pod = config
         .for_pod(&annotations)
-        .map_err(|error| CallError::Invalid(error.to_string()))
+        .map_err(|error| CallError::Invalid(error.to_string()))?;
+    if !pod.settings.security.passthrough_devices.is_empty() {
+        return Err(CallError::Unimplemented("security.passthrough_devices"));
+    }
+    Ok(pod)
 }
 
 fn size(request: &Request, config: &PodConfig) -> Result<Sizing, CallError> {
@@ -480,9 +497,11 @@ fn vmm_failed(state: &Path, last_words: &str, how: &str) -> CallError {
     )
 }
 
-async fn keep_guest_log(console: OwnedFd, path: PathBuf) {
-    let (Ok(mut reader), Ok(file)) = (pipe::Receiver::from_owned_fd(console), File::create(&path))
-    else {
+/// Without a path the log is read and dropped: the guest must not wait for it.
+async fn keep_guest_log(console: OwnedFd, path: Option<PathBuf>) {
+    let path = path.unwrap_or_else(|| "/dev/null".into());
+    let opened = OpenOptions::new().append(true).create(true).open(path);
+    let (Ok(mut reader), Ok(file)) = (pipe::Receiver::from_owned_fd(console), opened) else {
         return;
     };
     let mut file = tokio::fs::File::from_std(file);
@@ -571,4 +590,43 @@ pub(crate) fn nanoseconds(time: SystemTime) -> i64 {
         .duration_since(SystemTime::UNIX_EPOCH)
         .unwrap_or_default();
     i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn configured(text: &str) -> Result<PodConfig, CallError> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), text).unwrap();
+        configure(&Request {
+            options: RuntimeOptions {
+                config_path: Some(file.path().to_owned()),
+                ..RuntimeOptions::default()
+            },
+            ..Request::default()
+        })
+    }
+
+    #[test]
+    fn passthrough_is_refused_until_there_is_any() {
+        configured("[security]\npassthrough_devices = []").unwrap();
+        let named = configured("[security]\npassthrough_devices = ['10de:2331']");
+        let error = named.unwrap_err().to_string();
+        assert!(error.contains("security.passthrough_devices"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn the_guests_log_is_kept_when_it_is_wanted() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("guest.log");
+        for (wanted, kept) in [(None, None), (Some(path.clone()), Some("words"))] {
+            let flags = nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK;
+            let (reader, writer) = nix::unistd::pipe2(flags).unwrap();
+            nix::unistd::write(&writer, b"words").unwrap();
+            drop(writer);
+            keep_guest_log(reader, wanted).await;
+            assert_eq!(fs::read_to_string(&path).ok().as_deref(), kept);
+        }
+    }
 }

@@ -18,7 +18,7 @@ use pericarp_protocol::guest;
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
 use crate::{
-    agent_client::agent_call, container::timestamp, daemon::Daemon, pod::Request, stats,
+    agent_client::agent_call, container::timestamp, cri, daemon::Daemon, pod::Request, stats,
     task_service::to_the_end,
 };
 
@@ -41,12 +41,14 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: CreateSandboxRequest,
     ) -> Answer<CreateSandboxResponse> {
+        let (bundle, files) = cri::pod(&request, &self.0.namespace)?;
         let netns = request.netns_path;
         self.0.boot(Request {
             id: request.sandbox_id,
-            bundle: None,
             network_namespace: (!netns.is_empty()).then(|| netns.into()),
-            annotations: request.annotations,
+            annotations: bundle.annotations(),
+            bundle: Some(bundle),
+            files: Some(files),
             options: self.0.options.clone(),
             namespace: self.0.namespace.clone(),
         })?;

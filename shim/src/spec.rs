@@ -132,6 +132,13 @@ pub(crate) fn translate(
     })
 }
 
+/// Leaves a container's system calls alone, as the operator wants it (`security.guest_seccomp`).
+pub(crate) fn drop_seccomp(spec: &mut Spec) {
+    if let Some(linux) = spec.linux_mut() {
+        linux.set_seccomp(None);
+    }
+}
+
 /// What a bind mount's source is on the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SourceKind {
@@ -376,6 +383,22 @@ mod tests {
         assert_eq!(sources, expected);
         assert!(result.shares[0].read_only && result.shares[0].recursive);
         assert!(!result.shares[1].read_only && !result.shares[1].recursive);
+    }
+
+    #[test]
+    fn profiles_are_kept_unless_the_operator_drops_them() {
+        let mut with_profile = container(json!([]));
+        let profile = json!({"defaultAction": "SCMP_ACT_ERRNO"});
+        with_profile
+            .linux_mut()
+            .as_mut()
+            .unwrap()
+            .set_seccomp(serde_json::from_value(profile).unwrap());
+        let translated = translate(with_profile.clone(), "c", |_| SourceKind::Missing).unwrap();
+        let seccomp = |spec: &Spec| spec.linux().as_ref().unwrap().seccomp().clone();
+        assert!(seccomp(&translated.spec).is_some());
+        drop_seccomp(&mut with_profile);
+        assert!(seccomp(&with_profile).is_none());
     }
 
     #[test]

@@ -23,6 +23,8 @@ use tokio::{
 };
 use tracing::debug;
 
+use crate::logger::Logger;
+
 /// Bytes moved at once: one default pipe's worth.
 const CHUNK_BYTES: usize = 64 << 10;
 /// How long the output of an ended process may take to reach a slow reader before `Delete` gives up
@@ -51,13 +53,18 @@ pub(crate) enum StdioError {
         path: String,
         source: io::Error,
     },
-    #[error("{stream} {path:?}: the scheme is not supported: use a FIFO path or file://")]
+    #[error(
+        "{stream} {path:?}: the scheme is not supported: use a FIFO path, file:// \
+        or binary://"
+    )]
     Scheme { stream: &'static str, path: String },
 }
 
 /// The opened ends on the host.
 #[derive(Debug, Default)]
 pub(crate) struct HostEnds {
+    /// The program that takes the output.
+    logger: Option<Logger>,
     stdin: Option<(pipe::Receiver, OwnedFd)>,
     stdout: Option<Output>,
     stderr: Option<Output>,
@@ -70,12 +77,27 @@ enum Output {
 }
 
 impl HostEnds {
-    /// Opens what `paths` names.
-    pub(crate) async fn open(paths: &Paths) -> Result<Self, StdioError> {
+    /// Opens what `paths` names for process `id` of containerd's namespace.
+    pub(crate) async fn open(paths: &Paths, id: &str, namespace: &str) -> Result<Self, StdioError> {
         let stdin = match paths.stdin.as_str() {
             "" => None,
             path => Some(open_input(path)?),
         };
+        if Logger::is_named_by(&paths.stdout) {
+            // As in containerd's own shim: the program that stdout names takes stderr too.
+            let started = Logger::start(&paths.stdout, id, namespace).await;
+            let (logger, [stdout, stderr]) = started.map_err(|source| StdioError::Open {
+                stream: "stdout",
+                path: paths.stdout.clone(),
+                source,
+            })?;
+            return Ok(Self {
+                logger: Some(logger),
+                stdin,
+                stdout: Some(Output::Fifo(stdout)),
+                stderr: (!paths.terminal).then_some(Output::Fifo(stderr)),
+            });
+        }
         let stdout = open_output("stdout", &paths.stdout).await?;
         let stderr = if paths.terminal {
             None
@@ -83,6 +105,7 @@ impl HostEnds {
             open_output("stderr", &paths.stderr).await?
         };
         Ok(Self {
+            logger: None,
             stdin,
             stdout,
             stderr,
@@ -161,6 +184,7 @@ pub(crate) struct Copying {
     stdin_writer: Option<OwnedFd>,
     input: Option<JoinHandle<()>>,
     outputs: Vec<JoinHandle<()>>,
+    logger: Option<Logger>,
 }
 
 impl Copying {
@@ -169,6 +193,7 @@ impl Copying {
     pub(crate) fn start(ends: HostEnds, streams: [Option<UnixStream>; 3]) -> Self {
         let [stdin, stdout, stderr] = streams;
         let mut copying = Self::default();
+        copying.logger = ends.logger;
         if let (Some((reader, writer)), Some(stream)) = (ends.stdin, stdin) {
             copying.stdin_writer = Some(writer);
             copying.input = Some(tokio::spawn(copy_input(reader, stream)));
@@ -202,6 +227,9 @@ impl Copying {
                 debug!("output of an ended process was not read in time and is dropped");
                 output.abort();
             }
+        }
+        if let Some(logger) = self.logger.take() {
+            logger.finish().await;
         }
     }
 }
@@ -279,7 +307,7 @@ mod tests {
             stdin: fifo(dir.path(), "in"),
             ..Paths::default()
         };
-        let ends = HostEnds::open(&paths).await.unwrap();
+        let ends = HostEnds::open(&paths, "c", "n").await.unwrap();
         assert_eq!(ends.wanted(), [true, false, false]);
         let (ours, mut guest) = UnixStream::pair().unwrap();
         let mut copying = Copying::start(ends, [Some(ours), None, None]);
@@ -304,7 +332,7 @@ mod tests {
             stderr: format!("file://{}", file.display()),
             ..Paths::default()
         };
-        let ends = HostEnds::open(&paths).await.unwrap();
+        let ends = HostEnds::open(&paths, "c", "n").await.unwrap();
         let (out, mut guest_out) = UnixStream::pair().unwrap();
         let (err, mut guest_err) = UnixStream::pair().unwrap();
         let copying = Copying::start(ends, [None, Some(out), Some(err)]);
@@ -324,11 +352,11 @@ mod tests {
     #[tokio::test]
     async fn refuses_other_schemes_and_missing_paths() {
         let scheme = Paths {
-            stdout: "binary:///bin/x".into(),
+            stdout: "http://log/x".into(),
             ..Paths::default()
         };
         assert!(matches!(
-            HostEnds::open(&scheme).await,
+            HostEnds::open(&scheme, "c", "n").await,
             Err(StdioError::Scheme { .. })
         ));
         let missing = Paths {
@@ -336,7 +364,7 @@ mod tests {
             ..Paths::default()
         };
         assert!(matches!(
-            HostEnds::open(&missing).await,
+            HostEnds::open(&missing, "c", "n").await,
             Err(StdioError::Open { .. })
         ));
     }

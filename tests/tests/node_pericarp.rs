@@ -62,6 +62,24 @@ fn a_container_of_ctr_runs_in_a_vm_of_its_own() {
     Leftovers::nothing_since(&node, &before).unwrap();
 }
 
+#[test]
+fn a_program_of_the_host_takes_the_output() {
+    let Some(node) = node("pericarp-logger") else {
+        return;
+    };
+    node.containerd(Version::V23).unwrap();
+    let before = Leftovers::look(&node).unwrap();
+    // exec 5>&-; cat <&3 >/logged
+    let uri = "binary:///bin/sh?-c=exec+5%3e%26-%3b+cat+%3c%263+%3e/logged";
+    let run = "ctr -n k8s.io run --rm --runtime io.containerd.pericarp.v2";
+    node.shell(&format!(
+        "{run} --log-uri '{uri}' {BUSYBOX} logged echo words"
+    ))
+    .unwrap();
+    assert_eq!(node.shell("cat /logged").unwrap(), "words\n");
+    Leftovers::nothing_since(&node, &before).unwrap();
+}
+
 /// Ends a process of pod `$id` with SIGKILL, at once, and removes the pod.
 fn killed_and_removed(victim: &str, pid_of: &str) -> Result<()> {
     let Some(node) = node(&format!("pericarp-kill-{victim}")) else {
@@ -100,24 +118,113 @@ fn nothing_is_left_of_a_killed_file_system_daemon() {
 /// CRI's `NamespaceMode.NODE`: the pod wants a namespace of the host.
 const HOST_NAMESPACE: u32 = 2;
 
+/// The handler whose pods have no pause container.
+const SANDBOX_HANDLER: &str = "pericarp-sandbox";
+
 #[test]
-fn host_namespaces_are_refused_by_name_before_anything_starts() {
+fn pods_that_no_vm_can_give_are_refused_by_name_before_anything_starts() {
     let Some(node) = node("pericarp-refusals") else {
         return;
     };
     let containerd = node.containerd(Version::V23).unwrap();
     let before = Leftovers::look(&node).unwrap();
-    for (namespace, field) in [
-        ("network", "hostNetwork"),
-        ("pid", "hostPID"),
-        ("ipc", "hostIPC"),
-    ] {
-        let mut config = pod_config(&format!("host-{namespace}"));
-        config["linux"] =
-            json!({"security_context": {"namespace_options": {namespace: HOST_NAMESPACE}}});
-        let error = containerd.run_pod(&node, HANDLER, &config).unwrap_err();
-        let error = format!("{error:#}");
-        assert!(error.contains(field), "{namespace}: {error}");
+    let of_the_host = |namespace: &str| {
+        let options = json!({namespace: HOST_NAMESPACE});
+        json!({"linux": {"security_context": {"namespace_options": options}}})
+    };
+    let annotated = |name: &str| json!({"annotations": {format!("pericarp.dev/{name}"): "1"}});
+    let tiny = json!({"linux": {"resources": {"memory_limit_in_bytes": 1 << 20}}});
+    let cases = [
+        (of_the_host("network"), "hostNetwork"),
+        (of_the_host("pid"), "hostPID"),
+        (of_the_host("ipc"), "hostIPC"),
+        (annotated("vm.default_vcpu"), "pericarp.dev/vm.default_vcpu"),
+        (
+            annotated("vm.default_vcpus"),
+            "security.allowed_annotations",
+        ),
+        (annotated("vm.max_vcpus"), "vm.max_vcpus"),
+        (tiny, "vm.min_memory_mib"),
+    ];
+    for handler in [HANDLER, SANDBOX_HANDLER] {
+        for (index, (change, field)) in cases.iter().enumerate() {
+            let mut config = pod_config(&format!("refused-{index}"));
+            for (key, value) in change.as_object().unwrap() {
+                config[key] = value.clone();
+            }
+            let error = containerd.run_pod(&node, handler, &config).unwrap_err();
+            let error = format!("{error:#}");
+            assert!(error.contains(field), "{handler}, {change}: {error}");
+        }
     }
     Leftovers::nothing_since(&node, &before).unwrap();
+}
+
+#[test]
+fn a_device_of_the_host_is_refused_and_leaves_its_pod_alone() {
+    let Some(node) = node("pericarp-device") else {
+        return;
+    };
+    let containerd = node.containerd(Version::V23).unwrap();
+    let before = Leftovers::look(&node).unwrap();
+    let pod = containerd
+        .run_pod(&node, HANDLER, &pod_config("device"))
+        .unwrap();
+    let mut config = container_config("c", BUSYBOX, "exec sleep 1000");
+    config["devices"] = json!([
+        {"container_path": "/dev/kvm", "host_path": "/dev/kvm", "permissions": "rw"}
+    ]);
+    let error = containerd.run_container(&node, &pod, &config).unwrap_err();
+    let error = format!("{error:#}");
+    assert!(error.contains("linux.devices[/dev/kvm]"), "{error}");
+    let config = container_config("d", BUSYBOX, "exec sleep 1000");
+    containerd.run_container(&node, &pod, &config).unwrap();
+    containerd.remove_pod(&node, &pod).unwrap();
+    Leftovers::nothing_since(&node, &before).unwrap();
+}
+
+/// What containers of a pod with its own names, servers and sysctls see of them.
+fn what_a_pod_sees(node: &Session, handler: &str) -> Result<String> {
+    let containerd = node.containerd(Version::V23)?;
+    let before = Leftovers::look(node)?;
+    let mut config = pod_config("sees");
+    config["hostname"] = json!("of-the-pod");
+    config["dns_config"] = json!({
+        "servers": ["10.1.2.3", "10.1.2.4"], "searches": ["one.example"], "options": ["ndots:3"]
+    });
+    config["linux"] = json!({"sysctls": {"net.ipv4.ip_local_port_range": "2000 3000"}});
+    let pod = containerd.run_pod(node, handler, &config)?;
+    let see = "hostname; cat /etc/hostname /etc/resolv.conf /etc/hosts; cd /proc/sys/net/ipv4; \
+        cat ip_local_port_range ip_unprivileged_port_start ping_group_range; \
+        df -k /dev/shm | tail -n 1; echo shared > /dev/shm/file";
+    let first = container_config("first", BUSYBOX, "exec sleep 1000");
+    let first = containerd.run_container(node, &pod, &first)?;
+    let mut seen = containerd.crictl_text(node, &["exec", &first, "sh", "-c", see])?;
+    let mut second = container_config("second", BUSYBOX, "exec sleep 1000");
+    second["linux"] = json!({"security_context": {"readonly_rootfs": true}});
+    let second = containerd.run_container(node, &pod, &second)?;
+    let look = "cat /dev/shm/file; (echo x >> /etc/hosts) 2>&1; ipcs -s | wc -l";
+    seen += &containerd.crictl_text(node, &["exec", &second, "sh", "-c", look])?;
+    containerd.remove_pod(node, &pod)?;
+    Leftovers::nothing_since(node, &before)?;
+    Ok(seen)
+}
+
+#[test]
+fn a_pod_of_the_sandbox_service_sees_what_every_pod_sees() {
+    let Some(node) = node("pericarp-sandbox-files") else {
+        return;
+    };
+    let usual = what_a_pod_sees(&node, HANDLER).unwrap();
+    for expected in [
+        "of-the-pod",
+        "nameserver 10.1.2.4",
+        "ndots:3",
+        "2000",
+        "shared",
+        "Read-only",
+    ] {
+        assert!(usual.contains(expected), "{expected}: {usual}");
+    }
+    assert_eq!(what_a_pod_sees(&node, SANDBOX_HANDLER).unwrap(), usual);
 }

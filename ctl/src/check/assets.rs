@@ -28,9 +28,6 @@ pub(super) fn check(host: Host<'_>, settings: &Settings, report: &mut Report) {
         Some(path) => readable("assets.initramfs", &at(path), report),
         None => erofs("assets.image", &at(&paths.image), report),
     }
-    if let Some(path) = &paths.modules {
-        erofs("assets.modules", &at(path), report);
-    }
     program("assets.vmm", &at(&paths.vmm), report);
     virtiofsd(&at(&paths.virtiofsd), report);
 }

@@ -36,7 +36,6 @@ default_memory_mib = 192
 [timeouts]
 agent_ready_ms = 120000
 rpc_ms = 60000
-exec_ms = 60000
 ";
 
 /// Programs of the build that go to the node when they are there.
