@@ -1,5 +1,5 @@
-//! Generates the guest protocol and containerd's pod options from their `.proto` files with a parser written in Rust: no protoc is
-//! needed on the machine.
+//! Generates the guest protocol and containerd's pod options from their `.proto` files with a
+//! parser written in Rust: no protoc is needed on the machine.
 
 use std::{env, error::Error, fs, path::PathBuf};
 

@@ -2,8 +2,8 @@
 //!
 //! containerd then has no pause container, hence no specification, and makes none of the files that
 //! containers of a pod share: the shim gets the CRI's `PodSandboxConfig` and does what containerd's
-//! own controller does with it (containerd 2.3, `internal/cri/server/podsandbox`). From here on both
-//! kinds of pods are the same: a specification with the pod's namespaces, sysctls, cgroup and
+//! own controller does with it (containerd 2.3, `internal/cri/server/podsandbox`). From here on
+//! both kinds of pods are the same: a specification with the pod's namespaces, sysctls, cgroup and
 //! annotations.
 
 use std::{

@@ -1,10 +1,11 @@
 //! Logging programs: a stream URI `binary:///path?name=value` has the host's program at that path
 //! take the output of a container's process (containerd, `docs/runtime-v2.md`, "Logging").
 //!
-//! The program gets its parameters as arguments, in their order, the container's id and namespace in
-//! its environment, stdout and stderr as descriptors 3 and 4, and says that it is ready by closing
-//! descriptor 5; with `binary-v2` by writing a byte to it first, so that a program that died is told
-//! from one that is ready. Its input ends with the process; it has [`END_MS`] to follow.
+//! The program gets its parameters as arguments, in their order, the container's id and namespace
+//! in its environment, stdout and stderr as descriptors 3 and 4, and says that it is ready by
+//! closing descriptor 5; with `binary-v2` by writing a byte to it first, so that a program that
+//! died is told from one that is ready. Its input ends with the process; it has [`END_MS`] to
+//! follow.
 
 use std::{
     io,

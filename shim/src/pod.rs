@@ -141,13 +141,11 @@ impl Pod {
         state: &Path,
         publisher: Publisher,
     ) -> Result<Arc<Self>, CallError> {
-        let settings = &config.settings;
-        let sizing = size(request, &config)?;
+        let (settings, sizing) = (&config.settings, size(request, &config)?);
         let failed = |error| CallError::host(state.display(), error);
         fs::create_dir_all(state).map_err(failed)?;
         let mut journal = Journal::open(state).map_err(failed)?;
         let (cgroups, meter) = make_cgroups(request, &mut journal)?;
-        let cgroups = Arc::new(cgroups);
         if let Some(files) = &request.files {
             files.write(state).map_err(failed)?;
         }
@@ -177,8 +175,7 @@ impl Pod {
         let log = settings.log.guest_kernel.then(|| state.join("guest.log"));
         tokio::spawn(keep_guest_log(console, log));
         tokio::spawn(end_without_files(daemon, process.clone()));
-        let greeted = greet(agent, vsock, settings, state, (&machine, &process));
-        let agent = greeted.await?;
+        let agent = greet(agent, vsock, settings, state, (&machine, &process)).await?;
         write_state(request, state, sizing, process.pid).map_err(failed)?;
         let pod = Arc::new(Self {
             id: request.id.clone(),
@@ -462,13 +459,13 @@ fn host_memory() -> u64 {
 fn make_cgroups(
     request: &Request,
     journal: &mut Journal,
-) -> Result<(Vec<File>, Option<Meter>), CallError> {
+) -> Result<(Arc<Vec<File>>, Option<Meter>), CallError> {
     let linux = request
         .bundle
         .as_ref()
         .and_then(|bundle| bundle.spec.linux().as_ref());
     let Some(path) = linux.and_then(|linux| linux.cgroups_path().clone()) else {
-        return Ok((Vec::new(), None));
+        return Ok((Arc::default(), None));
     };
     let mut files = Vec::new();
     let mut meter = None;
@@ -483,7 +480,7 @@ fn make_cgroups(
         files.push(cgroup::make(&directory).map_err(failed)?);
         meter = meter.or_else(|| Meter::open(&directory));
     }
-    Ok((files, meter))
+    Ok((Arc::new(files), meter))
 }
 
 /// A VMM that ends before the agent speaks has said why on its own stderr or in its last words.

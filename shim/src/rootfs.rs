@@ -2,7 +2,7 @@
 //!
 //! | containerd's mounts | on the host | in the guest |
 //! |---|---|---|
-//! | an overlay | its read-only layers are mounted in the shared directory | an overlay: layers below, a disk above |
+//! | an overlay | its layers are mounted in the shared directory | an overlay, a disk on top |
 //! | a block device or the image of a file system | nothing | a disk, mounted |
 //! | anything else | mounted in the shared directory | shared as it is |
 //!

@@ -1,5 +1,5 @@
-//! Our kernel and image under QEMU and under our VMM, in one node: the figures of QEMU's microvm are
-//! what `pericarp-vmm` has to beat.
+//! Our kernel and image under QEMU and under our VMM, in one node: the figures of QEMU's microvm
+//! are what `pericarp-vmm` has to beat.
 
 use std::path::PathBuf;
 
@@ -76,6 +76,9 @@ fn measure(node: &Node, machine: &str) -> Result<String> {
     Ok(node.text(&command)?.trim().to_owned())
 }
 
+/// What a line of figures says of one thing.
+type Figure<'a> = &'a dyn Fn(&str) -> f64;
+
 /// A figure of a line of `key=value` words.
 fn figure(line: &str, key: &str) -> f64 {
     let mut words = line.split_whitespace();
@@ -135,7 +138,7 @@ fn compare(node: &Node) -> Result<()> {
         values[values.len() / 2]
     };
     let own = |line: &str| figure(line, "exits") - figure(line, "irq_exits");
-    let compared: [(&str, &dyn Fn(&str) -> f64); 3] = [
+    let compared: [(&str, Figure<'_>); 3] = [
         ("time (ms)", &|line| figure(line, "ms")),
         ("exits", &|line| figure(line, "exits")),
         ("exits without the node's interrupts", &own),

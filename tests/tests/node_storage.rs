@@ -137,7 +137,8 @@ fn a_snapshot_keeps_what_was_written_from_one_task_to_the_next() {
     let run = "ctr -n k8s.io task start k";
     let line = "cat /kept; echo kept >> /kept; ls -a /";
     let create = format!(
-        "ctr -n k8s.io container create --runtime io.containerd.pericarp.v2 {BUSYBOX} k sh -c '{line}'"
+        "ctr -n k8s.io container create --runtime io.containerd.pericarp.v2 {BUSYBOX} k \
+         sh -c '{line}'"
     );
     node.shell(&create).unwrap();
     assert!(!node.shell(run).unwrap().contains("kept\nkept"));
@@ -168,7 +169,8 @@ fn a_container_cannot_write_more_than_its_disk_holds() {
         .unwrap();
     let fill = "dd if=/dev/zero of=/big bs=1M count=100; df -m / | tail -1";
     let run = format!(
-        "ctr -n k8s.io run --rm --runtime io.containerd.pericarp.v2 {BUSYBOX} full sh -c '{fill}' 2>&1"
+        "ctr -n k8s.io run --rm --runtime io.containerd.pericarp.v2 {BUSYBOX} full \
+         sh -c '{fill}' 2>&1"
     );
     let said = node.shell(&run);
     node.shell(&format!("rm {setting}")).unwrap();
