@@ -1,5 +1,5 @@
-//! Our kernel and image under QEMU and under our VMM, in one node: the figures of QEMU's microvm are
-//! what `pericarp-vmm` has to beat.
+//! Our kernel and image under QEMU and under our VMM, in one node: the figures of QEMU's microvm
+//! are what `pericarp-vmm` has to beat.
 
 use std::path::PathBuf;
 
@@ -120,6 +120,9 @@ fn microvm() -> String {
     )
 }
 
+/// Reads a figure of a line.
+type Value<'a> = &'a dyn Fn(&str) -> f64;
+
 /// Medians of some boots in turn. What interrupts of the node itself cost depends on its load, so
 /// exits are also compared without them.
 #[expect(clippy::print_stdout, reason = "the figures are a result of the test")]
@@ -129,13 +132,13 @@ fn compare(node: &Node) -> Result<()> {
         qemu.push(boot(node, "microvm, 128 MiB, image as a disk", &microvm())?);
         ours.push(boot_ours(node)?);
     }
-    let median = |lines: &[String], value: &dyn Fn(&str) -> f64| {
+    let median = |lines: &[String], value: Value<'_>| {
         let mut values: Vec<f64> = lines.iter().map(|line| value(line)).collect();
         values.sort_by(f64::total_cmp);
         values[values.len() / 2]
     };
     let own = |line: &str| figure(line, "exits") - figure(line, "irq_exits");
-    let compared: [(&str, &dyn Fn(&str) -> f64); 3] = [
+    let compared: [(&str, Value<'_>); 3] = [
         ("time (ms)", &|line| figure(line, "ms")),
         ("exits", &|line| figure(line, "exits")),
         ("exits without the node's interrupts", &own),

@@ -2,8 +2,8 @@
 //! data that is checked byte for byte, and figures beside QEMU. Scenarios:
 //! [`pericarp_tests::bars`].
 //!
-//! `PERICARP_BARS_MIB` is what a transfer moves each way: 1024 is what SPEC.md promises, the default
-//! is enough for CI.
+//! `PERICARP_BARS_MIB` is what a transfer moves each way: 1024 is what SPEC.md promises, the
+//! default is enough for CI.
 
 use anyhow::Result;
 use pericarp_tests::node::{Builder, Command, Session, session};

@@ -15,7 +15,7 @@ use pericarp_protocol::machine::{
     Request, ShutdownKind, Success, Text, Vcpus, encode_request,
 };
 
-use support::{Start, Vmm, at};
+use support::{Start, Vmm, at, switches};
 
 /// `mov dx, port; mov al, value; out dx, al; hlt; jmp -3`
 const fn out(port: u16, value: u8) -> [u8; 10] {
@@ -227,18 +227,6 @@ fn the_end_of_the_machine_is_told_at_once() {
 
 /// `hlt; jmp -3`, without interrupts: for ever.
 const SLEEP: [u8; 3] = [0xf4, 0xeb, 0xfd];
-
-/// How often any thread of a process has been given a processor.
-fn switches(pid: u32) -> Vec<u64> {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
-    let of = |status: &str, key| status_line(status, key).parse::<u64>().unwrap();
-    tasks
-        .map(|task| fs::read_to_string(task.unwrap().path().join("status")).unwrap())
-        .map(|status| {
-            of(&status, "voluntary_ctxt_switches") + of(&status, "nonvoluntary_ctxt_switches")
-        })
-        .collect()
-}
 
 /// No timer, no figures that nobody asked for: a guest that sleeps costs its host nothing.
 #[test]
