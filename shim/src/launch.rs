@@ -16,13 +16,7 @@ use std::{
     time::Duration,
 };
 
-use nix::{
-    fcntl::{FcntlArg, SealFlag, fcntl},
-    sys::{
-        memfd::{MFdFlags, memfd_create},
-        socket::{AddressFamily, SockFlag, SockType, socketpair},
-    },
-};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use pericarp_protocol::{
     AGENT_PORT, GUEST_CID,
     machine::{
@@ -32,6 +26,7 @@ use pericarp_protocol::{
     },
 };
 use pericarp_runtime_config::{CpuModel, HugePages, Settings, Sizing};
+use pericarp_sys::memory_file::{self, Pages};
 use tokio::net::UnixStream;
 
 use crate::{
@@ -187,24 +182,12 @@ fn claim_user(settings: &Settings, journal: &mut Journal) -> Result<u32, CallErr
 }
 
 fn guest_memory(settings: &Settings, bytes: u64) -> Result<(OwnedFd, PageKind), CallError> {
-    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-    let (extra, pages) = match settings.vm.huge_pages {
-        HugePages::Size2Mib => (
-            MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
-            PageKind::Huge2M,
-        ),
-        HugePages::Size1Gib => (
-            MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB,
-            PageKind::Huge1G,
-        ),
-        HugePages::None => (MFdFlags::empty(), PageKind::Base),
+    let (kind, pages) = match settings.vm.huge_pages {
+        HugePages::Size2Mib => (Pages::Huge2M, PageKind::Huge2M),
+        HugePages::Size1Gib => (Pages::Huge1G, PageKind::Huge1G),
+        HugePages::None => (Pages::Base, PageKind::Base),
     };
-    let failed = |error: nix::Error| CallError::host("guest memory", error);
-    let memory = memfd_create("pericarp-guest", flags | extra).map_err(failed)?;
-    let length = i64::try_from(bytes).map_err(|error| CallError::host("guest memory", error))?;
-    nix::unistd::ftruncate(&memory, length).map_err(failed)?;
-    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-    fcntl(&memory, FcntlArg::F_ADD_SEALS(seals)).map_err(failed)?;
+    let memory = memory_file::create(bytes, kind).map_err(host("guest memory"))?;
     Ok((memory, pages))
 }
 

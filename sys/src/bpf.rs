@@ -41,6 +41,9 @@ struct LoadAttributes {
     log_buf: u64,
     kern_version: u32,
     prog_flags: u32,
+    prog_name: [u8; 16],
+    prog_ifindex: u32,
+    expected_attach_type: u32,
 }
 
 #[repr(C)]
@@ -57,9 +60,19 @@ struct AttachAttributes {
 /// `EINVAL` or `EACCES` when the kernel's verifier refuses it, `EPERM` without the right to load
 /// programs.
 pub fn load_device_program(instructions: &[Instruction]) -> io::Result<OwnedFd> {
+    // Nothing to expect: the type says where it may be attached.
+    load(BPF_PROG_TYPE_CGROUP_DEVICE, 0, instructions)
+}
+
+/// Loads a program of a type, to be attached as `expected_attach_type`.
+pub(crate) fn load(
+    prog_type: u32,
+    expected_attach_type: u32,
+    instructions: &[Instruction],
+) -> io::Result<OwnedFd> {
     let license = c"Apache-2.0";
     let attributes = LoadAttributes {
-        prog_type: BPF_PROG_TYPE_CGROUP_DEVICE,
+        prog_type,
         insn_cnt: u32::try_from(instructions.len()).map_err(io::Error::other)?,
         insns: instructions.as_ptr().expose_provenance() as u64,
         license: license.as_ptr().expose_provenance() as u64,
@@ -68,6 +81,9 @@ pub fn load_device_program(instructions: &[Instruction]) -> io::Result<OwnedFd> 
         log_buf: 0,
         kern_version: 0,
         prog_flags: 0,
+        prog_name: [0; 16],
+        prog_ifindex: 0,
+        expected_attach_type,
     };
     // SAFETY: `insns` and `license` point to live memory of the stated length that the kernel only
     // reads.

@@ -12,7 +12,7 @@ use std::{
 };
 
 use nix::{
-    fcntl::{OFlag, openat},
+    fcntl::{FcntlArg, OFlag, SealFlag, fcntl, openat},
     sys::{
         memfd::{MFdFlags, memfd_create},
         stat::Mode,
@@ -34,7 +34,8 @@ pub enum Pages {
     Huge1G,
 }
 
-/// Makes a file of `bytes`, close-on-exec, none of it allocated.
+/// Makes a file of `bytes`, close-on-exec, none of it allocated, and sealed to that size where the
+/// kernel can: a nameless file of a tmpfs has no seals.
 ///
 /// # Errors
 /// The kernel's: `EPERM` for [`Pages::Transparent`] without `CAP_SYS_ADMIN`, `EINVAL` for a size
@@ -46,8 +47,11 @@ pub fn create(bytes: u64, pages: Pages) -> io::Result<OwnedFd> {
         Pages::Huge2M => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
         Pages::Huge1G => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB,
     };
-    let file = File::from(memfd_create("guest-memory", kind | MFdFlags::MFD_CLOEXEC)?);
+    let flags = kind | MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let file = File::from(memfd_create("guest-memory", flags)?);
     file.set_len(bytes)?;
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
     Ok(file.into())
 }
 
@@ -66,4 +70,18 @@ fn create_transparent(bytes: u64) -> io::Result<OwnedFd> {
     )?);
     file.set_len(bytes)?;
     Ok(file.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_size_is_for_good() {
+        let file = File::from(create(4 << 20, Pages::Base).unwrap());
+        for bytes in [2 << 20, 8 << 20] {
+            assert!(file.set_len(bytes).is_err(), "{bytes}");
+        }
+        assert_eq!(file.metadata().unwrap().len(), 4 << 20);
+    }
 }

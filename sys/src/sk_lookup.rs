@@ -11,12 +11,11 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
 };
 
-use crate::bpf::{Instruction, bpf};
+use crate::bpf::{self, Instruction, bpf};
 
 // uapi/linux/bpf.h.
 const BPF_MAP_CREATE: libc::c_int = 0;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
-const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_MAP_TYPE_SOCKMAP: u32 = 15;
 const BPF_PROG_TYPE_SK_LOOKUP: u32 = 30;
@@ -45,22 +44,6 @@ struct ElementAttributes {
 }
 
 #[repr(C)]
-struct ProgramAttributes {
-    prog_type: u32,
-    insn_cnt: u32,
-    insns: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log_buf: u64,
-    kern_version: u32,
-    prog_flags: u32,
-    prog_name: [u8; 16],
-    prog_ifindex: u32,
-    expected_attach_type: u32,
-}
-
-#[repr(C)]
 struct LinkAttributes {
     prog_fd: u32,
     target_fd: u32,
@@ -84,7 +67,8 @@ pub fn listen_on_all_ports(
     listener: &TcpListener,
 ) -> io::Result<AllPorts> {
     let map = make_map(listener)?;
-    let program = load(&program(map.as_raw_fd()))?;
+    let instructions = program(map.as_raw_fd());
+    let program = bpf::load(BPF_PROG_TYPE_SK_LOOKUP, BPF_SK_LOOKUP, &instructions)?;
     let attributes = LinkAttributes {
         prog_fd: program.as_raw_fd().cast_unsigned(),
         target_fd: network_namespace.as_raw_fd().cast_unsigned(),
@@ -166,29 +150,6 @@ fn program(map: i32) -> Vec<Instruction> {
         instruction(MOVE_CONSTANT, 0, 0, 0, SK_PASS),
         instruction(EXIT, 0, 0, 0, 0),
     ]
-}
-
-fn load(instructions: &[Instruction]) -> io::Result<OwnedFd> {
-    let license = c"Apache-2.0";
-    let attributes = ProgramAttributes {
-        prog_type: BPF_PROG_TYPE_SK_LOOKUP,
-        insn_cnt: u32::try_from(instructions.len()).map_err(io::Error::other)?,
-        insns: instructions.as_ptr().expose_provenance() as u64,
-        license: license.as_ptr().expose_provenance() as u64,
-        log_level: 0,
-        log_size: 0,
-        log_buf: 0,
-        kern_version: 0,
-        prog_flags: 0,
-        prog_name: [0; 16],
-        prog_ifindex: 0,
-        expected_attach_type: BPF_SK_LOOKUP,
-    };
-    // SAFETY: `insns` and `license` point to live memory of the stated length that the kernel only
-    // reads.
-    let fd = unsafe { bpf(BPF_PROG_LOAD, &attributes) }?;
-    // SAFETY: the kernel just made this descriptor for this call, so nothing else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 #[cfg(test)]

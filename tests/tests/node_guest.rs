@@ -76,9 +76,6 @@ fn measure(node: &Node, machine: &str) -> Result<String> {
     Ok(node.text(&command)?.trim().to_owned())
 }
 
-/// What a line of figures says of one thing.
-type Figure<'a> = &'a dyn Fn(&str) -> f64;
-
 /// A figure of a line of `key=value` words.
 fn figure(line: &str, key: &str) -> f64 {
     let mut words = line.split_whitespace();
@@ -123,6 +120,9 @@ fn microvm() -> String {
     )
 }
 
+/// Reads a figure of a line.
+type Value<'a> = &'a dyn Fn(&str) -> f64;
+
 /// Medians of some boots in turn. What interrupts of the node itself cost depends on its load, so
 /// exits are also compared without them.
 #[expect(clippy::print_stdout, reason = "the figures are a result of the test")]
@@ -132,13 +132,13 @@ fn compare(node: &Node) -> Result<()> {
         qemu.push(boot(node, "microvm, 128 MiB, image as a disk", &microvm())?);
         ours.push(boot_ours(node)?);
     }
-    let median = |lines: &[String], value: &dyn Fn(&str) -> f64| {
+    let median = |lines: &[String], value: Value<'_>| {
         let mut values: Vec<f64> = lines.iter().map(|line| value(line)).collect();
         values.sort_by(f64::total_cmp);
         values[values.len() / 2]
     };
     let own = |line: &str| figure(line, "exits") - figure(line, "irq_exits");
-    let compared: [(&str, Figure<'_>); 3] = [
+    let compared: [(&str, Value<'_>); 3] = [
         ("time (ms)", &|line| figure(line, "ms")),
         ("exits", &|line| figure(line, "exits")),
         ("exits without the node's interrupts", &own),

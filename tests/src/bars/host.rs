@@ -270,7 +270,11 @@ fn until(mut ask: impl FnMut() -> Result<bool>) -> Result<()> {
 fn vsock(setting: &Setting) -> Result<()> {
     setrlimit(Resource::RLIMIT_NOFILE, 8192, 8192)?;
     let archive = initramfs::build()?;
-    let mut vmm = Vmm::start(setting.plan(&archive, Vec::new()))?;
+    // Each socket of the guest holds up to 256 KiB that its program has not read.
+    let mut vmm = Vmm::start(Plan {
+        memory_mib: (1024, 1024),
+        ..setting.plan(&archive, Vec::new())
+    })?;
     let bytes = (setting.mib << 20) / CONNECTIONS;
     vmm.order(&format!("serve {CONNECTIONS} {bytes}"))?;
     let start = Instant::now();
@@ -283,7 +287,7 @@ fn vsock(setting: &Setting) -> Result<()> {
     }
     let open = vmm.counter("vsock", "connections")?;
     let opened = start.elapsed();
-    duplex::run(&mut sides).context("on the node's side")?;
+    move_all(&mut vmm, &mut sides)?;
     let answer = vmm.line()?;
     if !answer.starts_with("ok") || open < CONNECTIONS {
         bail!("{open} connections were open; {answer}");
@@ -438,7 +442,7 @@ fn transfer(vmm: &mut Vmm, bytes: u64) -> Result<()> {
             bytes / STREAMS,
         )?);
     }
-    duplex::run(&mut sides).context("on the node's side")?;
+    move_all(vmm, &mut sides)?;
     let answer = vmm.line()?;
     say(format_args!(
         "4 queues, MTU 9000: {answer} in {:?}",
@@ -549,6 +553,15 @@ impl Drop for Daemon {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// The node's side of a transfer; a failure tells what the guest has to say too.
+fn move_all(vmm: &mut Vmm, sides: &mut Vec<Side>) -> Result<()> {
+    duplex::run(sides).or_else(|error| {
+        sides.clear();
+        let guest = vmm.line().map_or_else(|e| format!("{e:#}"), |line| line);
+        Err(error.context(format!("on the node's side, while the guest says: {guest}")))
+    })
 }
 
 /// A shared folder: written and resized on each side, seen on the other.

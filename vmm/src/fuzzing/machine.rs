@@ -254,21 +254,28 @@ impl Guest {
 
     /// What the driver of Linux does until DRIVER_OK, and the device's part.
     pub(super) fn bring_up(&mut self, function: (Slot, u64), features: u64) {
-        self.drive(function, features);
+        self.machine.bus().write_memory(function.1 + STATUS, &[0]);
+        self.turn();
+        self.drive(function, features, usize::MAX);
         self.turn();
     }
 
-    /// The driver's part; the event loop has not seen DRIVER_OK yet.
-    pub(super) fn drive(&mut self, (slot, bar): (Slot, u64), features: u64) {
-        let write = |offset: u64, data: &[u8]| self.machine.bus().write_memory(bar + offset, data);
-        write(STATUS, &[0]);
-        self.turn();
-        let write = |offset: u64, data: &[u8]| self.machine.bus().write_memory(bar + offset, data);
+    /// The driver's part, or its first `steps`; the event loop has not seen DRIVER_OK yet. False
+    /// when there were no more.
+    pub(super) fn drive(&self, (slot, bar): (Slot, u64), features: u64, steps: usize) -> bool {
+        let bus = self.machine.bus();
+        let mut left = steps;
+        let mut write = |offset: u64, data: &[u8]| {
+            if left > 0 {
+                left -= 1;
+                bus.write_memory(bar + offset, data);
+            }
+        };
         write(STATUS, &[3]);
         for select in 0..2_u8 {
             let mut offered = [0; 4];
             write(0, &[select, 0, 0, 0]);
-            self.machine.bus().read_memory(bar + 4, &mut offered);
+            bus.read_memory(bar + 4, &mut offered);
             let half = u64::from(u32::from_le_bytes(offered)) & (features >> (select * 32));
             let version = u64::from(select == 1);
             write(8, &[select, 0, 0, 0]);
@@ -292,6 +299,7 @@ impl Guest {
             write(0x1c, &[1, 0]);
         }
         write(STATUS, &[15]);
+        left > 0
     }
 
     pub(super) fn put(&self, address: u64, bytes: &[u8]) {

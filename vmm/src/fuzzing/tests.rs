@@ -162,10 +162,53 @@ fn a_notification_right_behind_driver_ok_is_not_lost() {
     let (slot, bar) = *guest.functions.last().unwrap();
     let rings = rings(slot, 0);
     request(&guest, rings, 0, &[Ok(GET_ID), Err(20), Err(1)]);
-    guest.drive((slot, bar), u64::MAX);
+    guest.drive((slot, bar), u64::MAX, usize::MAX);
     guest.machine.bus().write_memory(bar + NOTIFY, &[0, 0]);
     guest.turn();
     assert_eq!(used(&guest, rings), 1, "the request is answered");
+}
+
+/// A driver that gives up after any of its steps, with the event loop behind it or not, also with
+/// sizes and addresses of queues written while they are in use: the device is reset and comes up.
+#[test]
+fn a_reset_at_every_step_leaves_a_device_that_comes_up() {
+    let Some(mut guest) = machine() else { return };
+    let status = |guest: &Guest, bar: u64| {
+        let mut status = [0xff];
+        guest.machine.bus().read_memory(bar + 0x14, &mut status);
+        status[0]
+    };
+    for function in guest.functions.clone() {
+        let bar = function.1;
+        for step in 0.. {
+            let more = !guest.drive(function, u64::MAX, step);
+            if step % 2 == 0 {
+                guest.turn();
+            }
+            for (offset, data) in [
+                (0x16, [0, 0]),
+                (0x18, [4, 0]),
+                (0x20, [0, 0]),
+                (0x1c, [1, 0]),
+            ] {
+                guest.machine.bus().write_memory(bar + offset, &data);
+            }
+            guest.machine.bus().write_memory(bar + NOTIFY, &[0, 0]);
+            guest.machine.bus().write_memory(bar + 0x14, &[0]);
+            guest.turn();
+            assert_eq!(
+                status(&guest, bar),
+                0,
+                "reset after step {step} of {:#x}",
+                function.0
+            );
+            if !more {
+                break;
+            }
+        }
+        guest.bring_up(function, u64::MAX);
+        assert_eq!(status(&guest, bar), 15, "{:#x} comes up", function.0);
+    }
 }
 
 /// Every device of a machine stops, is written down as text, and goes on in another machine, whose

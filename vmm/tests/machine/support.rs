@@ -252,6 +252,20 @@ impl Start {
     }
 }
 
+/// How often each thread of a process has been given a processor.
+pub(crate) fn switches(pid: u32) -> Vec<u64> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let count = |task: io::Result<std::fs::DirEntry>| {
+        let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        let lines = status
+            .lines()
+            .filter(|line| line.contains("ctxt_switches:"));
+        let numbers = lines.map(|line| line.split_whitespace().nth(1).unwrap());
+        numbers.map(|number| number.parse::<u64>().unwrap()).sum()
+    };
+    tasks.map(count).collect()
+}
+
 /// Where the code is loaded and entered.
 const ENTRY: u64 = 1 << 20;
 

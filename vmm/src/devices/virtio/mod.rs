@@ -40,4 +40,5 @@ pub(crate) mod rng;
 pub(crate) mod saved;
 pub(crate) mod segments;
 pub(crate) mod transport;
+pub(crate) mod turns;
 pub(crate) mod vsock;

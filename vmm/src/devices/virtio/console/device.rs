@@ -4,13 +4,13 @@ use std::{io, os::fd::OwnedFd};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
-use virtio_queue::QueueT;
 use vm_memory::WriteVolatile;
 
 use super::super::{
-    chain::{self, Buffers},
+    chain::Buffers,
     device::{Activation, Broken, VirtioDevice},
     saved::{Kept, Saved},
+    turns,
 };
 
 /// Entries of each queue. The driver of Linux keeps one or two buffers in flight.
@@ -33,9 +33,15 @@ pub(crate) enum Error {
 #[derive(Debug)]
 pub(crate) struct Console {
     name: String,
-    output: OwnedFd,
-    reader_gone: bool,
+    output: Output,
     active: Option<Activation>,
+}
+
+/// Where the text goes.
+#[derive(Debug)]
+struct Output {
+    descriptor: OwnedFd,
+    reader_gone: bool,
     bytes_written: u64,
     bytes_dropped: u64,
 }
@@ -49,13 +55,16 @@ impl Console {
         let flags = fcntl(&output, FcntlArg::F_GETFL).map_err(Error::Output)?;
         let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;
         fcntl(&output, FcntlArg::F_SETFL(flags)).map_err(Error::Output)?;
+        let output = Output {
+            descriptor: output,
+            reader_gone: false,
+            bytes_written: 0,
+            bytes_dropped: 0,
+        };
         Ok(Self {
             name,
             output,
-            reader_gone: false,
             active: None,
-            bytes_written: 0,
-            bytes_dropped: 0,
         })
     }
 
@@ -66,6 +75,20 @@ impl Console {
         }
     }
 
+    fn transmit(&mut self) -> Result<(), Broken> {
+        let output = &mut self.output;
+        let outcome = turns::serve(&mut self.active, TRANSMIT, CHAINS_PER_TURN_MAX, |chain| {
+            if chain.writable.len() > 0 {
+                return Err("transmit buffer is device-writable".to_owned());
+            }
+            output.write(&chain.readable);
+            Ok(0)
+        });
+        outcome.map_err(|reason| self.broken(reason))
+    }
+}
+
+impl Output {
     /// Writes what the output takes now, and drops the rest.
     fn write(&mut self, text: &Buffers<'_>) {
         for range in text.ranges() {
@@ -82,7 +105,7 @@ impl Console {
     }
 
     fn write_once(&mut self, range: &vm_memory::VolatileSlice<'_>) -> Option<usize> {
-        match self.output.write_volatile(range) {
+        match self.descriptor.write_volatile(range) {
             Ok(count) if count > 0 => Some(count),
             Ok(_) => None,
             Err(vm_memory::VolatileMemoryError::IOError(error)) => match error.kind() {
@@ -95,43 +118,6 @@ impl Console {
             },
             Err(_) => None,
         }
-    }
-
-    /// Serves the transmit queue; true when more than a turn's share is waiting.
-    fn transmit(&mut self, active: &mut Activation) -> Result<bool, Broken> {
-        let memory = active.memory.clone();
-        let Some(active_queue) = active.queues.iter_mut().find(|q| q.index == TRANSMIT) else {
-            return Ok(false);
-        };
-        let queue = &mut active_queue.queue;
-        let mut used_any = false;
-        for _ in 0..CHAINS_PER_TURN_MAX {
-            let Some(chain) = chain::pop(queue, &memory).map_err(|e| self.broken(e))? else {
-                if queue
-                    .enable_notification(&*memory)
-                    .map_err(|e| self.broken(e))?
-                {
-                    continue;
-                }
-                break;
-            };
-            if chain.writable.len() > 0 {
-                return Err(self.broken("transmit buffer is device-writable"));
-            }
-            self.write(&chain.readable);
-            queue
-                .add_used(&*memory, chain.head, 0)
-                .map_err(|e| self.broken(e))?;
-            used_any = true;
-        }
-        if used_any
-            && queue
-                .needs_notification(&*memory)
-                .map_err(|e| self.broken(e))?
-        {
-            active.interrupt.signal_queue(TRANSMIT);
-        }
-        chain::is_waiting(queue, &memory).map_err(|e| self.broken(e))
     }
 }
 
@@ -163,15 +149,10 @@ impl VirtioDevice for Console {
 
     fn queue_kicked(&mut self, queue: u16) -> Result<(), Broken> {
         // Buffers of the receive queue stay with the device: nothing is ever sent to the guest.
-        let Some(mut active) = (queue == TRANSMIT).then(|| self.active.take()).flatten() else {
-            return Ok(());
-        };
-        let more = self.transmit(&mut active);
-        if more.as_ref().is_ok_and(|more| *more) {
-            active.kick_again(TRANSMIT);
+        if queue == TRANSMIT {
+            self.transmit()?;
         }
-        self.active = Some(active);
-        more.map(drop)
+        Ok(())
     }
 
     fn reset(&mut self) {
@@ -184,8 +165,8 @@ impl VirtioDevice for Console {
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
         vec![
-            ("bytes_written", self.bytes_written),
-            ("bytes_dropped", self.bytes_dropped),
+            ("bytes_written", self.output.bytes_written),
+            ("bytes_dropped", self.output.bytes_dropped),
         ]
     }
 }

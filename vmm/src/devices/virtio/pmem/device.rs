@@ -7,13 +7,13 @@ use std::{
 };
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
-use virtio_queue::QueueT;
 
 use super::{
     super::{
         chain,
         device::{Activation, Broken, VirtioDevice},
         saved::{Kept, RestoreError, Saved},
+        turns,
     },
     request::{RESPONSE_BYTES, Request},
 };
@@ -118,44 +118,17 @@ impl Pmem {
         }
     }
 
-    /// Serves the queue; true when more than a turn's share is waiting.
-    fn serve(&mut self, active: &mut Activation) -> Result<bool, Broken> {
-        let memory = active.memory.clone();
-        let Some(active_queue) = active.queues.iter_mut().find(|q| q.index == REQUESTS) else {
-            return Ok(false);
-        };
-        let queue = &mut active_queue.queue;
-        let mut used_any = false;
-        for _ in 0..REQUESTS_PER_TURN_MAX {
-            let Some(mut chain) = chain::pop(queue, &memory).map_err(|e| self.broken(e))? else {
-                if queue
-                    .enable_notification(&*memory)
-                    .map_err(|e| self.broken(e))?
-                {
-                    continue;
-                }
-                break;
-            };
+    fn serve(&mut self) -> Result<(), Broken> {
+        let flushes = &mut self.flushes;
+        let outcome = turns::serve(&mut self.active, REQUESTS, REQUESTS_PER_TURN_MAX, |chain| {
             let request = chain.readable.read_array().map(Request::parse);
-            let Some(request) = request.filter(|_| chain.writable.len() >= RESPONSE_BYTES) else {
-                return Err(self.broken("request or response is shorter than its 4 bytes"));
-            };
-            self.flushes += u64::from(request == Request::Flush);
+            let request = request.filter(|_| chain.writable.len() >= RESPONSE_BYTES);
+            let request = request.ok_or("request or response is shorter than its 4 bytes")?;
+            *flushes += u64::from(request == Request::Flush);
             let count = chain.writable.write(&request.response());
-            let count = u32::try_from(count).expect("a response has 4 bytes");
-            queue
-                .add_used(&*memory, chain.head, count)
-                .map_err(|e| self.broken(e))?;
-            used_any = true;
-        }
-        if used_any
-            && queue
-                .needs_notification(&*memory)
-                .map_err(|e| self.broken(e))?
-        {
-            active.interrupt.signal_queue(REQUESTS);
-        }
-        chain::is_waiting(queue, &memory).map_err(|e| self.broken(e))
+            Ok(u32::try_from(count).expect("a response has 4 bytes"))
+        });
+        outcome.map_err(|reason| self.broken(reason))
     }
 }
 
@@ -202,15 +175,10 @@ impl VirtioDevice for Pmem {
     }
 
     fn queue_kicked(&mut self, queue: u16) -> Result<(), Broken> {
-        let Some(mut active) = (queue == REQUESTS).then(|| self.active.take()).flatten() else {
-            return Ok(());
-        };
-        let more = self.serve(&mut active);
-        if more.as_ref().is_ok_and(|more| *more) {
-            active.kick_again(REQUESTS);
+        if queue == REQUESTS {
+            self.serve()?;
         }
-        self.active = Some(active);
-        more.map(drop)
+        Ok(())
     }
 
     fn reset(&mut self) {

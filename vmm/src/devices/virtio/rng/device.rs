@@ -2,12 +2,12 @@
 
 use pericarp_sys::random;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
-use virtio_queue::QueueT;
 
 use super::super::{
-    chain::{self, Buffers},
+    chain::Buffers,
     device::{Activation, Broken, VirtioDevice},
     saved::{Kept, Saved},
+    turns,
 };
 
 /// Entries of the queue. The driver of Linux keeps one buffer in flight.
@@ -45,53 +45,28 @@ impl Rng {
         }
     }
 
-    fn fill(&mut self, room: &mut Buffers<'_>) -> Result<u32, Broken> {
-        let mut bytes = [0; REQUEST_BYTES_MAX];
-        let count = room.len().min(REQUEST_BYTES_MAX);
-        random::fill(&mut bytes[..count])
-            .map_err(|error| self.broken(format!("the host has no random bytes: {error}")))?;
-        let count = room.write(&bytes[..count]);
-        self.bytes_given += count as u64;
-        Ok(u32::try_from(count).expect("bounded by REQUEST_BYTES_MAX"))
-    }
-
-    /// Serves the queue; true when more than a turn's share is waiting.
-    fn serve(&mut self, active: &mut Activation) -> Result<bool, Broken> {
-        let memory = active.memory.clone();
-        let Some(active_queue) = active.queues.iter_mut().find(|q| q.index == REQUESTS) else {
-            return Ok(false);
-        };
-        let queue = &mut active_queue.queue;
-        let mut used_any = false;
-        for _ in 0..REQUESTS_PER_TURN_MAX {
-            let Some(mut chain) = chain::pop(queue, &memory).map_err(|e| self.broken(e))? else {
-                if queue
-                    .enable_notification(&*memory)
-                    .map_err(|e| self.broken(e))?
-                {
-                    continue;
-                }
-                break;
-            };
+    fn serve(&mut self) -> Result<(), Broken> {
+        let given = &mut self.bytes_given;
+        let outcome = turns::serve(&mut self.active, REQUESTS, REQUESTS_PER_TURN_MAX, |chain| {
             // §5.4.6.1: the driver may offer device-writable buffers only.
             if chain.readable.len() > 0 {
-                return Err(self.broken("request buffer is device-readable"));
+                return Err("request buffer is device-readable".to_owned());
             }
-            let count = self.fill(&mut chain.writable)?;
-            queue
-                .add_used(&*memory, chain.head, count)
-                .map_err(|e| self.broken(e))?;
-            used_any = true;
-        }
-        if used_any
-            && queue
-                .needs_notification(&*memory)
-                .map_err(|e| self.broken(e))?
-        {
-            active.interrupt.signal_queue(REQUESTS);
-        }
-        chain::is_waiting(queue, &memory).map_err(|e| self.broken(e))
+            let count = fill(&mut chain.writable)?;
+            *given += u64::from(count);
+            Ok(count)
+        });
+        outcome.map_err(|reason| self.broken(reason))
     }
+}
+
+fn fill(room: &mut Buffers<'_>) -> Result<u32, String> {
+    let mut bytes = [0; REQUEST_BYTES_MAX];
+    let count = room.len().min(REQUEST_BYTES_MAX);
+    random::fill(&mut bytes[..count])
+        .map_err(|error| format!("the host has no random bytes: {error}"))?;
+    let count = room.write(&bytes[..count]);
+    Ok(u32::try_from(count).expect("bounded by REQUEST_BYTES_MAX"))
 }
 
 impl VirtioDevice for Rng {
@@ -121,15 +96,10 @@ impl VirtioDevice for Rng {
     }
 
     fn queue_kicked(&mut self, queue: u16) -> Result<(), Broken> {
-        let Some(mut active) = (queue == REQUESTS).then(|| self.active.take()).flatten() else {
-            return Ok(());
-        };
-        let more = self.serve(&mut active);
-        if more.as_ref().is_ok_and(|more| *more) {
-            active.kick_again(REQUESTS);
+        if queue == REQUESTS {
+            self.serve()?;
         }
-        self.active = Some(active);
-        more.map(drop)
+        Ok(())
     }
 
     fn reset(&mut self) {
