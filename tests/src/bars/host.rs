@@ -557,10 +557,10 @@ impl Drop for Daemon {
 
 /// The node's side of a transfer; a failure tells what the guest has to say too.
 fn move_all(vmm: &mut Vmm, sides: &mut Vec<Side>) -> Result<()> {
-    duplex::run(sides).or_else(|error| {
+    duplex::run(sides).map_err(|error| {
         sides.clear();
-        let guest = vmm.line().map_or_else(|e| format!("{e:#}"), |line| line);
-        Err(error.context(format!("on the node's side, while the guest says: {guest}")))
+        let guest = vmm.line().unwrap_or_else(|silence| format!("{silence:#}"));
+        error.context(format!("on the node's side, while the guest says: {guest}"))
     })
 }
 
