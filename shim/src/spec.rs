@@ -190,6 +190,20 @@ fn translate_mount(
     let Some(source) = mount.source().clone() else {
         return Err(invalid(&field, "a bind mount needs one"));
     };
+    if options
+        .iter()
+        .any(|option| option == "rshared" || option == "shared")
+    {
+        let field = format!(
+            "mounts[{}].options: rshared (volumeMounts.mountPropagation: Bidirectional)",
+            destination.display()
+        );
+        return Err(invalid(
+            &field,
+            "mounts that are made in a VM cannot reach the host: leave the field out or use \
+             another RuntimeClass",
+        ));
+    }
     let kind = source_kind(&source);
     if kind == SourceKind::SharedMemory && destination == Path::new("/dev/shm") {
         mount.set_source(Some(GUEST_SHM.into()));
@@ -426,6 +440,11 @@ mod tests {
             error.to_string().contains("mounts[/dev/kvm].source"),
             "{error}"
         );
+        let shared = json!([
+            {"destination": "/m", "type": "bind", "source": "/m", "options": ["rbind", "rshared"]}
+        ]);
+        let error = translate(container(shared), "c", |_| SourceKind::Directory).unwrap_err();
+        assert!(error.to_string().contains("Bidirectional"), "{error}");
         let mut with_hook = container(json!([]));
         with_hook
             .set_hooks(serde_json::from_value(json!({"prestart": [{"path": "/bin/x"}]})).unwrap());
