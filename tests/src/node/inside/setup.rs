@@ -1,13 +1,18 @@
 //! Makes the node ready: mounts, cgroups, network, installed files, registry, devices.
 
+use std::fs::File;
+use std::net::TcpListener;
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, bail};
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use pericarp_sys::sk_lookup::{AllPorts, listen_on_all_ports};
 
 use super::own_root;
 use crate::node::channel::SetUp;
@@ -65,23 +70,53 @@ pub(super) fn run(set_up: &SetUp) -> Result<()> {
         bind_to_vfio(address)?;
     }
     if set_up.is_machine {
-        hold_a_vm();
+        hold_kernel_code()?;
     }
     Ok(())
 }
 
-/// Keeps an empty VM for as long as the node lives.
+/// What keeps parts of the node's kernel in use.
+struct Held {
+    _vm: Option<(VmFd, VcpuFd)>,
+    _lookup: Option<(AllPorts, TcpListener)>,
+}
+
+/// Keeps what pods use of the kernel in use for as long as the node lives.
 ///
-/// The first VM of a kernel and the end of its last one patch the code of the scheduler (the static
-/// key of preemption notifiers). Emulation in several threads sometimes runs the breakpoint of such
-/// a patch on another processor after it was taken back, and the node's kernel dies of an `int3`
-/// that nobody expects: with this VM, pods that come and go patch nothing.
-fn hold_a_vm() {
-    static HELD: OnceLock<VmFd> = OnceLock::new();
-    // A node without KVM is still good for what needs no VM.
-    if let Ok(vm) = Kvm::new().and_then(|kvm| kvm.create_vm()) {
-        HELD.get_or_init(|| vm);
-    }
+/// The first and the last use of such a part patch the kernel's code (static keys): preemption
+/// notifiers by a VM, the local APIC that is not enabled yet by a virtual processor, the ingress of
+/// a queueing discipline, lookups of sockets. Emulation in several threads sometimes runs the
+/// breakpoint of such a patch on another processor after it was taken back, and the node's kernel
+/// dies of an `int3` that nobody expects, or without a word: with these, pods that come and go
+/// patch nothing.
+fn hold_kernel_code() -> Result<()> {
+    static HELD: OnceLock<Held> = OnceLock::new();
+    tool("tc", &["qdisc", "add", "dev", "lo", "clsact"])?;
+    HELD.get_or_init(|| Held {
+        // A node without KVM is still good for what needs no VM.
+        _vm: held_vm().ok(),
+        _lookup: std::thread::spawn(held_lookup)
+            .join()
+            .ok()
+            .and_then(Result::ok),
+    });
+    Ok(())
+}
+
+fn held_vm() -> Result<(VmFd, VcpuFd), kvm_ioctls::Error> {
+    let vm = Kvm::new()?.create_vm()?;
+    vm.create_irq_chip()?;
+    let vcpu = vm.create_vcpu(0)?;
+    Ok((vm, vcpu))
+}
+
+/// In a network namespace of its own, whose ports nobody asks for.
+fn held_lookup() -> Result<(AllPorts, TcpListener)> {
+    unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
+    let namespace = File::open("/proc/thread-self/ns/net").context("cannot open a namespace")?;
+    let listener = TcpListener::bind("0.0.0.0:0").context("cannot listen")?;
+    let lookup = listen_on_all_ports(namespace.as_fd(), &listener).context("cannot attach")?;
+    Ok((lookup, listener))
 }
 
 fn folder(path: &Path) -> Result<()> {
