@@ -178,8 +178,8 @@ fn a_container_cannot_write_more_than_its_disk_holds() {
     assert!(said.contains("No space left on device"), "{said}");
 }
 
-/// Runs a second containerd, without the CRI, whose blockfile snapshotter has a blank file system to
-/// start from, and a container on each of its snapshotters.
+/// Runs a second containerd, without the CRI, whose blockfile snapshotter has a blank file system
+/// to start from, and a container on each of its snapshotters.
 const SNAPSHOTTERS: &str = r#"
 folder=$(mktemp -d)
 cd $folder
