@@ -153,8 +153,8 @@ settings! {
         disk_kib_per_s: u64 = integer("KiB/s", 0, RATE_MAX), "0", pod;
         /// Most requests per second of each disk; 0 is no limit.
         disk_requests_per_s: u64 = integer("requests/s", 0, RATE_MAX), "0", pod;
-        /// How long the guest may keep what it read from volumes shared with the host. Image layers
-        /// never change and are always kept.
+        /// How long the guest may keep what it read from image layers and volumes that the host
+        /// shares.
         virtiofs_cache: VirtiofsCache = Kind::Choice(VirtiofsCache::WORDS), "auto", pod;
         /// Worker threads of each file-system daemon; 0 serves requests on one thread without a
         /// pool.

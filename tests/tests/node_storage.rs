@@ -177,3 +177,65 @@ fn a_container_cannot_write_more_than_its_disk_holds() {
     let said = said.unwrap();
     assert!(said.contains("No space left on device"), "{said}");
 }
+
+/// Runs a second containerd, without the CRI, whose blockfile snapshotter has a blank file system
+/// to start from, and a container on each of its snapshotters.
+const SNAPSHOTTERS: &str = r#"
+folder=$(mktemp -d)
+cd $folder
+modprobe loop
+modprobe erofs
+truncate -s 64M blank && mkfs.ext4 -q -F blank
+cat >config.toml <<END
+version = 3
+root = '$folder/root'
+state = '$folder/state'
+disabled_plugins = ['io.containerd.cri.v1.runtime', 'io.containerd.cri.v1.images']
+[grpc]
+address = '$folder/socket'
+[plugins.'io.containerd.snapshotter.v1.blockfile']
+scratch_file = '$folder/blank'
+fs_type = 'ext4'
+mount_options = []
+END
+ctr -n k8s.io images export image.tar $IMAGE
+containerd --config config.toml >log 2>&1 &
+containerd=$!
+trap 'kill $containerd; wait $containerd || true; rm -rf $folder' EXIT
+ctr="ctr --address $folder/socket --namespace k8s.io"
+timeout 60 sh -c "until $ctr version >/dev/null 2>&1; do sleep 0.2; done"
+for snapshotter in blockfile erofs native; do
+    $ctr images import --local --snapshotter $snapshotter image.tar >/dev/null
+    echo "$snapshotter: $($ctr run --rm --snapshotter $snapshotter \
+        --runtime io.containerd.pericarp.v2 $IMAGE $snapshotter \
+        sh -c 'echo written >/file; cat /file; grep " / " /proc/mounts' | tr '\n' ' ')"
+done
+losetup --all
+"#;
+
+#[test]
+fn the_roots_of_other_snapshotters_reach_the_guest() {
+    let Some(node) = node("storage-snapshotters") else {
+        return;
+    };
+    node.containerd(Version::V23).unwrap();
+    let before = Leftovers::look(&node).unwrap();
+    let said = node
+        .shell(&SNAPSHOTTERS.replace("$IMAGE", BUSYBOX))
+        .unwrap();
+    // No loop device of the node: its file is a disk of the guest.
+    assert!(
+        said.contains("blockfile: written /dev/vda / ext4 rw"),
+        "{said}"
+    );
+    assert!(
+        said.contains("erofs: written overlay / overlay rw"),
+        "{said}"
+    );
+    assert!(
+        said.contains("native: written pericarp / virtiofs rw"),
+        "{said}"
+    );
+    assert!(!said.contains("/dev/loop"), "{said}");
+    Leftovers::nothing_since(&node, &before).unwrap();
+}
