@@ -13,7 +13,7 @@
 use std::{
     io,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Barrier, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     thread::{self, JoinHandle},
@@ -117,14 +117,18 @@ impl Vcpus {
     ) -> io::Result<Self> {
         let gate = context().gate;
         let mut threads = Vec::new();
+        // Nobody is told that the machine has started while one of its threads is not confined.
+        let confinement = Arc::new(Barrier::new(vcpus.len() + 1));
         for (id, vcpu) in (0_u16..).zip(vcpus) {
             pericarp_sys::kvm::interrupt_run_by(&vcpu, INTERRUPT as i32)?;
             let context = context();
+            let confinement_here = Arc::clone(&confinement);
             let thread = thread::Builder::new()
                 .name(format!("vcpu{id}"))
                 .stack_size(STACK_BYTES)
                 .spawn(move || {
                     let confined = block_interrupt().and_then(|()| confine());
+                    confinement_here.wait();
                     match confined {
                         Ok(()) => run(id, vcpu, &context),
                         Err(error) => context.doorbell.end(End::Vcpu(id, error.to_string())),
@@ -132,6 +136,7 @@ impl Vcpus {
                 })?;
             threads.push(thread);
         }
+        confinement.wait();
         Ok(Self { gate, threads })
     }
 
