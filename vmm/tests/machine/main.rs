@@ -207,9 +207,9 @@ fn messages_that_are_none_are_answered() {
 fn the_end_of_the_shim_is_the_end_of_the_machine() {
     need_kvm!();
     let mut vmm = Vmm::running(&SPIN);
-    // Its end is waited for with a deadline; SPEC.md promises 1 s.
     let (_, took) = vmm.hang_up();
     eprintln!("the VMM ended {took:?} after its shim");
+    assert!(took < Duration::from_secs(1), "{took:?}");
 }
 
 #[test]
@@ -219,8 +219,9 @@ fn the_end_of_the_machine_is_told_at_once() {
     let start = Instant::now();
     vmm.child.kill().unwrap();
     assert_eq!(vmm.receive(), None);
-    // SPEC.md promises 100 ms.
-    eprintln!("the VMM's end was told after {:?}", start.elapsed());
+    let took = start.elapsed();
+    eprintln!("the VMM's end was told after {took:?}");
+    assert!(took < Duration::from_millis(100), "{took:?}");
 }
 
 /// `hlt; jmp -3`, without interrupts: for ever.
