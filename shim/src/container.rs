@@ -678,13 +678,13 @@ pub(crate) async fn stats(pod: &Pod, container: &Container) -> Result<Any, CallE
         .as_ref()
         .and_then(|sample| sample.holding(before_us))
     {
-        return Ok(stats::metrics(counters));
+        return Ok(counters.clone());
     }
     let mut query = StatsRequest::new();
     if !container.pause {
         query.container_id.clone_from(&container.id);
     }
-    let counters = agent_call!(pod.agent, stats, &query)?;
+    let counters = stats::metrics(&agent_call!(pod.agent, stats, &query)?);
     *container.sample() = Sample::taken(&counters, before_us, used_us());
-    Ok(stats::metrics(&counters))
+    Ok(counters)
 }

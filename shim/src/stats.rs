@@ -38,14 +38,14 @@ pub(crate) struct Sample {
     at: Instant,
     vm_used_us: u64,
     question_us: u64,
-    counters: StatsResponse,
+    counters: Any,
 }
 
 impl Sample {
     /// Counters that were just answered, with what the VM had used before and after; `None` when
     /// nobody counts that.
     pub(crate) fn taken(
-        counters: &StatsResponse,
+        counters: &Any,
         before_us: Option<u64>,
         after_us: Option<u64>,
     ) -> Option<Self> {
@@ -59,7 +59,7 @@ impl Sample {
     }
 
     /// The counters, while they still hold.
-    pub(crate) fn holding(&self, vm_used_us: Option<u64>) -> Option<&StatsResponse> {
+    pub(crate) fn holding(&self, vm_used_us: Option<u64>) -> Option<&Any> {
         let used_us = vm_used_us?.checked_sub(self.vm_used_us)?;
         holds(self.at.elapsed(), used_us, self.question_us).then_some(&self.counters)
     }
@@ -267,7 +267,7 @@ mod tests {
 
     #[test]
     fn counters_hold_only_where_the_vms_time_is_counted() {
-        let counters = StatsResponse::new();
+        let counters = metrics(&StatsResponse::new());
         assert!(Sample::taken(&counters, Some(1), None).is_none());
         let sample = Sample::taken(&counters, Some(5), Some(7)).unwrap();
         assert!(sample.holding(Some(9)).is_some());
