@@ -121,8 +121,7 @@ fn an_agent_in_a_vm_does_what_the_host_asks_and_keeps_nothing() {
     let Some((node, programs)) = node("agent-in-a-vm") else {
         return;
     };
-    let full = std::env::var_os("PERICARP_FULL").is_some();
-    let (options, timeout_s) = match full {
+    let (options, timeout_s) = match pericarp::full_sizes() {
         true => (FULL, FULL_TIMEOUT_S),
         false => (SHORT, GUEST_TIMEOUT_S),
     };

@@ -6,18 +6,13 @@
 use anyhow::{Context, Result, ensure};
 use pericarp_tests::node::containerd::Pod;
 use pericarp_tests::node::images::BUSYBOX;
-use pericarp_tests::node::{
-    Builder, Command, Containerd, Node, Session, Version, pericarp, session,
-};
+use pericarp_tests::node::{Builder, Containerd, Node, Session, Version, pericarp};
 use pericarp_tests::pods::leftovers::Leftovers;
 use pericarp_tests::pods::{container_config, pod_config};
 use serde_json::{Value, json};
 
 /// The handler of containerd.
 const HANDLER: &str = "pericarp";
-
-/// Makes the sizes those that are promised.
-const FULL_VARIABLE: &str = "PERICARP_FULL";
 
 /// What runs in a terminal of the node.
 const TERMINAL_FILE: &str = "/run/terminal.sh";
@@ -26,20 +21,12 @@ const TERMINAL_FILE: &str = "/run/terminal.sh";
 const SCRIPT_TIMEOUT_S: u64 = 1500;
 
 fn node(test: &str) -> Option<Session> {
-    let missing = pericarp::missing();
-    if !missing.is_empty() {
-        eprintln!("skipped: not built: {}", missing.join(", "));
-        return None;
-    }
-    Some(session(test, || Builder::default().name("crictl")).expect("the node boots"))
+    pericarp::session(test, || Builder::default().name("crictl"))
 }
 
-/// Runs bash with crictl's environment.
 fn script(node: &Node, containerd: &Containerd, text: &str) -> Result<String> {
-    let line = format!("set -euo pipefail\n{text}");
-    let mut command = Command::shell(line).timeout_s(SCRIPT_TIMEOUT_S);
-    command.env = containerd.crictl().env;
-    Ok(node.text(&command)?.trim().to_owned())
+    let said = containerd.script(node, SCRIPT_TIMEOUT_S, text)?;
+    Ok(said.trim().to_owned())
 }
 
 /// Runs a pod for a test, and checks that nothing is left of it.
@@ -99,11 +86,7 @@ fn terminals_and_attach() {
 #[test]
 fn much_input_arrives_whole() {
     with_pod("crictl-stdin", |node, containerd, pod| {
-        let mebibytes = if std::env::var_os(FULL_VARIABLE).is_some() {
-            1024
-        } else {
-            24
-        };
+        let mebibytes = if pericarp::full_sizes() { 1024 } else { 24 };
         let config = container_config("c", BUSYBOX, "exec sleep 3600");
         let container = containerd.run_container(node, pod, &config)?;
         let text = script(

@@ -8,18 +8,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use pericarp_tests::node::containerd::Pod;
 use pericarp_tests::node::images::BUSYBOX;
-use pericarp_tests::node::{
-    Builder, Command, Containerd, Node, Session, Version, pericarp, session,
-};
+use pericarp_tests::node::{Builder, Containerd, Node, Session, Version, pericarp};
 use pericarp_tests::pods::leftovers::Leftovers;
 use pericarp_tests::pods::{container_config, pod_config};
 use serde_json::json;
 
 /// The handler of containerd.
 const HANDLER: &str = "pericarp";
-
-/// Makes the numbers those that are promised.
-const FULL_VARIABLE: &str = "PERICARP_FULL";
 
 /// Names the moments of the kills.
 const SEED_VARIABLE: &str = "PERICARP_SEED";
@@ -50,26 +45,14 @@ life() {
 end() { crictl rmp -f \"$(cat $F/pod-$1.id)\"; }
 ";
 
-fn full() -> bool {
-    std::env::var_os(FULL_VARIABLE).is_some()
-}
-
 fn node(test: &str) -> Option<Session> {
-    let missing = pericarp::missing();
-    if !missing.is_empty() {
-        eprintln!("skipped: not built: {}", missing.join(", "));
-        return None;
-    }
-    let builder = || Builder::default().name("faults").memory_mib(6144);
-    Some(session(test, builder).expect("the node boots"))
+    pericarp::session(test, || Builder::default().name("faults").memory_mib(6144))
 }
 
 /// Runs bash with [`LIFE`] at hand.
 fn script(node: &Node, containerd: &Containerd, text: &str) -> Result<String> {
-    let line = format!("set -euo pipefail; F={FOLDER}; {LIFE}\n{text}");
-    let mut command = Command::shell(line).timeout_s(SCRIPT_TIMEOUT_S);
-    command.env = containerd.crictl().env;
-    node.text(&command)
+    let text = format!("F={FOLDER}; {LIFE}\n{text}");
+    containerd.script(node, SCRIPT_TIMEOUT_S, &text)
 }
 
 /// Writes the configurations of pods of these numbers and of their container.
@@ -94,7 +77,11 @@ fn pods_in_turn_and_at_once_leave_nothing() {
     let Some(node) = node("faults-many") else {
         return;
     };
-    let (in_turn, at_once) = if full() { (50, 10) } else { (5, 4) };
+    let (in_turn, at_once) = if pericarp::full_sizes() {
+        (50, 10)
+    } else {
+        (5, 4)
+    };
     let containerd = node.containerd(Version::V23).unwrap();
     configure(&node, 0..in_turn.max(at_once) + 1).unwrap();
     // The first pod of a node fills caches for all.
@@ -168,7 +155,7 @@ fn nothing_is_left_after_kills_at_random_moments() {
     let seed = seed
         .and_then(|text| text.parse().ok())
         .unwrap_or(20_261_121);
-    let rounds = if full() { 30 } else { 3 };
+    let rounds = if pericarp::full_sizes() { 30 } else { 3 };
     eprintln!("{SEED_VARIABLE}={seed}, {rounds} rounds");
     let mut random = Random(seed);
     let containerd = node.containerd(Version::V23).unwrap();

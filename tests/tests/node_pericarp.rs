@@ -11,15 +11,8 @@ use serde_json::json;
 /// The handler of containerd.
 const HANDLER: &str = "pericarp";
 
-/// The node, unless what it needs is not built: then the reason is printed.
 fn node(test: &str) -> Option<Session> {
-    let missing = pericarp::missing();
-    if !missing.is_empty() {
-        eprintln!("skipped: not built: {}", missing.join(", "));
-        return None;
-    }
-    let builder = || Builder::default().name("pericarp");
-    Some(session(test, builder).expect("the node boots"))
+    pericarp::session(test, || Builder::default().name("pericarp"))
 }
 
 #[test]

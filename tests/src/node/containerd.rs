@@ -209,6 +209,13 @@ impl Containerd {
         Ok(id)
     }
 
+    /// Runs bash with crictl's environment, and returns what it printed.
+    pub fn script(&self, node: &Node, timeout_s: u64, text: &str) -> Result<String> {
+        let mut command = Command::shell(text).timeout_s(timeout_s);
+        command.env = self.crictl().env;
+        node.text(&command)
+    }
+
     /// Waits until containerd has seen the end of every container of a pod.
     ///
     /// When a shim dies, containerd forgets its tasks at once and marks their containers as exited
@@ -219,9 +226,7 @@ impl Containerd {
             "while [ -n \"$(crictl ps --quiet --state Running --pod {})\" ]; do :; done",
             pod.id
         );
-        let mut command = Command::shell(line).timeout_s(END_TIMEOUT_S);
-        command.env = self.crictl().env;
-        node.text(&command)
+        self.script(node, END_TIMEOUT_S, &line)
             .map(|_| ())
             .context("containerd did not see the end of the pod's containers")
     }

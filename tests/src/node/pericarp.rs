@@ -4,10 +4,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use super::paths;
+use super::{Builder, Session, paths};
 
 /// Folder with Pericarp's binaries; without, `target/release`, else the running build's own.
 pub const BUILD_VARIABLE: &str = "PERICARP_BUILD";
+
+/// When it is set, tests take the sizes that SPEC.md promises; without, such as fit a run of CI.
+const FULL_VARIABLE: &str = "PERICARP_FULL";
 
 /// The guest kernel (an ELF with a PVH entry).
 pub const KERNEL_VARIABLE: &str = "PERICARP_KERNEL";
@@ -105,6 +108,28 @@ pub fn missing() -> Vec<String> {
     lacking
         .map(|(_, what, how)| format!("{what} (`{how}`)"))
         .collect()
+}
+
+/// The node for a test that runs pods in VMs, unless what they need is not built: then the reason
+/// is printed.
+///
+/// # Panics
+///
+/// When the node does not boot: the test cannot go on.
+#[must_use]
+pub fn session(test: &str, builder: impl FnOnce() -> Builder) -> Option<Session> {
+    let missing = missing();
+    if !missing.is_empty() {
+        eprintln!("skipped: not built: {}", missing.join(", "));
+        return None;
+    }
+    Some(super::session(test, builder).expect("the node boots"))
+}
+
+/// Whether tests take the sizes that SPEC.md promises.
+#[must_use]
+pub fn full_sizes() -> bool {
+    std::env::var_os(FULL_VARIABLE).is_some()
 }
 
 /// Everything that is built: source, destination, mode.
