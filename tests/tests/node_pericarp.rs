@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use pericarp_tests::node::images::BUSYBOX;
-use pericarp_tests::node::{Builder, Session, Version, pericarp, session};
+use pericarp_tests::node::{Builder, Session, Version, pericarp};
 use pericarp_tests::pods::leftovers::Leftovers;
 use pericarp_tests::pods::scenario::pod_through_crictl;
 use pericarp_tests::pods::{container_config, pod_config};
