@@ -14,6 +14,7 @@ use std::{
     io,
     os::{fd::AsFd, unix::fs::FileExt},
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     time::{Duration, Instant},
 };
 
@@ -56,6 +57,8 @@ pub(crate) fn make(directory: &Path) -> io::Result<File> {
 pub(crate) struct Meter {
     file: File,
     unified: bool,
+    asking: AtomicBool,
+    questions_us: AtomicU64,
 }
 
 impl Meter {
@@ -64,23 +67,70 @@ impl Meter {
         let open = |name: &str| File::open(directory.join(name)).ok();
         match open("cpu.stat") {
             // The v1 controller `cpu` has a file of that name without what is needed here.
-            Some(file) if !directory.join("cpuacct.usage").exists() => Some(Self {
-                file,
-                unified: true,
-            }),
-            _ => open("cpuacct.usage").map(|file| Self {
-                file,
-                unified: false,
-            }),
+            Some(file) if !directory.join("cpuacct.usage").exists() => Some(Self::of(file, true)),
+            _ => open("cpuacct.usage").map(|file| Self::of(file, false)),
         }
     }
 
-    /// Processor time since the cgroup's begin, in microseconds.
+    fn of(file: File, unified: bool) -> Self {
+        Self {
+            file,
+            unified,
+            asking: AtomicBool::new(false),
+            questions_us: AtomicU64::new(0),
+        }
+    }
+
+    /// Processor time since the cgroup's begin, in microseconds, without what answers to questions
+    /// took: of those the containers know nothing.
     pub(crate) fn used_us(&self) -> Option<u64> {
+        let questions_us = self.questions_us.load(Ordering::Relaxed);
+        Some(self.raw_us()?.saturating_sub(questions_us))
+    }
+
+    /// A question to the guest begins.
+    pub(crate) fn question(&self) -> Question<'_> {
+        let alone = !self.asking.swap(true, Ordering::Relaxed);
+        Question {
+            meter: self,
+            before_us: if alone { self.raw_us() } else { None },
+            alone,
+        }
+    }
+
+    fn raw_us(&self) -> Option<u64> {
         let mut buffer = [0; METER_BYTES];
         let count = self.file.read_at(&mut buffer, 0).ok()?;
         let text = std::str::from_utf8(buffer.get(..count)?).ok()?;
         used_us(text, self.unified)
+    }
+}
+
+/// A question under way. Of two at once only the first is counted: they take the same time.
+#[derive(Debug)]
+pub(crate) struct Question<'a> {
+    meter: &'a Meter,
+    before_us: Option<u64>,
+    alone: bool,
+}
+
+impl Question<'_> {
+    /// It is answered: the processor time that it took, at most `most_us`.
+    pub(crate) fn answered(self, most_us: u64) -> u64 {
+        let took = || self.meter.raw_us()?.checked_sub(self.before_us?);
+        let took_us = took().unwrap_or_default().min(most_us);
+        self.meter
+            .questions_us
+            .fetch_add(took_us, Ordering::Relaxed);
+        took_us
+    }
+}
+
+impl Drop for Question<'_> {
+    fn drop(&mut self) {
+        if self.alone {
+            self.meter.asking.store(false, Ordering::Relaxed);
+        }
     }
 }
 
@@ -191,6 +241,29 @@ mod tests {
         assert_eq!(used_us("usage_usec 12\nuser_usec 7\n", true), Some(12));
         assert_eq!(used_us("5000\n", false), Some(5));
         assert_eq!(used_us("nr_periods 0\nnr_thr", true), None);
+    }
+
+    #[test]
+    fn answers_to_questions_are_not_the_containers_doing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("cpu.stat");
+        let use_up = |us: u64| fs::write(&path, format!("usage_usec {us}\n")).unwrap();
+        use_up(100);
+        let meter = Meter::open(folder.path()).unwrap();
+        let question = meter.question();
+        let second = meter.question();
+        use_up(130);
+        assert_eq!(second.answered(1000), 0);
+        assert_eq!(question.answered(1000), 30);
+        assert_eq!(meter.used_us(), Some(100));
+        use_up(180);
+        assert_eq!(meter.used_us(), Some(150));
+        // Nobody's fault that it was not answered, and a long answer excuses no more than that.
+        drop(meter.question());
+        let question = meter.question();
+        use_up(5_180);
+        assert_eq!(question.answered(1000), 1000);
+        assert_eq!(meter.used_us(), Some(4_150));
     }
 
     #[test]

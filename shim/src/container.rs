@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -44,6 +44,7 @@ use crate::{
     process::{Exit, LOST_STATUS, Process},
     rootfs::{self, Rootfs},
     spec,
+    stand_in::{self, StandIn},
     stats::{self, Sample},
     stdio::{Copying, HostEnds, Paths},
 };
@@ -64,6 +65,8 @@ pub(crate) struct Container {
     pub(crate) pause: bool,
     /// Frozen.
     pub(crate) paused: AtomicBool,
+    /// What stands for it on the host; the pod's own stands for the pause container.
+    stand_in: Option<StandIn>,
     sample: Mutex<Option<Sample>>,
     /// The disk that its root file system is on.
     disk: Mutex<Option<Disk>>,
@@ -130,7 +133,7 @@ async fn ended(pod: &Pod, id: &str, process: &Process, exit: Exit) -> bool {
     } else {
         process.exec_id.clone()
     };
-    event.pid = pod.pid();
+    event.pid = process.pid;
     event.exit_status = exit.status;
     event.exited_at = Some(timestamp(exit.at)).into();
     pod.publisher
@@ -171,7 +174,7 @@ async fn open_streams(pod: &Pod, ends: &HostEnds) -> Result<Opened, CallError> {
 }
 
 /// `Create`.
-pub(crate) async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Result<(), CallError> {
+pub(crate) async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Result<u32, CallError> {
     let paths = Paths {
         stdin: request.stdin.clone(),
         stdout: request.stdout.clone(),
@@ -183,11 +186,15 @@ pub(crate) async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Resul
     }
     let bundle = Bundle::read(request.bundle.as_ref())
         .map_err(|error| CallError::Invalid(error.to_string()))?;
+    let pause = bundle.role() == Role::Sandbox;
+    let stand_in = if pause { None } else { Some(pod.stand_in()?) };
+    let pid = stand_in.as_ref().map_or(pod.pid(), StandIn::number);
     let container = Arc::new(Container {
         id: request.id.clone(),
         bundle: request.bundle.clone().into(),
-        init: Arc::new(Process::reserve(&request.id, "", paths)),
-        pause: bundle.role() == Role::Sandbox,
+        init: Arc::new(Process::reserve(&request.id, "", pid, paths)),
+        pause,
+        stand_in,
         paused: AtomicBool::new(false),
         sample: Mutex::default(),
         disk: Mutex::default(),
@@ -217,11 +224,11 @@ pub(crate) async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Resul
         ..Default::default()
     })
     .into();
-    event.pid = pod.pid();
+    event.pid = pid;
     pod.publisher
         .publish(topics::TASK_CREATE_EVENT_TOPIC, Box::new(event))
         .await;
-    Ok(())
+    Ok(pid)
 }
 
 fn reserve(pod: &Pod, container: &Arc<Container>) -> Result<(), CallError> {
@@ -296,6 +303,10 @@ async fn build(
         .await
         .map_err(|error| CallError::Invalid(error.to_string()))?;
     let opened = open_streams(pod, &ends).await?;
+    let joined = translated
+        .pid_namespace
+        .map(|path| joined(pod, &path))
+        .transpose()?;
     let create = CreateContainerRequest {
         container_id: id.clone(),
         oci_spec,
@@ -303,7 +314,11 @@ async fn build(
         streams: Some(opened.numbers).into(),
         terminal_width: console.map_or(0, |size| u32::try_from(size.width()).unwrap_or_default()),
         terminal_height: console.map_or(0, |size| u32::try_from(size.height()).unwrap_or_default()),
-        sandbox_pid_namespace: translated.sandbox_pid_namespace,
+        sandbox_pid_namespace: joined == Some(Joined::Pod),
+        pid_namespace_of: match joined {
+            Some(Joined::Container(target)) => target,
+            _ => String::new(),
+        },
         ..Default::default()
     };
     agent_call!(pod.agent, create_container, &create)?;
@@ -311,6 +326,33 @@ async fn build(
         .init
         .created(Some(Copying::start(ends, opened.ends)));
     Ok(())
+}
+
+/// Whose PID namespace a container joins.
+#[derive(Debug, PartialEq, Eq)]
+enum Joined {
+    Pod,
+    Container(String),
+}
+
+fn joined(pod: &Pod, path: &Path) -> Result<Joined, CallError> {
+    let number = stand_in::number_in(path);
+    if number == Some(pod.pid()) {
+        return Ok(Joined::Pod);
+    }
+    let mut containers = pod.containers().into_iter();
+    let target = containers.find(|container| {
+        let own = container.stand_in.as_ref().map(StandIn::number);
+        own.is_some() && own == number
+    });
+    target
+        .map(|container| Joined::Container(container.id.clone()))
+        .ok_or_else(|| {
+            CallError::Invalid(format!(
+                "linux.namespaces[pid].path: {} is no PID namespace of this pod",
+                path.display()
+            ))
+        })
 }
 
 /// Mounting may wait for disks: not on the event loop.
@@ -347,7 +389,12 @@ pub(crate) async fn exec(pod: &Arc<Pod>, request: &ExecProcessRequest) -> Result
         stderr: request.stderr.clone(),
         terminal: request.terminal,
     };
-    let process_entry = Arc::new(Process::reserve(&request.id, &request.exec_id, paths));
+    let process_entry = Arc::new(Process::reserve(
+        &request.id,
+        &request.exec_id,
+        container.init.pid,
+        paths,
+    ));
     {
         let mut execs = container.execs();
         if execs.contains_key(&request.exec_id) {
@@ -395,7 +442,7 @@ async fn build_exec(
 }
 
 /// `Start`, of a container or an exec.
-pub(crate) async fn start(pod: &Arc<Pod>, id: &str, exec_id: &str) -> Result<(), CallError> {
+pub(crate) async fn start(pod: &Arc<Pod>, id: &str, exec_id: &str) -> Result<u32, CallError> {
     let container = pod.container(id)?;
     let process = container.process(exec_id)?;
     process.begin_start()?;
@@ -410,7 +457,7 @@ pub(crate) async fn start(pod: &Arc<Pod>, id: &str, exec_id: &str) -> Result<(),
     if exec_id.is_empty() {
         let mut event = TaskStart::new();
         event.container_id = id.to_owned();
-        event.pid = pod.pid();
+        event.pid = process.pid;
         pod.publisher
             .publish(topics::TASK_START_EVENT_TOPIC, Box::new(event))
             .await;
@@ -418,16 +465,16 @@ pub(crate) async fn start(pod: &Arc<Pod>, id: &str, exec_id: &str) -> Result<(),
         let mut event = TaskExecStarted::new();
         event.container_id = id.to_owned();
         event.exec_id = exec_id.to_owned();
-        event.pid = pod.pid();
+        event.pid = process.pid;
         pod.publisher
             .publish(topics::TASK_EXEC_STARTED_EVENT_TOPIC, Box::new(event))
             .await;
     }
     process.end_start(true);
     if !container.pause {
-        tokio::spawn(watch(Arc::clone(pod), id.to_owned(), process));
+        tokio::spawn(watch(Arc::clone(pod), id.to_owned(), Arc::clone(&process)));
     }
-    Ok(())
+    Ok(process.pid)
 }
 
 /// Waits for the guest's word of a process's end.
@@ -498,7 +545,7 @@ pub(crate) async fn delete(pod: &Arc<Pod>, id: &str, exec_id: &str) -> Result<Ex
         forget(pod, id);
         let mut event = TaskDelete::new();
         event.container_id = id.to_owned();
-        event.pid = pod.pid();
+        event.pid = process.pid;
         event.exit_status = exit.status;
         event.exited_at = Some(timestamp(exit.at)).into();
         pod.publisher
@@ -672,11 +719,11 @@ pub(crate) async fn update(pod: &Pod, id: &str, resources: &[u8]) -> Result<(), 
 /// `Stats`: a container's counters; those of the whole sandbox for the one that stands for it.
 pub(crate) async fn stats(pod: &Pod, container: &Container) -> Result<Any, CallError> {
     let used_us = || pod.meter.as_ref().and_then(Meter::used_us);
-    let before_us = used_us();
+    let used_before_us = used_us();
     if let Some(counters) = container
         .sample()
         .as_ref()
-        .and_then(|sample| sample.holding(before_us))
+        .and_then(|sample| sample.holding(used_before_us))
     {
         return Ok(counters.clone());
     }
@@ -684,7 +731,9 @@ pub(crate) async fn stats(pod: &Pod, container: &Container) -> Result<Any, CallE
     if !container.pause {
         query.container_id.clone_from(&container.id);
     }
+    let question = pod.meter.as_ref().map(Meter::question);
     let counters = stats::metrics(&agent_call!(pod.agent, stats, &query)?);
-    *container.sample() = Sample::taken(&counters, before_us, used_us());
+    let took_us = question.map(|question| question.answered(stats::QUESTION_US_MAX));
+    *container.sample() = Sample::taken(&counters, used_us(), took_us);
     Ok(counters)
 }

@@ -33,6 +33,7 @@ mod rootfs;
 mod sandbox_service;
 mod share;
 mod spec;
+mod stand_in;
 mod stats;
 mod stdio;
 mod task_service;

@@ -58,6 +58,7 @@ use crate::{
     process::{Exit, LOST_STATUS},
     share::{self, SharedDirectory},
     spec,
+    stand_in::StandIn,
 };
 
 /// Bytes of the guest's log that are kept for a diagnosis.
@@ -113,6 +114,8 @@ pub(crate) struct Pod {
     pub(crate) guest_seccomp: bool,
     /// The pod's settings of disks.
     pub(crate) storage: StorageSettings,
+    stand_in: StandIn,
+    network_namespace: Option<PathBuf>,
     exit: watch::Sender<Option<Exit>>,
     next_stream: AtomicU64,
     next_disk: AtomicU64,
@@ -192,6 +195,8 @@ impl Pod {
             by_sandbox_service: request.files.is_some(),
             guest_seccomp: settings.security.guest_seccomp,
             storage: settings.storage.clone(),
+            stand_in: stand_in(request.network_namespace.as_deref())?,
+            network_namespace: request.network_namespace.clone(),
             exit: watch::Sender::new(None),
             next_stream: AtomicU64::new(1),
             next_disk: AtomicU64::new(1),
@@ -248,9 +253,14 @@ impl Pod {
         self.next_disk.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// The PID that containerd is told for everything in the VM.
+    /// The PID that containerd is told for the pod.
     pub(crate) fn pid(&self) -> u32 {
-        u32::try_from(self.vmm.pid).unwrap_or_default()
+        self.stand_in.number()
+    }
+
+    /// Something that stands for one more container.
+    pub(crate) fn stand_in(&self) -> Result<StandIn, CallError> {
+        stand_in(self.network_namespace.as_deref())
     }
 
     /// Containers at this moment.
@@ -563,6 +573,11 @@ async fn end_without_files(daemon: Watched, vmm: Watched) {
         );
         vmm.kill();
     }
+}
+
+fn stand_in(network_namespace: Option<&Path>) -> Result<StandIn, CallError> {
+    StandIn::start(network_namespace)
+        .map_err(|error| CallError::host("stand-in for a PID of the guest", error))
 }
 
 /// The end of the VM is the end of every process in it.

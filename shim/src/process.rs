@@ -105,6 +105,8 @@ pub(crate) struct Process {
     pub(crate) name: String,
     /// Empty for a container's init.
     pub(crate) exec_id: String,
+    /// The PID that containerd is told: its container's stand-in.
+    pub(crate) pid: u32,
     /// What containerd asked for.
     pub(crate) paths: Paths,
     phase: Mutex<Phase>,
@@ -118,7 +120,7 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Process {
     /// A process that is about to be built.
-    pub(crate) fn reserve(container_id: &str, exec_id: &str, paths: Paths) -> Self {
+    pub(crate) fn reserve(container_id: &str, exec_id: &str, pid: u32, paths: Paths) -> Self {
         let name = if exec_id.is_empty() {
             format!("container {container_id}")
         } else {
@@ -127,6 +129,7 @@ impl Process {
         Self {
             name,
             exec_id: exec_id.to_owned(),
+            pid,
             paths,
             phase: Mutex::new(Phase::Reserved),
             exit: watch::Sender::new(None),
@@ -246,7 +249,7 @@ mod tests {
     use super::*;
 
     fn process() -> Process {
-        Process::reserve("c", "", Paths::default())
+        Process::reserve("c", "", 1, Paths::default())
     }
 
     #[test]

@@ -53,8 +53,8 @@ pub(crate) struct Translated {
     pub(crate) spec: Spec,
     /// What to share, in the order of the mounts.
     pub(crate) shares: Vec<Share>,
-    /// The container joins the pod's PID namespace.
-    pub(crate) sandbox_pid_namespace: bool,
+    /// The PID namespace that the container joins, as containerd names it.
+    pub(crate) pid_namespace: Option<PathBuf>,
 }
 
 fn invalid(field: &str, reason: &str) -> CallError {
@@ -123,12 +123,12 @@ pub(crate) fn translate(
     spec.set_mounts(Some(kept));
     spec.set_hooks(None);
     spec.set_annotations(None);
-    let sandbox_pid_namespace = translate_linux(&mut spec)?;
+    let pid_namespace = translate_linux(&mut spec)?;
     translate_process(&mut spec);
     Ok(Translated {
         spec,
         shares,
-        sandbox_pid_namespace,
+        pid_namespace,
     })
 }
 
@@ -250,11 +250,11 @@ pub(crate) fn guest_path(id: &str, name: &str) -> PathBuf {
     Path::new(GUEST_SHARED).join(id).join(name)
 }
 
-fn translate_linux(spec: &mut Spec) -> Result<bool, CallError> {
+fn translate_linux(spec: &mut Spec) -> Result<Option<PathBuf>, CallError> {
     let Some(linux) = spec.linux_mut() else {
-        return Ok(false);
+        return Ok(None);
     };
-    let mut sandbox_pid_namespace = false;
+    let mut pid_namespace = None;
     let mut namespaces = Vec::new();
     for namespace in linux.namespaces().clone().unwrap_or_default() {
         let joined = namespace.path().is_some();
@@ -263,7 +263,7 @@ fn translate_linux(spec: &mut Spec) -> Result<bool, CallError> {
             LinuxNamespaceType::Network => {}
             // So are its IPC and UTS namespaces, when the container shares them with the pod.
             LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts if joined => {}
-            LinuxNamespaceType::Pid if joined => sandbox_pid_namespace = true,
+            LinuxNamespaceType::Pid if joined => pid_namespace = namespace.path().clone(),
             kind => {
                 let mut own = LinuxNamespace::default();
                 own.set_typ(kind);
@@ -285,7 +285,7 @@ fn translate_linux(spec: &mut Spec) -> Result<bool, CallError> {
         cpu.set_cpus(None);
         cpu.set_mems(None);
     }
-    Ok(sandbox_pid_namespace)
+    Ok(pid_namespace)
 }
 
 fn check_device(device: &LinuxDevice) -> Result<(), CallError> {
@@ -357,7 +357,7 @@ mod tests {
                 LinuxNamespaceType::Cgroup
             ]
         );
-        assert!(!result.sandbox_pid_namespace);
+        assert_eq!(result.pid_namespace, None);
         assert!(linux.cgroups_path().is_none());
         let cpu = linux.resources().as_ref().unwrap().cpu().as_ref().unwrap();
         assert_eq!((cpu.cpus().clone(), cpu.quota()), (None, Some(5)));

@@ -64,8 +64,8 @@ impl Task for TaskService {
         request: CreateTaskRequest,
     ) -> Answer<CreateTaskResponse> {
         let pod = self.0.pod().await?;
-        let pid = pod.pid();
-        to_the_end(async move { container::create(&pod, &request).await }).await?;
+        let work = async move { container::create(&pod, &request).await };
+        let pid = to_the_end(work).await?;
         Ok(CreateTaskResponse {
             pid,
             ..Default::default()
@@ -74,9 +74,8 @@ impl Task for TaskService {
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Answer<StartResponse> {
         let pod = self.0.pod_of(&request.id).await?;
-        let pid = pod.pid();
         let work = async move { container::start(&pod, &request.id, &request.exec_id).await };
-        to_the_end(work).await?;
+        let pid = to_the_end(work).await?;
         Ok(StartResponse {
             pid,
             ..Default::default()
@@ -85,7 +84,7 @@ impl Task for TaskService {
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Answer<DeleteResponse> {
         let pod = self.0.pod_of(&request.id).await?;
-        let pid = pod.pid();
+        let pid = pod.container(&request.id)?.init.pid;
         let daemon = Arc::clone(&self.0);
         let work = async move {
             let deleted = container::delete(&pod, &request.id, &request.exec_id).await;
@@ -116,7 +115,7 @@ impl Task for TaskService {
             id: request.id,
             exec_id: request.exec_id,
             bundle: container.bundle.display().to_string(),
-            pid: pod.pid(),
+            pid: process.pid,
             stdin: process.paths.stdin.clone(),
             stdout: process.paths.stdout.clone(),
             stderr: process.paths.stderr.clone(),
@@ -133,10 +132,10 @@ impl Task for TaskService {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Answer<PidsResponse> {
         let pod = self.0.pod_of(&request.id).await?;
-        pod.container(&request.id)?;
-        // PIDs of the guest mean nothing on the host: the VMM is what runs there.
+        let container = pod.container(&request.id)?;
+        // PIDs of the guest mean nothing on the host.
         let process = ProcessInfo {
-            pid: pod.pid(),
+            pid: container.init.pid,
             ..Default::default()
         };
         Ok(PidsResponse {
@@ -225,10 +224,10 @@ impl Task for TaskService {
 
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> Answer<ConnectResponse> {
         let pod = self.0.pod_of(&request.id).await?;
-        pod.container(&request.id)?;
+        let container = pod.container(&request.id)?;
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
-            task_pid: pod.pid(),
+            task_pid: container.init.pid,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..Default::default()
         })
