@@ -136,6 +136,46 @@ fn a_thousand_lines_a_second_stay_in_order() {
     .unwrap();
 }
 
+/// Processes that a container sees.
+fn processes(node: &Node, containerd: &Containerd, container: &str) -> Result<String> {
+    containerd.crictl_text(node, &["exec", container, "ps", "-o", "args"])
+}
+
+#[test]
+fn a_container_sees_the_processes_of_its_target_alone() {
+    // NamespaceMode of the CRI.
+    const TARGET: u32 = 3;
+    with_pod("crictl-target", |node, containerd, pod| {
+        let run = |name: &str, seconds: u32, target: Option<&str>| {
+            let line = format!("sleep {seconds}; true");
+            let mut config = container_config(name, BUSYBOX, &line);
+            if let Some(id) = target {
+                let options = json!({"pid": TARGET, "target_id": id});
+                config["linux"] = json!({"security_context": {"namespace_options": options}});
+            }
+            containerd.run_container(node, pod, &config)
+        };
+        let target = run("target", 1001, None)?;
+        let other = run("other", 1002, None)?;
+        let debugger = run("debugger", 1003, Some(&target))?;
+        let seen = processes(node, containerd, &debugger)?;
+        ensure!(
+            seen.contains("sleep 1001") && seen.contains("sleep 1003"),
+            "the debugger sees {seen}"
+        );
+        ensure!(!seen.contains("sleep 1002"), "the debugger sees {seen}");
+        let seen = processes(node, containerd, &other)?;
+        ensure!(!seen.contains("sleep 1003"), "the other sees {seen}");
+        // cAdvisor reads a pod's network counters by its PID.
+        let network = "cat /proc/$(crictl inspectp -o go-template --template '{{.info.pid}}' \
+                       $POD)/net/dev";
+        let counters = script(node, containerd, &network.replace("$POD", &pod.id))?;
+        ensure!(counters.contains("eth0:"), "{counters}");
+        Ok(())
+    })
+    .unwrap();
+}
+
 /// Waits for the end of a container and gives its status.
 fn ended(node: &Node, containerd: &Containerd, container: &str) -> Result<Value> {
     let text = script(
