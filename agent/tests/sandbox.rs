@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::os::unix::fs::PermissionsExt as _;
+
 use common::{Guest, deadline, refusal};
 use pericarp_protocol::{
     GUEST_PROTOCOL_MAJOR,
@@ -124,6 +126,9 @@ async fn storages_nest_and_go_again() {
         std::fs::create_dir(&path).unwrap();
         std::fs::write(format!("{path}/file"), layer).unwrap();
     }
+    // The root of the topmost layer is the root that the container sees.
+    let top = format!("{root}/run/pericarp/disk/two");
+    std::fs::set_permissions(top, std::fs::Permissions::from_mode(0o1751)).unwrap();
     let overlay = storage(
         "/run/pericarp/merged",
         Source::Overlay(Overlay {
@@ -137,7 +142,10 @@ async fn storages_nest_and_go_again() {
         }),
     );
     add(&overlay).await.unwrap();
-    let merged = format!("{root}/run/pericarp/merged/file");
+    let merged = format!("{root}/run/pericarp/merged");
+    let mode = std::fs::metadata(&merged).unwrap().permissions().mode();
+    assert_eq!(mode & 0o7777, 0o1751);
+    let merged = format!("{merged}/file");
     assert_eq!(std::fs::read_to_string(&merged).unwrap(), "two");
     std::fs::write(&merged, "changed").unwrap();
     let upper = format!("{root}/run/pericarp/disk/upper/file");

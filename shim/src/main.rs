@@ -18,6 +18,7 @@ mod disk;
 mod errors;
 mod events;
 mod guest_panic;
+mod id_map;
 mod info;
 mod journal;
 mod launch;

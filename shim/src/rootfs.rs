@@ -14,7 +14,7 @@
 use std::{
     fs::{self, OpenOptions},
     io,
-    os::unix::fs::{FileTypeExt, OpenOptionsExt},
+    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, chown},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -28,6 +28,7 @@ use pericarp_protocol::{
 use crate::{
     disk::{Disk, DiskFile},
     errors::CallError,
+    id_map::IdMap,
     pod::Pod,
     spec,
 };
@@ -62,6 +63,8 @@ pub(crate) struct Layers {
     pub(crate) upper: Option<PathBuf>,
     /// The container writes nothing.
     pub(crate) read_only: bool,
+    /// How the owners of the lower layers' files are shown; the upper directory has them so.
+    pub(crate) id_map: Option<IdMap>,
     /// Marks of the layers are in `user.` attributes.
     pub(crate) user_attributes: bool,
 }
@@ -122,12 +125,16 @@ impl Layers {
             lower: Vec::new(),
             upper: None,
             read_only: false,
+            id_map: None,
             user_attributes: false,
         };
+        let (mut uidmap, mut gidmap) = (None, None);
         for option in &mount.options {
             match option.split_once('=') {
                 Some(("lowerdir", list)) => layers.lower = split_layers(list),
                 Some(("lowerdir+", layer)) => layers.lower.push(layer.into()),
+                Some(("uidmap", map)) => uidmap = Some(map),
+                Some(("gidmap", map)) => gidmap = Some(map),
                 Some(("upperdir", upper)) => layers.upper = Some(upper.into()),
                 None if option == "userxattr" => layers.user_attributes = true,
                 None if matches!(option.as_str(), "rw" | "relatime" | "noatime") => {}
@@ -141,6 +148,15 @@ impl Layers {
                 }
             }
         }
+        if uidmap.is_some() || gidmap.is_some() {
+            let map = IdMap::of_options(uidmap.unwrap_or(""), gidmap.unwrap_or(""));
+            layers.id_map = Some(map.ok_or_else(|| {
+                CallError::Invalid(format!(
+                    "rootfs: the overlay options uidmap={uidmap:?} and gidmap={gidmap:?} do not \
+                     map both kinds of ids"
+                ))
+            })?);
+        }
         if layers.lower.is_empty() {
             return Err(CallError::Invalid(
                 "rootfs: an overlay without lowerdir".to_owned(),
@@ -149,28 +165,30 @@ impl Layers {
         Ok(layers)
     }
 
-    /// All layers, topmost first; the upper directory is one when a container wrote to it on the
+    /// What is above the lower layers: the upper directory, when a container wrote to it on the
     /// host. `mask` is a directory that may be filled to hide our own file in it.
-    pub(crate) fn all(&self, mask: &Path) -> io::Result<Vec<PathBuf>> {
-        let mut all = Vec::new();
+    pub(crate) fn above(&self, mask: &Path) -> io::Result<Vec<PathBuf>> {
         if let Some(upper) = &self.upper {
             let names = fs::read_dir(upper)?
                 .map(|entry| entry.map(|entry| entry.file_name()))
                 .collect::<io::Result<Vec<_>>>()?;
             if names.iter().any(|name| name != DISK_NAME) {
-                hide_disk(mask)?;
-                all.extend([mask.to_owned(), upper.clone()]);
+                hide_disk(mask, upper)?;
+                return Ok(vec![mask.to_owned(), upper.clone()]);
             }
         }
-        all.extend(self.lower.iter().cloned());
-        Ok(all)
+        Ok(Vec::new())
     }
 }
 
-/// Overlay's mark of a file that is not there: a character device of number 0:0.
-fn hide_disk(mask: &Path) -> io::Result<()> {
+/// Overlay's mark of a file that is not there: a character device of number 0:0. The topmost
+/// layer's directory is the root that the container sees, so it looks as `upper` does.
+fn hide_disk(mask: &Path, upper: &Path) -> io::Result<()> {
     use nix::sys::stat::{Mode, SFlag, mknod};
     fs::create_dir_all(mask)?;
+    let root = fs::metadata(upper)?;
+    chown(mask, Some(root.uid()), Some(root.gid()))?;
+    fs::set_permissions(mask, root.permissions())?;
     match mknod(&mask.join(DISK_NAME), SFlag::S_IFCHR, Mode::empty(), 0) {
         Ok(()) | Err(nix::Error::EEXIST) => Ok(()),
         Err(error) => Err(error.into()),
@@ -367,6 +385,8 @@ fn mount_points(mount_point: String) -> Storage {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     fn mount(type_: &str, source: &str, options: &[&str]) -> Mount {
@@ -397,6 +417,10 @@ mod tests {
         assert_eq!(found.lower, [r"/s/2/fs", r"/s/a:b\c/fs"].map(PathBuf::from));
         assert_eq!(found.upper, Some("/s/3/fs".into()));
         assert!(!found.user_attributes);
+        assert_eq!(found.id_map, None);
+        let mapped = ["lowerdir=/a", "uidmap=0:65536:9", "gidmap=0:65536:9"];
+        let map = layers(&mapped, false).unwrap().id_map;
+        assert_eq!(map, IdMap::of_options("0:65536:9", "0:65536:9"));
         let found = layers(&["lowerdir=/a:/b", "userxattr", "ro"], false).unwrap();
         assert!(found.upper.is_none() && found.user_attributes);
         assert!(layers(&options, true).unwrap().read_only);
@@ -405,7 +429,7 @@ mod tests {
     #[test]
     fn what_cannot_be_kept_is_refused_by_name() {
         for (options, name) in [
-            (vec!["lowerdir=/a", "uidmap=0:65536:65536"], "uidmap"),
+            (vec!["lowerdir=/a", "uidmap=0:65536:65536"], "gidmap"),
             (vec!["lowerdir=/a", "verity=require"], "verity"),
             (vec!["upperdir=/a"], "lowerdir"),
         ] {
@@ -451,23 +475,26 @@ mod tests {
             lower: vec!["/l".into()],
             upper: Some(upper.clone()),
             read_only: false,
+            id_map: None,
             user_attributes: false,
         };
-        assert_eq!(layers.all(&mask).unwrap(), [PathBuf::from("/l")]);
+        assert!(layers.above(&mask).unwrap().is_empty());
         let disk = open_disk(&upper, 1 << 30).unwrap();
         assert_eq!(disk.file.metadata().unwrap().len(), 1 << 30);
-        assert_eq!(layers.all(&mask).unwrap(), [PathBuf::from("/l")]);
+        assert!(layers.above(&mask).unwrap().is_empty());
         assert!(!mask.exists());
         fs::write(upper.join("old"), "").unwrap();
         if !nix::unistd::geteuid().is_root() {
             eprintln!("skipped: only root can make the mark of a deleted file");
             return;
         }
-        let all = layers.all(&mask).unwrap();
-        assert_eq!(all, [mask.clone(), upper.clone(), "/l".into()]);
+        fs::set_permissions(&upper, fs::Permissions::from_mode(0o1777)).unwrap();
+        let above = layers.above(&mask).unwrap();
+        assert_eq!(above, [mask.clone(), upper.clone()]);
+        assert_eq!(mask.metadata().unwrap().mode() & 0o7777, 0o1777);
         assert!(mask.join(DISK_NAME).symlink_metadata().is_ok());
         // Twice, and with another size: the disk keeps its own.
-        assert_eq!(layers.all(&mask).unwrap().len(), 3);
+        assert_eq!(layers.above(&mask).unwrap().len(), 2);
         let disk = open_disk(&upper, 2 << 30).unwrap();
         assert_eq!(disk.file.metadata().unwrap().len(), 1 << 30);
     }

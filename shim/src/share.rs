@@ -73,7 +73,7 @@ impl SharedDirectory {
         let mounted = match rootfs {
             Rootfs::Image(_) => Ok(()),
             Rootfs::Directory(ready) => bind(ready, &target, true),
-            Rootfs::Layers(layers) => self.mount_layers(layers, &target),
+            Rootfs::Layers(layers) => self.mount_layers(layers, id, &target),
             Rootfs::Mounted(mounts) => mounts
                 .iter()
                 .try_for_each(|described| mount_described(described, &target)),
@@ -83,12 +83,47 @@ impl SharedDirectory {
     }
 
     /// Mounts layers, read-only.
-    fn mount_layers(&self, layers: &Layers, target: &Path) -> io::Result<()> {
-        let all = layers.all(&self.path.with_file_name("mask"))?;
-        if let [layer] = all.as_slice() {
-            bind(layer, target, false)?;
+    fn mount_layers(&self, layers: &Layers, id: &str, target: &Path) -> io::Result<()> {
+        let mut all = layers.above(&self.path.with_file_name("mask"))?;
+        if let (true, [layer]) = (all.is_empty(), layers.lower.as_slice()) {
+            match &layers.id_map {
+                Some(map) => map.bind(layer, target, false, false)?,
+                None => bind(layer, target, false)?,
+            }
             return make_read_only(target);
         }
+        let mapped = self.mapped(layers, id)?;
+        all.extend_from_slice(if mapped.is_empty() {
+            &layers.lower
+        } else {
+            &mapped
+        });
+        self.overlay(&all, layers.user_attributes, target)?;
+        // The overlay has mounts of its own of them.
+        mapped.iter().try_for_each(|path| {
+            unmount(path)?;
+            fs::remove_dir(path)
+        })
+    }
+
+    /// The lower layers with mapped owners, mounted: overlayfs takes no mount that is attached
+    /// nowhere. In the shared directory, whose end is the end of every mount in it.
+    fn mapped(&self, layers: &Layers, id: &str) -> io::Result<Vec<PathBuf>> {
+        let Some(map) = &layers.id_map else {
+            return Ok(Vec::new());
+        };
+        let numbered = layers.lower.iter().enumerate();
+        let mount = |(number, layer): (usize, &PathBuf)| {
+            let path = self.container(id).join(format!("layer-{number}"));
+            fs::create_dir_all(&path)?;
+            map.bind(layer, &path, false, false)?;
+            make_read_only(&path)?;
+            Ok(path)
+        };
+        numbered.map(mount).collect()
+    }
+
+    fn overlay(&self, all: &[PathBuf], user_attributes: bool, target: &Path) -> io::Result<()> {
         // By descriptor: paths of many layers would not fit the one page that mount(2) takes, nor
         // could they hold a colon.
         let opened = all
@@ -99,11 +134,7 @@ impl SharedDirectory {
             .iter()
             .map(|layer| format!("/proc/self/fd/{}", layer.as_raw_fd()))
             .collect();
-        let attributes = if layers.user_attributes {
-            ",userxattr"
-        } else {
-            ""
-        };
+        let attributes = if user_attributes { ",userxattr" } else { "" };
         let data = format!("lowerdir={}{attributes}", paths.join(":"));
         Ok(mount(
             Some("overlay"),
@@ -134,7 +165,10 @@ impl SharedDirectory {
             }
             File::create(&target)?;
         }
-        bind(&share.source, &target, share.recursive)?;
+        match &share.id_map {
+            Some((map, all)) => map.bind(&share.source, &target, share.recursive, *all)?,
+            None => bind(&share.source, &target, share.recursive)?,
+        }
         // Mounts that appear in the source later come along, and nothing goes back.
         propagate(&target, MsFlags::MS_SLAVE)?;
         propagate(&target, MsFlags::MS_SHARED)?;

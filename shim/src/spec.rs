@@ -11,10 +11,10 @@
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
-    LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, Mount, Spec,
+    LinuxDevice, LinuxDeviceType, LinuxIdMapping, LinuxNamespace, LinuxNamespaceType, Mount, Spec,
 };
 
-use crate::errors::CallError;
+use crate::{errors::CallError, id_map::IdMap};
 
 /// Where the shared directory is mounted in the guest.
 pub(crate) const GUEST_SHARED: &str = "/run/pericarp/shared";
@@ -42,6 +42,8 @@ pub(crate) struct Share {
     pub(crate) name: String,
     /// Submounts come along.
     pub(crate) recursive: bool,
+    /// How owners of files are shown, and whether those of submounts too.
+    pub(crate) id_map: Option<(IdMap, bool)>,
     /// The host itself refuses writes.
     pub(crate) read_only: bool,
 }
@@ -115,10 +117,11 @@ pub(crate) fn translate(
 ) -> Result<Translated, CallError> {
     check(&spec)?;
     let mut shares = Vec::new();
+    let own = Mappings::of(&spec);
     let mounts = spec.mounts_mut().take().unwrap_or_default();
     let mut kept = Vec::with_capacity(mounts.len());
     for mount in mounts {
-        kept.push(translate_mount(mount, id, &mut shares, &source_kind)?);
+        kept.push(translate_mount(mount, id, &own, &mut shares, &source_kind)?);
     }
     spec.set_mounts(Some(kept));
     spec.set_hooks(None);
@@ -174,6 +177,7 @@ fn is_tmpfs(path: &Path) -> bool {
 fn translate_mount(
     mut mount: Mount,
     id: &str,
+    own: &Mappings,
     shares: &mut Vec<Share>,
     source_kind: &impl Fn(&Path) -> SourceKind,
 ) -> Result<Mount, CallError> {
@@ -185,6 +189,7 @@ fn translate_mount(
     if !bind {
         return Ok(mount);
     }
+    let id_map = take_id_map(&mut mount, own);
     let destination = mount.destination().clone();
     let field = format!("mounts[{}].source", destination.display());
     let Some(source) = mount.source().clone() else {
@@ -232,11 +237,49 @@ fn translate_mount(
         source,
         name,
         recursive: options.iter().any(|option| option == "rbind"),
+        id_map,
         read_only: options
             .iter()
             .any(|option| option == "ro" || option == "rro"),
     });
     Ok(mount)
+}
+
+/// Ids of the container's user namespace.
+struct Mappings {
+    uids: Vec<LinuxIdMapping>,
+    gids: Vec<LinuxIdMapping>,
+}
+
+impl Mappings {
+    fn of(spec: &Spec) -> Self {
+        let linux = spec.linux().as_ref();
+        let taken = |mappings: Option<&Option<Vec<LinuxIdMapping>>>| {
+            mappings.cloned().flatten().unwrap_or_default()
+        };
+        Self {
+            uids: taken(linux.map(|linux| linux.uid_mappings())),
+            gids: taken(linux.map(|linux| linux.gid_mappings())),
+        }
+    }
+}
+
+/// Takes what a mount says about the owners of its files: the host maps them, since the guest's
+/// virtio-fs cannot. Mappings of its own come before those of the container (config.md, "Mounts").
+fn take_id_map(mount: &mut Mount, own: &Mappings) -> Option<(IdMap, bool)> {
+    let options = mount.options_mut().get_or_insert_default();
+    let all = options.iter().any(|option| option == "ridmap");
+    let asked = all || options.iter().any(|option| option == "idmap");
+    options.retain(|option| option != "idmap" && option != "ridmap");
+    let uids = mount.uid_mappings().clone().unwrap_or_default();
+    let gids = mount.gid_mappings().clone().unwrap_or_default();
+    mount.set_uid_mappings(None);
+    mount.set_gid_mappings(None);
+    let map = match IdMap::of_mappings(&uids, &gids) {
+        None if asked => IdMap::of_mappings(&own.uids, &own.gids),
+        map => map,
+    };
+    map.map(|map| (map, all))
 }
 
 fn is_pseudo(path: &Path) -> bool {
@@ -397,6 +440,43 @@ mod tests {
         assert_eq!(sources, expected);
         assert!(result.shares[0].read_only && result.shares[0].recursive);
         assert!(!result.shares[1].read_only && !result.shares[1].recursive);
+    }
+
+    #[test]
+    fn the_host_maps_the_owners_of_shared_files() {
+        let map = json!([{"containerID": 0, "hostID": 65536, "size": 65536}]);
+        let mounts = json!([
+            {"destination": "/a", "type": "bind", "source": "/a", "options": ["rbind"],
+             "uidMappings": map, "gidMappings": map},
+            {"destination": "/b", "type": "bind", "source": "/b", "options": ["rbind", "ridmap"]},
+            {"destination": "/c", "type": "bind", "source": "/c", "options": ["rbind"]}
+        ]);
+        let mut spec = container(mounts);
+        let own: Vec<LinuxIdMapping> =
+            serde_json::from_value(json!([{"containerID": 0, "hostID": 7, "size": 9}])).unwrap();
+        let linux = spec.linux_mut().as_mut().unwrap();
+        linux.set_uid_mappings(Some(own.clone()));
+        linux.set_gid_mappings(Some(own.clone()));
+        let result = translate(spec, "c", |_| SourceKind::Directory).unwrap();
+        let found: Vec<_> = result.shares.iter().map(|share| &share.id_map).collect();
+        let first = IdMap::of_options("0:65536:65536", "0:65536:65536").unwrap();
+        let second = IdMap::of_mappings(&own, &own).unwrap();
+        assert_eq!(found, [&Some((first, false)), &Some((second, true)), &None]);
+        for mount in result.spec.mounts().as_ref().unwrap() {
+            let options = mount.options().as_ref().unwrap();
+            assert!(mount.uid_mappings().is_none() && mount.gid_mappings().is_none());
+            assert!(!options.iter().any(|option| option.ends_with("idmap")));
+        }
+        // The container's own namespace has them still.
+        assert!(
+            result
+                .spec
+                .linux()
+                .as_ref()
+                .unwrap()
+                .uid_mappings()
+                .is_some()
+        );
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `clone3(2)` as a fork into new namespaces whose child belongs to the caller's parent.
+//! `clone3(2)` as a fork, into new namespaces and with a child that belongs to the caller's parent.
 //!
 //! `fork` of the C library cannot say `CLONE_PARENT`, and its `clone` wants a stack of its own.
 
@@ -28,6 +28,18 @@ pub enum Forked {
 /// `EINVAL` for the first process of a PID namespace, `EBUSY` when the process has other threads;
 /// else the kernel's.
 pub fn fork_sibling(flags: u64) -> io::Result<Forked> {
+    fork(flags | i64::from(libc::CLONE_PARENT).cast_unsigned(), 0)
+}
+
+/// Forks a child, which the caller collects ([`crate::pidfd::collect`]).
+///
+/// # Errors
+/// `EBUSY` when the process has other threads; else the kernel's.
+pub fn fork_child() -> io::Result<Forked> {
+    fork(0, libc::SIGCHLD)
+}
+
+fn fork(flags: u64, exit_signal: i32) -> io::Result<Forked> {
     if !is_single_threaded() {
         return Err(io::Error::from_raw_os_error(libc::EBUSY));
     }
@@ -35,8 +47,8 @@ pub fn fork_sibling(flags: u64) -> io::Result<Forked> {
     // SAFETY: all-zero bytes are a valid `clone_args`: no flags, no stack of its own (as fork
     // does), no pointers.
     let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-    let own = i64::from(libc::CLONE_PARENT) | i64::from(libc::CLONE_PIDFD);
-    arguments.flags = flags | own.cast_unsigned();
+    arguments.flags = flags | i64::from(libc::CLONE_PIDFD).cast_unsigned();
+    arguments.exit_signal = i64::from(exit_signal).cast_unsigned();
     arguments.pidfd = (&raw mut pidfd).expose_provenance() as u64;
     // SAFETY:
     // - Without CLONE_VM the child has a copy of this memory, its stack included, so both return

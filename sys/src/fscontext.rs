@@ -115,6 +115,13 @@ impl FsContext {
 #[derive(Debug)]
 pub struct DetachedMount(OwnedFd);
 
+/// Takes a descriptor that another process made so and passed on.
+impl From<OwnedFd> for DetachedMount {
+    fn from(mount: OwnedFd) -> Self {
+        Self(mount)
+    }
+}
+
 impl DetachedMount {
     /// Clones the mount at `path`, with all mounts beneath it when `recursive`, as a bind mount
     /// would.

@@ -11,6 +11,7 @@ pub mod fscontext;
 pub mod guest;
 pub mod guest_io;
 pub mod tap;
+pub mod user_namespace;
 pub mod vhost_net;
 
 pub mod attributes;

@@ -171,6 +171,39 @@ fn a_container_cannot_write_more_than_its_disk_holds() {
     assert!(said.contains("No space left on device"), "{said}");
 }
 
+#[test]
+fn a_pod_has_users_of_its_own() {
+    let Some(node) = node("storage-users") else {
+        return;
+    };
+    let containerd = node.containerd(Version::V23).unwrap();
+    let before = Leftovers::look(&node).unwrap();
+    let map = json!([{"container_id": 0, "host_id": 65536, "length": 65536}]);
+    let options = json!({"userns_options": {"mode": 0, "uids": map, "gids": map}});
+    let context = json!({"security_context": {"namespace_options": options}});
+    let mut config = pod_config("users");
+    config["linux"] = context.clone();
+    let pod = containerd.run_pod(&node, HANDLER, &config).unwrap();
+    node.shell("mkdir -p /run/users; echo old >/run/users/old; chown 1000:1001 /run/users/old")
+        .unwrap();
+    let mut config = container_config("c", BUSYBOX, WAIT);
+    config["linux"] = context;
+    config["mounts"] = json!([{"host_path": "/run/users", "container_path": "/volume",
+                               "uidMappings": map, "gidMappings": map}]);
+    let container = containerd.run_container(&node, &pod, &config).unwrap();
+    let inside = |line: &str| shell(&node, &containerd, &container, line).unwrap();
+    let ids = inside("tr -s ' ' </proc/self/uid_map; tr -s ' ' </proc/self/gid_map; id -u");
+    assert_eq!(ids, " 0 65536 65536\n 0 65536 65536\n0");
+    let owners = inside("touch /new; stat -c %u:%g / /bin/busybox /new /volume/old");
+    assert_eq!(owners, "0:0\n0:0\n0:0\n1000:1001");
+    inside("echo new >/volume/new; chown 7:8 /volume/old");
+    let owners = node.shell("stat -c %u:%g /run/users/new /run/users/old");
+    assert_eq!(owners.unwrap(), "0:0\n7:8\n");
+    containerd.remove_pod(&node, &pod).unwrap();
+    node.shell("rm -r /run/users").unwrap();
+    Leftovers::nothing_since(&node, &before).unwrap();
+}
+
 /// Runs a second containerd, without the CRI, whose blockfile snapshotter has a blank file system
 /// to start from, and a container on each of its snapshotters.
 const SNAPSHOTTERS: &str = r#"

@@ -13,7 +13,7 @@
 use std::{
     ffi::CString,
     io,
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -441,12 +441,24 @@ fn mount_overlay(
             ("overlay.upper", "upperdir", &overlay.upper),
             ("overlay.work", "workdir", &overlay.work),
         ] {
+            let is_new = field == "overlay.upper" && !Path::new(path).exists();
             Target::new(field, Path::new(path))?.open(Missing::Directory)?;
+            if is_new && let Some(lower) = overlay.lower.first() {
+                look_like(Path::new(path), Path::new(lower))
+                    .map_err(StorageError::kernel("set the owner of", path))?;
+            }
             maker.set(key, Some(path))?;
         }
     }
     maker.set_all(options)?;
     maker.mount(options, target)
+}
+
+/// The topmost directory is the root that the container sees: its owner and mode are the image's.
+fn look_like(upper: &Path, lower: &Path) -> io::Result<()> {
+    let root = std::fs::metadata(lower.join("."))?;
+    std::os::unix::fs::chown(upper, Some(root.uid()), Some(root.gid()))?;
+    std::fs::set_permissions(upper, root.permissions())
 }
 
 fn mount_scratch(

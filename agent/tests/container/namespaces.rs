@@ -219,6 +219,21 @@ fn a_user_namespace_works_with_namespaces_that_it_does_not_own() {
 }
 
 #[test]
+fn a_user_namespace_sees_the_processes_of_a_pid_namespace_that_it_does_not_own() {
+    let first = Place::new().sleeping();
+    let mut place = Place::new();
+    place.user_namespace();
+    let path = format!("/proc/{}/ns/pid", first.pid);
+    place.namespace(json!({"type": "pid", "path": path}));
+    let outcome = place.sh("id -u; readlink /proc/self/ns/pid; [ $$ = 1 ] || ls -d /proc/1");
+    let joined = std::fs::read_link(&path).unwrap();
+    assert_eq!(
+        outcome.stdout,
+        format!("0\n{}\n/proc/1\n", joined.display())
+    );
+}
+
+#[test]
 fn a_user_namespace_is_joined_with_those_that_it_owns() {
     let mut first = Place::new();
     first.user_namespace();

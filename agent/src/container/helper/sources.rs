@@ -7,7 +7,6 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::{Read, Write},
     os::{
         fd::{AsFd, OwnedFd},
         unix::{fs::OpenOptionsExt, net::UnixStream},
@@ -22,21 +21,22 @@ use nix::{
 };
 use oci_spec::runtime::LinuxNamespaceType;
 use pericarp_sys::{
-    clone::{Forked, fork_sibling},
+    clone::{Forked, fork_child},
     fscontext::{DetachedMount, FsContext},
-    mount_tree,
+    mount_tree, pidfd, user_namespace,
 };
 
 use super::{
     super::{
         error::ContainerError,
+        message,
         plan::{
             ContainerPlan, IdMapping,
             devices::DevicePlan,
             mounts::{IdMap, MountPlan, Source},
         },
     },
-    Step, builder, rootfs,
+    Step, rootfs,
 };
 
 /// Mounts that wait to be attached.
@@ -95,15 +95,21 @@ impl Sources {
                 continue;
             };
             let shows = match kind.as_str() {
+                "proc" => LinuxNamespaceType::Pid,
                 "sysfs" => LinuxNamespaceType::Network,
                 "mqueue" => LinuxNamespaceType::Ipc,
                 "cgroup2" => LinuxNamespaceType::Cgroup,
                 _ => continue,
             };
-            if !plan.namespaces.is_new(shows) {
-                self.file_systems
-                    .insert(index, rootfs::make_file_system(mount)?);
+            if plan.namespaces.is_new(shows) {
+                continue;
             }
+            let made = if shows == LinuxNamespaceType::Pid {
+                made_by_a_child(mount)?
+            } else {
+                rootfs::make_file_system(mount)?
+            };
+            self.file_systems.insert(index, made);
         }
         Ok(())
     }
@@ -162,23 +168,40 @@ fn mapped_namespace(plan: &ContainerPlan, id_map: &IdMap) -> Result<OwnedFd, Con
     };
     let uid_mappings = pick(&id_map.uid_mappings, &plan.namespaces.uid_mappings);
     let gid_mappings = pick(&id_map.gid_mappings, &plan.namespaces.gid_mappings);
-    let (near, mut far) = UnixStream::pair().step("create", "a socket pair")?;
-    let flags = i64::from(libc::CLONE_NEWUSER).cast_unsigned();
-    match fork_sibling(flags).step("create", "a user namespace for id-mapped mounts")? {
+    let [uids, gids] = [uid_mappings, gid_mappings].map(|mappings| IdMapping::lines(&mappings));
+    user_namespace::with_maps(&uids, &gids).step(
+        "create",
+        format!("a user namespace that maps {uids:?} and {gids:?}"),
+    )
+}
+
+/// A process that joins a PID namespace stays outside, and procfs shows its maker's.
+fn made_by_a_child(mount: &MountPlan) -> Result<DetachedMount, ContainerError> {
+    let object = || format!("{} in the PID namespace", mount.field);
+    let (near, far) = UnixStream::pair().step("create", "a socket pair")?;
+    match fork_child().step("make", object())? {
         Forked::New => {
-            drop(near);
-            let _ = far.read(&mut [0]);
+            let made = rootfs::make_file_system(mount);
+            let fds: Vec<_> = made.iter().map(DetachedMount::as_fd).collect();
+            let answer = made.as_ref().map(|_| ()).map_err(Clone::clone);
+            // Nobody is left to be told of a failure.
+            let _ = message::send(&far, &answer, &fds);
             std::process::exit(0)
         }
-        Forked::Caller { pid, .. } => {
+        Forked::Caller { pidfd, .. } => {
             drop(far);
-            builder::map_ids(pid, &uid_mappings, &gid_mappings)?;
-            let path = format!("/proc/{pid}/ns/user");
-            let namespace = File::open(&path).step("open", path)?;
-            (&near)
-                .write_all(&[0])
-                .step("write", "the process of a user namespace")?;
-            Ok(namespace.into())
+            let answer = message::receive(&near, message::REPORT_BYTES_MAX);
+            pidfd::collect(&pidfd).step("collect", "a process")?;
+            let gone = || ContainerError::Helper {
+                reason: format!("nobody made {}", object()),
+            };
+            let (made, fds): (Result<(), ContainerError>, _) =
+                answer.step("make", object())?.ok_or_else(gone)?;
+            made?;
+            fds.into_iter()
+                .next()
+                .map(DetachedMount::from)
+                .ok_or_else(gone)
         }
     }
 }
