@@ -12,11 +12,15 @@ use std::{
 };
 
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType};
+use pericarp_protocol::limits::DRIVER_SECONDS_MAX;
 
 use crate::{files, uevents::Uevents};
 
 /// How long a device that the host added may take to appear.
 const DEVICE_WAIT: Duration = Duration::from_secs(10);
+
+/// How long the driver of a function that is passed through may take.
+const DRIVER_WAIT: Duration = Duration::from_secs(DRIVER_SECONDS_MAX);
 
 /// Entries of one directory of sysfs that are looked at.
 const ENTRIES_MAX: usize = 65536;
@@ -44,6 +48,16 @@ pub(crate) enum DeviceError {
     Missing {
         /// "block device", "partition 2".
         what: String,
+        /// Where.
+        address: PciAddress,
+    },
+    /// Nothing in the guest drives it.
+    #[error("no driver of the guest's kernel has made a device of function {address} ({model}) \
+        within {} seconds: choose a kernel that has one (paths.kernel), such as that of \
+        FLAVOUR=passthrough", DRIVER_WAIT.as_secs())]
+    Driver {
+        /// Vendor and device.
+        model: String,
         /// Where.
         address: PciAddress,
     },
@@ -127,30 +141,16 @@ pub(crate) struct BlockNode {
 
 /// The disk on a function, or its partition when `partition` is not 0. Waits until it is there.
 pub(crate) fn block_device(address: &PciAddress, partition: u32) -> Result<BlockNode, DeviceError> {
-    let not_heard = |source| DeviceError::Kernel {
-        path: "the uevent socket".into(),
-        source,
-    };
-    let uevents = Uevents::new().map_err(not_heard)?;
-    let deadline = Instant::now() + DEVICE_WAIT;
-    if !address.directory().exists() {
-        write("/sys/bus/pci/rescan", "1")?;
-    }
-    loop {
-        if let Some(node) = find_block_device(address, partition)? {
-            return Ok(node);
-        }
-        if !uevents.wait(deadline).map_err(not_heard)? {
-            let what = match partition {
-                0 => "block device".to_owned(),
-                number => format!("partition {number}"),
-            };
-            return Err(DeviceError::Missing {
-                what,
-                address: address.clone(),
-            });
-        }
-    }
+    let found = await_device(address, DEVICE_WAIT, |address| {
+        find_block_device(address, partition)
+    })?;
+    found.ok_or_else(|| DeviceError::Missing {
+        what: match partition {
+            0 => "block device".to_owned(),
+            number => format!("partition {number}"),
+        },
+        address: address.clone(),
+    })
 }
 
 fn find_block_device(
@@ -189,8 +189,80 @@ fn find_block_device(
     Ok(parse_number(&text).map(|(major, minor)| BlockNode { path, major, minor }))
 }
 
-/// Every device node of a function, as entries for a container's `/dev`.
-pub(crate) fn nodes(address: &PciAddress) -> Result<Vec<LinuxDevice>, DeviceError> {
+/// Base classes of PCI (code and ID assignment 1.11 §1) whose functions are of no use without a
+/// driver: storage, network, display.
+const STORAGE: u32 = 0x01;
+const NETWORK: u32 = 0x02;
+const DISPLAY: u32 = 0x03;
+
+/// A driver whose nodes a program of its vendor makes, long after the driver is there.
+const MAKES_NO_NODES: &str = "nvidia";
+
+/// Every device node of a function that the host passes through, as entries for a container's
+/// `/dev`, once its driver has made them. Functions of other kinds than storage, network and
+/// display are taken as they are: they come along with others, such as the sound of a display.
+pub(crate) fn passed_through(address: &PciAddress) -> Result<Vec<LinuxDevice>, DeviceError> {
+    let directory = address.directory();
+    let mut base = 0;
+    let mut nodes_now = Vec::new();
+    await_device(address, DRIVER_WAIT, |_| {
+        if !directory.exists() {
+            return Ok(None);
+        }
+        let class = files::read(directory.join("class")).unwrap_or_default();
+        base = u32::from_str_radix(class.trim().trim_start_matches("0x"), 16).unwrap_or(0) >> 16;
+        let driver = fs::read_link(directory.join("driver")).ok();
+        nodes_now = nodes(address)?;
+        let ready = match (base, driver) {
+            (NETWORK, driver) => driver.is_some(),
+            (STORAGE | DISPLAY, None) => false,
+            (STORAGE, Some(_)) => nodes_now
+                .iter()
+                .any(|node| node.typ() == LinuxDeviceType::B),
+            (DISPLAY, Some(driver)) => driver.ends_with(MAKES_NO_NODES) || !nodes_now.is_empty(),
+            _ => true,
+        };
+        Ok(ready.then_some(()))
+    })?
+    .ok_or_else(|| {
+        let id = |file| files::read(directory.join(file)).unwrap_or_default();
+        let id = |file| id(file).trim().trim_start_matches("0x").to_owned();
+        DeviceError::Driver {
+            model: format!("{}:{}", id("vendor"), id("device")),
+            address: address.clone(),
+        }
+    })?;
+    Ok(nodes_now)
+}
+
+/// Looks with `look` until it finds what it wants, whenever the kernel announces something; `None`
+/// when `wait` has passed. A function that is not there yet is looked for first.
+fn await_device<T>(
+    address: &PciAddress,
+    wait: Duration,
+    mut look: impl FnMut(&PciAddress) -> Result<Option<T>, DeviceError>,
+) -> Result<Option<T>, DeviceError> {
+    let not_heard = |source| DeviceError::Kernel {
+        path: "the uevent socket".into(),
+        source,
+    };
+    let uevents = Uevents::new().map_err(not_heard)?;
+    let deadline = Instant::now() + wait;
+    if !address.directory().exists() {
+        write("/sys/bus/pci/rescan", "1")?;
+    }
+    loop {
+        if let Some(found) = look(address)? {
+            return Ok(Some(found));
+        }
+        if !uevents.wait(deadline).map_err(not_heard)? {
+            return Ok(None);
+        }
+    }
+}
+
+/// Every device node of a function.
+fn nodes(address: &PciAddress) -> Result<Vec<LinuxDevice>, DeviceError> {
     let directory = address.directory();
     let root = fs::canonicalize(&directory).map_err(|_| DeviceError::Unknown(address.clone()))?;
     let mut nodes = Vec::new();

@@ -19,6 +19,8 @@ pub(crate) enum Command {
     Check(CheckArguments),
     /// Check or explain the configuration.
     Config(ConfigArguments),
+    /// Offer devices of this host to the kubelet, as devices.resources of the configuration says.
+    DevicePlugin(DevicePluginArguments),
     /// List the pods that run in virtual machines on this node.
     List(ListArguments),
     /// Print the version.
@@ -67,6 +69,21 @@ pub(crate) enum ConfigCommand {
     Reference,
     /// Print an example with every key and its default (deploy/config.toml).
     Example,
+}
+
+/// Arguments of `device-plugin`.
+#[derive(Debug, Args)]
+pub(crate) struct DevicePluginArguments {
+    /// Configuration file to use instead of /etc/pericarp/config.toml.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// The kubelet's folder of device plugins.
+    #[arg(
+        long,
+        value_name = "DIRECTORY",
+        default_value = "/var/lib/kubelet/device-plugins"
+    )]
+    pub(crate) folder: PathBuf,
 }
 
 /// Arguments of `list`.

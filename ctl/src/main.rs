@@ -1,11 +1,12 @@
 //! `pericarp`, the node operator's command: says whether the node can run pods, checks the
-//! configuration, lists pods.
+//! configuration, lists pods, offers devices to the kubelet.
 //!
 //! It changes nothing. Exit status: 0 all right, 1 something has to be done, 2 wrong usage.
 
 mod check;
 mod cli;
 mod config_command;
+mod device_plugin;
 mod elf;
 mod pods;
 
@@ -22,6 +23,9 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Check(arguments) => check::run(&arguments, &mut out),
         Command::Config(arguments) => config_command::run(&arguments, &mut out),
+        Command::DevicePlugin(arguments) => {
+            device_plugin::run(&arguments, &mut out).map(|()| ExitCode::SUCCESS)
+        }
         Command::List(arguments) => pods::run(&arguments, &mut out).map(|()| ExitCode::SUCCESS),
         Command::Version => writeln!(out, "pericarp {}", env!("CARGO_PKG_VERSION"))
             .map_err(Into::into)

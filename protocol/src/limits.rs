@@ -27,6 +27,10 @@ pub const EXECS_MAX: usize = 1024;
 /// Events that wait for the host before the oldest kind is folded into one.
 pub const EVENTS_PENDING_MAX: usize = 256;
 
+/// Seconds that a driver of the guest may take to make the devices of a function that is passed
+/// through: firmware of large ones takes its time.
+pub const DRIVER_SECONDS_MAX: u64 = 30;
+
 /// Bytes of the guest's kernel log that a diagnosis carries.
 pub const KERNEL_LOG_BYTES_MAX: usize = 256 << 10;
 

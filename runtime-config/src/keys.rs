@@ -8,8 +8,9 @@
 use std::path::PathBuf;
 
 use crate::choice::{CpuModel, HugePages, LogLevel, VirtiofsCache};
-use crate::kind::{CpuFeature, Item, Kind, PciSelector, Setting, Value};
+use crate::kind::{CpuFeature, Item, Kind, Setting, Value};
 use crate::nearest::nearest;
+use crate::pci::{DeviceResource, PciSelector};
 use crate::table::{pod, settings};
 
 /// Most vCPUs of one VM. KVM allows more, but each is a thread, a stack and a row in the guest's
@@ -161,6 +162,13 @@ settings! {
         virtiofs_threads: u32 = integer("", 0, 64), "0", pod;
     }
 
+    /// Devices of the host.
+    devices: Devices {
+        /// What `pericarp device-plugin` offers to the kubelet: a name and the functions that are
+        /// meant. Pods ask for it as `pericarp.dev/<name>`.
+        resources: Vec<DeviceResource> = list(Item::DeviceResource, 64), "", node;
+    }
+
     /// How long to wait before a pod is declared broken.
     timeouts: Timeouts {
         /// From the VMM's start to the agent's first word.
@@ -174,8 +182,8 @@ settings! {
         /// Keys that pods may override by annotation, such as "vm.default_memory_mib". Nothing is
         /// allowed unless it is named here.
         allowed_annotations: Vec<String> = list(Item::Overridable, 64), "", node;
-        /// Host PCI devices that pods may be given, by address or by vendor and device id. None can
-        /// be given yet: as long as one is named here, every pod is refused.
+        /// Host PCI devices that pods may be given, by address or by vendor and device id. All
+        /// functions of an IOMMU group go together, and each must be named.
         passthrough_devices: Vec<PciSelector> = list(Item::PciDevice, 256), "", node;
         /// First user and group id of the VMMs. Each VM takes one of its own, so that one VMM
         /// cannot reach another; nothing else on the node may use these ids.

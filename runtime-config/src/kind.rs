@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::choice::{CpuModel, HugePages, LogLevel, VirtiofsCache};
 use crate::keys;
+use crate::pci::{DeviceResource, PciSelector};
 
 /// Longest text of one value in bytes, a path included (Linux's PATH_MAX).
 pub const TEXT_BYTES_MAX: usize = 4096;
@@ -53,6 +54,8 @@ pub enum Item {
     CpuFeature,
     /// A PCI address or a vendor and device id.
     PciDevice,
+    /// Functions that the device plugin offers under a name.
+    DeviceResource,
     /// A key that a pod may override.
     Overridable,
 }
@@ -164,6 +167,7 @@ fn check_list(kind: Kind, item: Item, items_max: usize, items: &[String]) -> Res
         let good = match item {
             Item::CpuFeature => CpuFeature::parse(text).is_some(),
             Item::PciDevice => PciSelector::parse(text).is_some(),
+            Item::DeviceResource => DeviceResource::parse(text).is_some(),
             Item::Overridable => keys::key(text).is_some_and(|key| key.pod_may_override),
         };
         if !good {
@@ -223,6 +227,10 @@ impl fmt::Display for Item {
             Self::PciDevice => {
                 "PCI devices, each \"0000:3b:00.0\" (address) or \"10de:2331\" (vendor:device)"
             }
+            Self::DeviceResource => {
+                "resources, each \"gpu=class:03\" (class), \"gpu=vendor:10de\" (vendor), \
+                 \"gpu=10de:2331\" (vendor:device) or \"gpu=0000:3b:00.0\" (address)"
+            }
             Self::Overridable => "keys that a pod may override",
         })
     }
@@ -271,66 +279,6 @@ impl CpuFeature {
     }
 }
 
-/// Host PCI devices that pods may be given.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PciSelector {
-    /// One function by its place: domain, bus, device, function.
-    Address {
-        /// PCI segment.
-        domain: u16,
-        /// Bus number.
-        bus: u8,
-        /// Device number, below 32.
-        device: u8,
-        /// Function number, below 8.
-        function: u8,
-    },
-    /// Every function of a model.
-    Model {
-        /// Vendor id.
-        vendor: u16,
-        /// Device id.
-        device: u16,
-    },
-}
-
-impl PciSelector {
-    /// Reads `0000:3b:00.0` or `10de:2331` (lower-case hexadecimal, all digits written).
-    #[must_use]
-    pub fn parse(text: &str) -> Option<Self> {
-        let parts: Vec<&str> = text.split([':', '.']).collect();
-        match (text.len(), parts.as_slice()) {
-            (12, [domain, bus, device, function]) if text.as_bytes()[10] == b'.' => {
-                let device = u8::try_from(hex(device, 2)?)
-                    .ok()
-                    .filter(|number| *number < 32)?;
-                let function = u8::try_from(hex(function, 1)?)
-                    .ok()
-                    .filter(|number| *number < 8)?;
-                let bus = u8::try_from(hex(bus, 2)?).ok()?;
-                Some(Self::Address {
-                    domain: hex(domain, 4)?,
-                    bus,
-                    device,
-                    function,
-                })
-            }
-            (9, [vendor, device]) if text.as_bytes()[4] == b':' => Some(Self::Model {
-                vendor: hex(vendor, 4)?,
-                device: hex(device, 4)?,
-            }),
-            _ => None,
-        }
-    }
-}
-
-fn hex(text: &str, digits: usize) -> Option<u16> {
-    let good = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
-    (text.len() == digits && text.bytes().all(good))
-        .then(|| u16::from_str_radix(text, 16).ok())
-        .flatten()
-}
-
 /// A type that a field of [`keys::Settings`] can have.
 pub(crate) trait Setting: Sized {
     /// The field's value of a checked [`Value`]; `None` when the table pairs a kind with another
@@ -369,4 +317,7 @@ setting!(Vec<CpuFeature>, Value::List(values) => {
 });
 setting!(Vec<PciSelector>, Value::List(values) => {
     values.iter().map(|text| PciSelector::parse(text)).collect()
+});
+setting!(Vec<DeviceResource>, Value::List(values) => {
+    values.iter().map(|text| DeviceResource::parse(text)).collect()
 });

@@ -22,6 +22,7 @@ pub mod kind;
 pub mod load;
 pub mod nearest;
 pub mod options;
+pub mod pci;
 pub mod problem;
 pub mod raw;
 pub mod reference;
@@ -32,9 +33,10 @@ pub use annotations::{ANNOTATION_PREFIX, AnnotationError};
 pub use choice::{CpuModel, HugePages, LogLevel, VirtiofsCache};
 pub use config::{Config, FlavourError, PodConfig};
 pub use keys::{KEYS, Settings, Storage};
-pub use kind::{CpuFeature, PciSelector};
+pub use kind::CpuFeature;
 pub use load::LoadError;
 pub use options::RuntimeOptions;
+pub use pci::{DeviceResource, PciSelector};
 pub use sizing::{
     CPU_PERIOD_ANNOTATION, CPU_QUOTA_ANNOTATION, CPU_SHARES_ANNOTATION, Demand, HostCapacity,
     MEMORY_ANNOTATION, Sizing, SizingError,

@@ -88,6 +88,14 @@ impl Agent {
         &self.client
     }
 
+    /// The same agent, whose calls may take `more` time.
+    pub(crate) fn with_more_time(&self, more: Duration) -> Self {
+        Self {
+            call_limit: self.call_limit + more,
+            ..self.clone()
+        }
+    }
+
     /// A context with the usual deadline.
     pub(crate) fn context(&self) -> Context {
         ttrpc::context::with_duration(self.call_limit)

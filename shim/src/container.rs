@@ -40,6 +40,7 @@ use crate::{
     cri,
     disk::Disk,
     errors::CallError,
+    passthrough::{self, Plugged},
     pod::Pod,
     process::{Exit, LOST_STATUS, Process},
     rootfs::{self, Rootfs},
@@ -70,6 +71,8 @@ pub(crate) struct Container {
     sample: Mutex<Option<Sample>>,
     /// The disk that its root file system is on.
     disk: Mutex<Option<Disk>>,
+    /// Functions of the host that it has.
+    functions: Mutex<Vec<Plugged>>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
 }
 
@@ -85,6 +88,12 @@ impl Container {
 
     fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn functions(&self) -> MutexGuard<'_, Vec<Plugged>> {
+        self.functions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn disk(&self) -> MutexGuard<'_, Option<Disk>> {
@@ -198,6 +207,7 @@ pub(crate) async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Resul
         paused: AtomicBool::new(false),
         sample: Mutex::default(),
         disk: Mutex::default(),
+        functions: Mutex::default(),
         execs: Mutex::default(),
     });
     reserve(pod, &container)?;
@@ -287,18 +297,11 @@ async fn build(
     share(pod, id, &rootfs, translated.shares).await?;
     let attached = rootfs::attach(pod, id, &rootfs, cache).await?;
     *container.disk() = attached.disk;
+    let functions = plug(pod, container, translated.groups).await?;
     if let Some(root) = translated.spec.root_mut() {
         root.set_path(attached.path);
     }
-    let oci_spec = serde_json::to_vec(&translated.spec)
-        .map_err(|error| CallError::host("OCI specification", error))?;
-    if oci_spec.len() > OCI_SPEC_BYTES_MAX {
-        let reason = format!(
-            "OCI specification of {} bytes is above {OCI_SPEC_BYTES_MAX}",
-            oci_spec.len()
-        );
-        return Err(CallError::Invalid(reason));
-    }
+    let oci_spec = encode(&translated.spec)?;
     let ends = HostEnds::open(&container.init.paths, id, &pod.namespace)
         .await
         .map_err(|error| CallError::Invalid(error.to_string()))?;
@@ -319,13 +322,41 @@ async fn build(
             Some(Joined::Container(target)) => target,
             _ => String::new(),
         },
+        device_pci_addresses: functions.iter().map(|one| one.address.clone()).collect(),
         ..Default::default()
     };
-    agent_call!(pod.agent, create_container, &create)?;
+    let agent = passthrough::patient(&pod.agent, &functions);
+    agent_call!(agent, create_container, &create)
+        .map_err(|error| passthrough::explain(error, &functions))?;
     container
         .init
         .created(Some(Copying::start(ends, opened.ends)));
     Ok(())
+}
+
+/// Plugs the functions of `groups` in for a container, which has them from then on.
+async fn plug(
+    pod: &Arc<Pod>,
+    container: &Container,
+    groups: Vec<u32>,
+) -> Result<Vec<Plugged>, CallError> {
+    for group in groups {
+        let plugged = passthrough::plug(pod, group).await?;
+        container.functions().extend(plugged);
+    }
+    Ok(container.functions().clone())
+}
+
+fn encode(spec: &oci_spec::runtime::Spec) -> Result<Vec<u8>, CallError> {
+    let bytes =
+        serde_json::to_vec(spec).map_err(|error| CallError::host("OCI specification", error))?;
+    if bytes.len() > OCI_SPEC_BYTES_MAX {
+        return Err(CallError::Invalid(format!(
+            "OCI specification of {} bytes is above {OCI_SPEC_BYTES_MAX}",
+            bytes.len()
+        )));
+    }
+    Ok(bytes)
 }
 
 /// Whose PID namespace a container joins.
@@ -585,6 +616,10 @@ async fn delete_claimed(
 
 /// Takes back what of the host the container had; the guest has let go of it.
 async fn release(pod: &Arc<Pod>, container: &Container) -> Result<(), CallError> {
+    let functions = std::mem::take(&mut *container.functions());
+    for function in functions {
+        function.unplug(pod).await;
+    }
     let disk = container.disk().take();
     if let Some(disk) = disk {
         disk.unplug(pod).await;

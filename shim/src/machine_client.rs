@@ -72,6 +72,14 @@ impl Machine {
         })
     }
 
+    /// The same machine, whose answers may take `more` time.
+    pub(crate) fn with_more_time(&self, more: Duration) -> Self {
+        Self {
+            limit: self.limit + more,
+            ..self.clone()
+        }
+    }
+
     /// Sends `request` and waits for its answer.
     pub(crate) async fn request(
         &self,

@@ -27,6 +27,7 @@ mod logger;
 mod machine_client;
 mod network;
 mod options;
+mod passthrough;
 mod pod;
 mod port_forward;
 mod process;

@@ -54,7 +54,9 @@ use crate::{
     journal::{self, Entry, Journal},
     launch::{Launch, Launched, entropy, launch},
     machine_client::Machine,
-    network, port_forward,
+    network,
+    passthrough::Passthrough,
+    port_forward,
     process::{Exit, LOST_STATUS},
     share::{self, SharedDirectory},
     spec,
@@ -116,6 +118,8 @@ pub(crate) struct Pod {
     pub(crate) storage: StorageSettings,
     stand_in: StandIn,
     network_namespace: Option<PathBuf>,
+    /// What gives it functions of the host.
+    pub(crate) passthrough: Passthrough,
     exit: watch::Sender<Option<Exit>>,
     next_stream: AtomicU64,
     next_disk: AtomicU64,
@@ -197,18 +201,24 @@ impl Pod {
             storage: settings.storage.clone(),
             stand_in: stand_in(request.network_namespace.as_deref())?,
             network_namespace: request.network_namespace.clone(),
+            passthrough: passthrough(request, settings, sizing),
             exit: watch::Sender::new(None),
             next_stream: AtomicU64::new(1),
             next_disk: AtomicU64::new(1),
         });
         let sandbox = pod.sandbox_request(request, attached.guest)?;
         agent_call!(pod.agent, configure_sandbox, &sandbox)?;
-        if let Some(namespace) = &request.network_namespace {
-            port_forward::start(namespace, &pod.agent);
-        }
-        tokio::spawn(watch_end(Arc::clone(&pod)));
-        tokio::spawn(pass_events(Arc::clone(&pod)));
+        pod.start_tasks(request);
         Ok(pod)
+    }
+
+    /// What goes on beside the calls, as long as the VM lives.
+    fn start_tasks(self: &Arc<Self>, request: &Request) {
+        if let Some(namespace) = &request.network_namespace {
+            port_forward::start(namespace, &self.agent);
+        }
+        tokio::spawn(watch_end(Arc::clone(self)));
+        tokio::spawn(pass_events(Arc::clone(self)));
     }
 
     fn sandbox_request(
@@ -397,9 +407,6 @@ fn configure(request: &Request) -> Result<PodConfig, CallError> {
     let pod = config
         .for_pod(&annotations)
         .map_err(|error| CallError::Invalid(error.to_string()))?;
-    if !pod.settings.security.passthrough_devices.is_empty() {
-        return Err(CallError::Unimplemented("security.passthrough_devices"));
-    }
     Ok(pod)
 }
 
@@ -465,21 +472,30 @@ fn host_memory() -> u64 {
         .unwrap_or(u64::MAX)
 }
 
+fn passthrough(request: &Request, settings: &Settings, sizing: Sizing) -> Passthrough {
+    let allowed = settings.security.passthrough_devices.clone();
+    let cgroup = cgroup_of(request).into_iter().next();
+    Passthrough::new(allowed, sizing.memory_bytes, cgroup)
+}
+
+/// The directories of the sandbox's cgroup.
+fn cgroup_of(request: &Request) -> Vec<PathBuf> {
+    let linux = request
+        .bundle
+        .as_ref()
+        .and_then(|bundle| bundle.spec.linux().as_ref());
+    let path = linux.and_then(|linux| linux.cgroups_path().clone());
+    path.map_or_else(Vec::new, |path| cgroup::directories(&path))
+}
+
 /// Makes the sandbox's cgroups: the files that take processes, and the counter of their time.
 fn make_cgroups(
     request: &Request,
     journal: &mut Journal,
 ) -> Result<(Arc<Vec<File>>, Option<Meter>), CallError> {
-    let linux = request
-        .bundle
-        .as_ref()
-        .and_then(|bundle| bundle.spec.linux().as_ref());
-    let Some(path) = linux.and_then(|linux| linux.cgroups_path().clone()) else {
-        return Ok((Arc::default(), None));
-    };
     let mut files = Vec::new();
     let mut meter = None;
-    for directory in cgroup::directories(&path) {
+    for directory in cgroup_of(request) {
         let failed =
             |error: io::Error| CallError::host(format!("cgroup {}", directory.display()), error);
         journal
@@ -607,26 +623,6 @@ pub(crate) fn nanoseconds(time: SystemTime) -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn configured(text: &str) -> Result<PodConfig, CallError> {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        fs::write(file.path(), text).unwrap();
-        configure(&Request {
-            options: RuntimeOptions {
-                config_path: Some(file.path().to_owned()),
-                ..RuntimeOptions::default()
-            },
-            ..Request::default()
-        })
-    }
-
-    #[test]
-    fn passthrough_is_refused_until_there_is_any() {
-        configured("[security]\npassthrough_devices = []").unwrap();
-        let named = configured("[security]\npassthrough_devices = ['10de:2331']");
-        let error = named.unwrap_err().to_string();
-        assert!(error.contains("security.passthrough_devices"), "{error}");
-    }
 
     #[tokio::test]
     async fn the_guests_log_is_kept_when_it_is_wanted() {

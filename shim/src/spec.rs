@@ -11,10 +11,11 @@
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
-    LinuxDevice, LinuxDeviceType, LinuxIdMapping, LinuxNamespace, LinuxNamespaceType, Mount, Spec,
+    LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxIdMapping, LinuxNamespace,
+    LinuxNamespaceType, Mount, Spec,
 };
 
-use crate::{errors::CallError, id_map::IdMap};
+use crate::{errors::CallError, id_map::IdMap, passthrough::group::VfioPath};
 
 /// Where the shared directory is mounted in the guest.
 pub(crate) const GUEST_SHARED: &str = "/run/pericarp/shared";
@@ -57,6 +58,8 @@ pub(crate) struct Translated {
     pub(crate) shares: Vec<Share>,
     /// The PID namespace that the container joins, as containerd names it.
     pub(crate) pid_namespace: Option<PathBuf>,
+    /// IOMMU groups of the host whose functions are for this container.
+    pub(crate) groups: Vec<u32>,
 }
 
 fn invalid(field: &str, reason: &str) -> CallError {
@@ -126,12 +129,14 @@ pub(crate) fn translate(
     spec.set_mounts(Some(kept));
     spec.set_hooks(None);
     spec.set_annotations(None);
+    let groups = take_groups(&mut spec)?;
     let pid_namespace = translate_linux(&mut spec)?;
     translate_process(&mut spec);
     Ok(Translated {
         spec,
         shares,
         pid_namespace,
+        groups,
     })
 }
 
@@ -331,6 +336,45 @@ fn translate_linux(spec: &mut Spec) -> Result<Option<PathBuf>, CallError> {
     Ok(pid_namespace)
 }
 
+/// Takes VFIO's nodes of the host out of the specification, with the rules about them: their
+/// numbers are other devices' in the guest. The agent puts what the functions are there in their
+/// place.
+fn take_groups(spec: &mut Spec) -> Result<Vec<u32>, CallError> {
+    let Some(linux) = spec.linux_mut() else {
+        return Ok(Vec::new());
+    };
+    let devices = linux.devices().clone().unwrap_or_default();
+    let (vfio, kept): (Vec<_>, Vec<_>) = devices
+        .into_iter()
+        .partition(|device| VfioPath::of(device.path()).is_some());
+    let mut groups = Vec::new();
+    for device in &vfio {
+        match VfioPath::of(device.path()) {
+            Some(VfioPath::Group(group)) if !groups.contains(&group) => groups.push(group),
+            Some(VfioPath::Other) => {
+                return Err(invalid(
+                    &format!("linux.devices[{}]", device.path().display()),
+                    "only groups behind an IOMMU are passed through, by /dev/vfio/<group>",
+                ));
+            }
+            _ => {}
+        }
+    }
+    if !vfio.is_empty()
+        && let Some(resources) = linux.resources_mut()
+        && let Some(rules) = resources.devices_mut()
+    {
+        let is_about = |rule: &LinuxDeviceCgroup| {
+            vfio.iter().any(|device| {
+                rule.major() == Some(device.major()) && rule.minor() == Some(device.minor())
+            })
+        };
+        rules.retain(|rule| !is_about(rule));
+    }
+    linux.set_devices(Some(kept));
+    Ok(groups)
+}
+
 fn check_device(device: &LinuxDevice) -> Result<(), CallError> {
     let pseudo = is_pseudo(device.path()) && device.typ() != LinuxDeviceType::B;
     if pseudo || device.typ() == LinuxDeviceType::P {
@@ -493,6 +537,63 @@ mod tests {
         assert!(seccomp(&translated.spec).is_some());
         drop_seccomp(&mut with_profile);
         assert!(seccomp(&with_profile).is_none());
+    }
+
+    #[test]
+    fn groups_are_taken_with_their_rules() {
+        let node = |path: &str, major: i64, minor: i64| {
+            let kind = "c";
+            json!({"path": path, "type": kind, "major": major, "minor": minor})
+        };
+        let rule = |major: i64, minor: i64| {
+            let mut of = node("", major, minor);
+            of["allow"] = json!(true);
+            of["access"] = json!("rwm");
+            of
+        };
+        let mut asked = container(json!([]));
+        let linux = asked.linux_mut().as_mut().unwrap();
+        linux.set_devices(
+            serde_json::from_value(json!([
+                node("/dev/vfio/vfio", 10, 196),
+                node("/dev/vfio/7", 240, 0),
+                node("/dev/fuse", 10, 229),
+                node("/dev/vfio/7", 240, 0)
+            ]))
+            .unwrap(),
+        );
+        let resources = json!({"devices": [
+            {"allow": false, "access": "rwm"}, rule(10, 196), rule(240, 0), rule(10, 229)
+        ]});
+        linux.set_resources(serde_json::from_value(resources).unwrap());
+        let result = translate(asked, "c", |_| SourceKind::Missing).unwrap();
+        assert_eq!(result.groups, [7]);
+        let linux = result.spec.linux().as_ref().unwrap();
+        let paths: Vec<_> = linux
+            .devices()
+            .iter()
+            .flatten()
+            .map(LinuxDevice::path)
+            .collect();
+        assert_eq!(paths, [Path::new("/dev/fuse")]);
+        let rules = linux
+            .resources()
+            .as_ref()
+            .unwrap()
+            .devices()
+            .as_ref()
+            .unwrap();
+        let majors: Vec<_> = rules
+            .iter()
+            .map(|rule| (rule.major(), rule.minor()))
+            .collect();
+        assert_eq!(majors, [(None, None), (Some(10), Some(229))]);
+        let mut other = container(json!([]));
+        let linux = other.linux_mut().as_mut().unwrap();
+        let node = json!([node("/dev/vfio/noiommu-0", 240, 1)]);
+        linux.set_devices(serde_json::from_value(node).unwrap());
+        let error = translate(other, "c", |_| SourceKind::Missing).unwrap_err();
+        assert!(error.to_string().contains("noiommu-0"), "{error}");
     }
 
     #[test]

@@ -30,6 +30,7 @@ pub mod seccomp;
 pub mod seqpacket;
 pub mod socket_io;
 pub mod terminal;
+pub mod vfio;
 pub mod vsock;
 
 pub mod memory_file;

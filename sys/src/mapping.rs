@@ -124,6 +124,29 @@ impl FileMapping {
     }
 }
 
+/// Registers of a device, mapped as they are. This process never looks at them.
+#[derive(Debug)]
+pub struct DeviceMapping(Reservation);
+
+impl DeviceMapping {
+    /// Largest page that the processor maps.
+    const ALIGNMENT_BYTES_MAX: usize = 1 << 30;
+
+    /// Maps `length` bytes of `file` from `offset`.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn new(file: BorrowedFd<'_>, offset: u64, length: usize) -> io::Result<Self> {
+        let pages = length.next_power_of_two();
+        let alignment = pages.clamp(PAGE_BYTES, Self::ALIGNMENT_BYTES_MAX);
+        let place = Reservation::new(length, alignment)?;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let source = Some((file.as_raw_fd(), offset));
+        place.map(0, length, protection, libc::MAP_SHARED, source)?;
+        Ok(Self(place))
+    }
+}
+
 /// What a slot of KVM's memory map shows to the guest.
 #[derive(Debug, Clone)]
 pub enum Backing {
@@ -133,6 +156,8 @@ pub enum Backing {
     Words(Arc<SharedWords>),
     /// A file, read-only for the guest.
     File(Arc<FileMapping>),
+    /// Registers of a device that is passed through.
+    Device(Arc<DeviceMapping>),
 }
 
 impl Backing {
@@ -145,12 +170,13 @@ impl Backing {
             }
             Self::Words(words) => (words.0.start, words.0.length),
             Self::File(file) => (file.0.start, file.0.length),
+            Self::Device(device) => (device.0.start, device.0.length),
         }
     }
 
     /// Whether a guest may only read it.
     pub(crate) fn read_only(&self) -> bool {
-        !matches!(self, Self::Guest(_))
+        !matches!(self, Self::Guest(_) | Self::Device(_))
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::{collections::BTreeMap, io, sync::OnceLock};
 
+use pericarp_sys::vfio;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
@@ -84,11 +85,12 @@ const COMMON: &[Rule] = &[
 
 /// KVM on a vCPU's own thread. The numbers are those of uapi/linux/kvm.h.
 const KVM_OF_VCPU: &[u32] = &[
-    0xae80,      // KVM_RUN
-    0x4020_aea5, // KVM_SIGNAL_MSI: a vector that waited is unmasked
-    0x4020_ae76, // KVM_IRQFD: a vector behind an eventfd is masked or unmasked
-    0x4008_ae6a, // KVM_SET_GSI_ROUTING: its message changes
-    0x4040_ae79, // KVM_IOEVENTFD: a BAR moves
+    0xae80,                // KVM_RUN
+    0x4020_aea5,           // KVM_SIGNAL_MSI: a vector that waited is unmasked
+    0x4020_ae76,           // KVM_IRQFD: a vector behind an eventfd is masked or unmasked
+    0x4008_ae6a,           // KVM_SET_GSI_ROUTING: its message changes
+    0x4040_ae79,           // KVM_IOEVENTFD: a BAR moves
+    vfio::DEVICE_SET_IRQS, // a function that is passed through: vectors come into use
 ];
 
 /// A vCPU's thread.
@@ -113,44 +115,64 @@ const VCPU: &[Rule] = &[
         Commands(&[1, 1030]),
         "F_GETFD: checks of the standard library; F_DUPFD_CLOEXEC: second handles of eventfds",
     ),
+    (
+        libc::SYS_pread64,
+        Always,
+        "registers of functions that are passed through",
+    ),
+    (
+        libc::SYS_pwrite64,
+        Always,
+        "registers of functions that are passed through",
+    ),
 ];
 
 /// Requests of the event loop's devices.
 const LOOP_REQUESTS: &[u32] = &[
-    0x4020_aea5, // KVM_SIGNAL_MSI
-    0x4020_ae76, // KVM_IRQFD
-    0x4008_ae6a, // KVM_SET_GSI_ROUTING
-    0x4040_ae79, // KVM_IOEVENTFD
-    0x4020_ae46, // KVM_SET_USER_MEMORY_REGION: regions of devices added later
-    0x5421,      // FIONBIO: sockets
-    0x541b,      // FIONREAD: sockets and pipes
-    0x8008_1272, // BLKGETSIZE64: size of a block device
-    0x1268,      // BLKSSZGET
-    0x127b,      // BLKPBSZGET
-    0x1277,      // BLKDISCARD
-    0x127f,      // BLKZEROOUT
-    0x8004_54d2, // TUNGETIFF
-    0x4004_54d0, // TUNSETOFFLOAD
-    0x4004_54d9, // TUNSETQUEUE: the driver chooses how many queues it uses
-    0x4004_54d8, // TUNSETVNETHDRSZ
-    0x4004_54dc, // TUNSETVNETLE
-    0x8004_54cf, // TUNGETFEATURES
-    0x8004_54d7, // TUNGETVNETHDRSZ
-    0x8008_af00, // VHOST_GET_FEATURES
-    0x4008_af00, // VHOST_SET_FEATURES
-    0xaf01,      // VHOST_SET_OWNER
-    0xaf02,      // VHOST_RESET_OWNER
-    0x4008_af03, // VHOST_SET_MEM_TABLE
-    0x4008_af10, // VHOST_SET_VRING_NUM
-    0x4028_af11, // VHOST_SET_VRING_ADDR
-    0x4008_af12, // VHOST_SET_VRING_BASE
-    0xc008_af12, // VHOST_GET_VRING_BASE
-    0x4008_af20, // VHOST_SET_VRING_KICK
-    0x4008_af21, // VHOST_SET_VRING_CALL
-    0x4008_af22, // VHOST_SET_VRING_ERR
-    0x4008_af30, // VHOST_NET_SET_BACKEND
-    0x4008_af25, // VHOST_SET_BACKEND_FEATURES
-    0x8008_af26, // VHOST_GET_BACKEND_FEATURES
+    0x4020_aea5,           // KVM_SIGNAL_MSI
+    0x4020_ae76,           // KVM_IRQFD
+    0x4008_ae6a,           // KVM_SET_GSI_ROUTING
+    0x4040_ae79,           // KVM_IOEVENTFD
+    0x4020_ae46,           // KVM_SET_USER_MEMORY_REGION: regions of devices added later
+    0x5421,                // FIONBIO: sockets
+    0x541b,                // FIONREAD: sockets and pipes
+    0x8008_1272,           // BLKGETSIZE64: size of a block device
+    0x1268,                // BLKSSZGET
+    0x127b,                // BLKPBSZGET
+    0x1277,                // BLKDISCARD
+    0x127f,                // BLKZEROOUT
+    0x8004_54d2,           // TUNGETIFF
+    0x4004_54d0,           // TUNSETOFFLOAD
+    0x4004_54d9,           // TUNSETQUEUE: the driver chooses how many queues it uses
+    0x4004_54d8,           // TUNSETVNETHDRSZ
+    0x4004_54dc,           // TUNSETVNETLE
+    0x8004_54cf,           // TUNGETFEATURES
+    0x8004_54d7,           // TUNGETVNETHDRSZ
+    0x8008_af00,           // VHOST_GET_FEATURES
+    0x4008_af00,           // VHOST_SET_FEATURES
+    0xaf01,                // VHOST_SET_OWNER
+    0xaf02,                // VHOST_RESET_OWNER
+    0x4008_af03,           // VHOST_SET_MEM_TABLE
+    0x4008_af10,           // VHOST_SET_VRING_NUM
+    0x4028_af11,           // VHOST_SET_VRING_ADDR
+    0x4008_af12,           // VHOST_SET_VRING_BASE
+    0xc008_af12,           // VHOST_GET_VRING_BASE
+    0x4008_af20,           // VHOST_SET_VRING_KICK
+    0x4008_af21,           // VHOST_SET_VRING_CALL
+    0x4008_af22,           // VHOST_SET_VRING_ERR
+    0x4008_af30,           // VHOST_NET_SET_BACKEND
+    0x4008_af25,           // VHOST_SET_BACKEND_FEATURES
+    0x8008_af26,           // VHOST_GET_BACKEND_FEATURES
+    0xc00c_aee0, // KVM_CREATE_DEVICE: its list of groups of functions that are passed through
+    0x4018_aee1, // KVM_SET_DEVICE_ATTR: groups come and go
+    vfio::GET_API_VERSION, // a container is one
+    vfio::DEVICE_GET_INFO, // these and the rest: functions come and go
+    vfio::DEVICE_GET_REGION_INFO,
+    vfio::DEVICE_GET_IRQ_INFO,
+    vfio::DEVICE_SET_IRQS,
+    vfio::DEVICE_RESET,
+    vfio::IOMMU_MAP_DMA,
+    vfio::IOMMU_UNMAP_DMA,
 ];
 
 /// The event loop.

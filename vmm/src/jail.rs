@@ -19,7 +19,7 @@ use nix::{
     sched::{CloneFlags, unshare},
     sys::{
         prctl,
-        resource::{Resource, setrlimit},
+        resource::{Resource, getrlimit, setrlimit},
         signal::Signal,
     },
     unistd::{Gid, Uid, chdir, pivot_root, setgroups, setresgid, setresuid},
@@ -48,8 +48,10 @@ fn at<E: Into<io::Error>>(step: &'static str) -> impl Fn(E) -> JailError {
     }
 }
 
-/// Enters the jail, for good. The process has one thread.
-pub(crate) fn enter(uid: u32, gid: u32) -> Result<(), JailError> {
+/// Enters the jail, for good. The process has one thread. `memory_bytes` is the guest's memory:
+/// what may be pinned for functions that are passed through.
+pub(crate) fn enter(uid: u32, gid: u32, memory_bytes: u64) -> Result<(), JailError> {
+    allow_pinning(memory_bytes);
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(at("no core dumps"))?;
     setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS_MAX, DESCRIPTORS_MAX)
         .map_err(at("limit of descriptors"))?;
@@ -75,6 +77,17 @@ pub(crate) fn enter(uid: u32, gid: u32) -> Result<(), JailError> {
     // time before.
     prctl::set_pdeathsig(Some(Signal::SIGKILL)).map_err(at("death with the shim"))?;
     Ok(())
+}
+
+/// Lets the guest's memory, and no more, be pinned, where the limit is lower. Few pods have it
+/// pinned: where it cannot be, they are told.
+fn allow_pinning(memory_bytes: u64) {
+    /// Other locked memory: rings of io_uring on old kernels.
+    const OTHER_BYTES: u64 = 64 << 20;
+    let wanted = memory_bytes.saturating_add(OTHER_BYTES);
+    if getrlimit(Resource::RLIMIT_MEMLOCK).is_ok_and(|(soft, _)| soft < wanted) {
+        let _ = setrlimit(Resource::RLIMIT_MEMLOCK, wanted, wanted);
+    }
 }
 
 fn empty_root() -> Result<(), JailError> {

@@ -312,7 +312,7 @@ fn boot(machine: &mut Machine) -> Result<(), Failure> {
     filters::prepare().map_err(|error| host(&error))?;
     let vcpus = machine.boot()?;
     let (uid, gid) = machine.ids();
-    jail::enter(uid, gid).map_err(|error| host(&error))?;
+    jail::enter(uid, gid, machine.memory_max_bytes()).map_err(|error| host(&error))?;
     machine.spawn(vcpus, filters::confine_vcpu)?;
     Ok(())
 }

@@ -223,7 +223,7 @@ fn passed_through(addresses: &[String]) -> Result<Vec<LinuxDevice>, RpcError> {
     let mut found = Vec::new();
     for address in addresses {
         let address = PciAddress::parse("device_pci_addresses", address)?;
-        found.extend(devices::nodes(&address)?);
+        found.extend(devices::passed_through(&address)?);
     }
     Ok(found)
 }

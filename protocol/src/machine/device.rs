@@ -177,6 +177,20 @@ wire_struct! {
     }
 }
 
+wire_struct! {
+    /// A PCI function of the host, passed through by VFIO.
+    Function {
+        /// The function, as its group opened it.
+        function: Descriptor,
+        /// Its group, in the container.
+        group: Descriptor,
+        /// The group's number: functions of one group name the same.
+        group_number: u32,
+        /// The container; all functions of a machine are in the same.
+        container: Descriptor,
+    }
+}
+
 wire_choice! {
     /// A kind of device with its parameters.
     DeviceKind {
@@ -198,6 +212,8 @@ wire_choice! {
         Balloon(Balloon) = 8,
         /// Pluggable memory.
         Mem(Mem) = 9,
+        /// A function of the host.
+        Function(Function) = 10,
     }
 }
 

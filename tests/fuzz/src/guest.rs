@@ -41,6 +41,32 @@ fn again<T: Message + PartialEq>(data: &[u8]) {
     assert!(T::parse_from_bytes(&bytes).expect("and read") == message);
 }
 
+/// A function with one BAR of 16 KiB (2 to the 14th), a list of three capabilities (MSI-X, PCI
+/// Express, vendor's own), and writes: command, BAR, message control, device control.
+pub(crate) fn functions() -> Vec<Vec<u8>> {
+    let mut space = [0; 256];
+    let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x00, &[0x36, 0x1b, 0x10, 0x00, 0x07, 0x04, 0x10, 0x00]);
+    put(0x10, &[0x04]);
+    put(0x34, &[0x40]);
+    put(0x40, &[0x11, 0x80, 0x40, 0, 0, 0x20, 0, 0, 0, 0x30, 0, 0]);
+    put(0x80, &[0x10, 0xc0, 0x02]);
+    put(0xc0, &[0x09, 0x00, 0x08]);
+    let mut input = vec![14, 64, 64, 64, 64, 64];
+    input.extend(space);
+    for (at, bytes) in [
+        (0x04_u16, &[0x06, 0x04][..]),
+        (0x10, &[0xff; 8]),
+        (0x42, &[0x00, 0xc0]),
+        (0x88, &[0xff, 0xff]),
+    ] {
+        input.extend(at.to_le_bytes());
+        input.push(u8::try_from(bytes.len()).expect("few bytes"));
+        input.extend(bytes);
+    }
+    vec![input]
+}
+
 pub(crate) fn stream_headers() -> Vec<Vec<u8>> {
     texts(&["process 7", "tcp ::1 8080", "tcp 127.0.0.1 80"])
 }

@@ -49,6 +49,13 @@ pub const TARGETS: &[Target] = &[
         "guest: the whole bus with MSI-X, BARs that move, and every device at once",
         vmm::machine,
     ),
+    Target {
+        name: "passthrough",
+        about: "a function of the host that the last guest may have misled, and the guest: \
+            configuration space",
+        run: vmm::passthrough,
+        seeds: guest::functions,
+    },
     target("blk", "guest: disk requests", vmm::blk),
     target("net", "guest: packets and control commands", vmm::net),
     target("vsock", "guest: packets of its connections", vmm::vsock),

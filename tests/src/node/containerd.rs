@@ -37,6 +37,9 @@ const CNI_CONFIG: &str = r#"{"cniVersion": "1.0.0", "name": "node", "plugins": [
   {"type": "bandwidth", "capabilities": {"bandwidth": true}}]}
 "#;
 
+/// The handler whose guests have the kernel with drivers of devices.
+pub const PASSTHROUGH: &str = "pericarp-passthrough";
+
 /// The versions of containerd that the node has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Version {
@@ -282,11 +285,14 @@ conf_dir = '{CNI_FOLDER}'
 
 fn handlers(runtimes: &str, has_sandbox_api: bool) -> String {
     let mut text = format!("[{runtimes}.runc]\nruntime_type = 'io.containerd.runc.v2'\n");
-    let mut pericarp = vec![("pericarp", "podsandbox")];
+    let mut pericarp = vec![
+        ("pericarp", "podsandbox", None),
+        (PASSTHROUGH, "podsandbox", Some("passthrough")),
+    ];
     if has_sandbox_api {
-        pericarp.push(("pericarp-sandbox", "shim"));
+        pericarp.push(("pericarp-sandbox", "shim", None));
     }
-    for (handler, sandboxer) in pericarp {
+    for (handler, sandboxer, flavour) in pericarp {
         text.push_str(&format!(
             "[{runtimes}.{handler}]\nruntime_type = 'io.containerd.pericarp.v2'\n\
              privileged_without_host_devices = true\npod_annotations = ['pericarp.dev/*']\n\
@@ -294,6 +300,11 @@ fn handlers(runtimes: &str, has_sandbox_api: bool) -> String {
         ));
         if has_sandbox_api {
             text.push_str(&format!("sandboxer = '{sandboxer}'\n"));
+        }
+        if let Some(flavour) = flavour {
+            text.push_str(&format!(
+                "[{runtimes}.{handler}.options]\nFlavour = '{flavour}'\n"
+            ));
         }
     }
     text

@@ -39,6 +39,9 @@ default_memory_mib = 192
 [timeouts]
 agent_ready_ms = 120000
 rpc_ms = 60000
+
+[flavour.passthrough.paths]
+kernel = '/usr/share/pericarp/vmlinux-passthrough'
 ";
 
 /// Programs of the build that go to the node when they are there.
@@ -86,6 +89,16 @@ pub fn guest_files() -> GuestFiles {
         kernel: named(KERNEL_VARIABLE).or_else(|| linked("vmlinux")),
         image: named(IMAGE_VARIABLE).or_else(|| linked("guest.erofs")),
     }
+}
+
+/// Name of the kernel with drivers of devices.
+const PASSTHROUGH: &str = "vmlinux-passthrough";
+
+/// The kernel with drivers of devices, if it is built (`make kernel FLAVOUR=passthrough`).
+#[must_use]
+pub fn passthrough_kernel() -> Option<PathBuf> {
+    let path = paths::checkout().join("out").join(PASSTHROUGH);
+    path.exists().then_some(path)
 }
 
 /// What a pod needs and is not built, with the command that builds it.
@@ -141,6 +154,7 @@ pub(super) fn find() -> Result<Vec<(PathBuf, PathBuf, u32)>> {
     }
     let guest = guest_files();
     let share = Path::new(SHARE_FOLDER);
+    files.extend(passthrough_kernel().map(|kernel| (kernel, share.join(PASSTHROUGH), 0o644)));
     files.extend(
         guest
             .kernel

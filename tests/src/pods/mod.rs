@@ -1,6 +1,7 @@
 //! Pods for tests and verbs: their configurations for crictl, their addresses, what they leave.
 
 pub mod leftovers;
+pub mod passthrough;
 pub mod scenario;
 
 use anyhow::{Context, Result};

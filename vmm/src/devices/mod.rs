@@ -1,3 +1,4 @@
 //! The devices of the machine.
 
+pub(crate) mod passthrough;
 pub(crate) mod virtio;

@@ -20,9 +20,15 @@ use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 
 use self::bytes::Choices;
 use crate::{
-    devices::virtio::{
-        chain, segments,
-        transport::registers::{Effect, Registers},
+    devices::{
+        passthrough::{
+            function::{Met, meet},
+            mediate::{CONFIG_BYTES, Mediated, mediate},
+        },
+        virtio::{
+            chain, segments,
+            transport::registers::{Effect, Registers},
+        },
     },
     pci::config::{ConfigSpace, FUNCTION_BYTES, Identity},
 };
@@ -124,6 +130,96 @@ fn write_registers(choices: &mut Choices<'_>) -> Option<()> {
             assert!(now.eq(queues.iter().map(|queue| queue.without_vector())));
         }
     }
+}
+
+/// A function of the host as its configuration space describes it, and what a guest then writes:
+/// no bytes give a space that does not hang together, and none of the guest's writes changes what
+/// is not its own.
+pub fn passthrough(data: &[u8]) {
+    let _ = mediate_and_write(&mut Choices::new(data));
+}
+
+fn mediate_and_write(choices: &mut Choices<'_>) -> Option<()> {
+    let mut sizes = [0; 6];
+    for size in &mut sizes {
+        *size = 1_u64.checked_shl(u32::from(choices.byte()?)).unwrap_or(0);
+    }
+    let mut bytes = [0; CONFIG_BYTES];
+    for byte in &mut bytes {
+        *byte = choices.byte()?;
+    }
+    let seen = check_mediated(&bytes, &sizes)?;
+    let words = Arc::new(SharedWords::new(FUNCTION_BYTES).expect("a page"));
+    let mut space = ConfigSpace::show(words, 0, &seen.words, seen.writable);
+    loop {
+        let offset = choices.half()?;
+        space.write(offset, choices.some(8)?);
+        for (index, (first, writable)) in seen.words.iter().zip(&seen.writable).enumerate() {
+            let changed = space.word(index * 4) ^ first;
+            assert_eq!(changed & !writable, 0, "word {index:#x}");
+        }
+        for bar in &seen.bars {
+            if let Some(range) = bar.range(&space) {
+                assert!(range.start.is_multiple_of(bar.size));
+                assert_eq!(range.end - range.start, bar.size);
+            }
+        }
+        if let Some(place) = &seen.msix {
+            let at = u64::from(offset);
+            if let Met::Table(at) = meet(place, place.table.0, at, 4) {
+                assert!(at + 4 <= u64::from(place.count) * 16);
+            }
+        }
+    }
+}
+
+/// Shows a function and checks the picture: every capability is one of those that are shown, the
+/// list ends, registers of the host's are not the guest's.
+pub(crate) fn check_mediated(bytes: &[u8; CONFIG_BYTES], sizes: &[u64; 6]) -> Option<Mediated> {
+    let seen = mediate(bytes, sizes, false).ok()?;
+    let byte = |at: usize| seen.words[at / 4].to_le_bytes()[at % 4];
+    let mut at = usize::from(byte(0x34));
+    // A capability has four bytes at least.
+    for _ in 0..CONFIG_BYTES / 4 {
+        if at == 0 {
+            break;
+        }
+        assert!(at >= 0x40 && at.is_multiple_of(4));
+        assert!(matches!(byte(at), 0x09 | 0x10 | 0x11), "{:#x}", byte(at));
+        at = usize::from(byte(at + 1));
+    }
+    assert_eq!(at, 0, "the list of capabilities does not end");
+    assert_eq!(seen.writable[0], 0, "the identity is the function's");
+    assert_eq!(
+        seen.writable[1] & !0x406,
+        0,
+        "few bits of the command register"
+    );
+    assert_eq!(
+        (seen.words[12], seen.writable[12]),
+        (0, 0),
+        "there is no ROM"
+    );
+    for bar in &seen.bars {
+        assert!(bar.size.is_power_of_two());
+        let index = 4 + usize::from(bar.register);
+        let mask = u64::from(seen.writable[index])
+            | if bar.wide {
+                u64::from(seen.writable[index + 1]) << 32
+            } else {
+                !0 << 32
+            };
+        assert_eq!(!mask, bar.size - 1);
+    }
+    for place in seen
+        .msix
+        .iter()
+        .flat_map(|msix| [&msix.table, &msix.pending])
+    {
+        let bar = seen.bars.iter().find(|bar| bar.register == place.0);
+        assert!(bar.is_some_and(|bar| place.1.end <= bar.size));
+    }
+    Some(seen)
 }
 
 /// Size of the BAR of [`registers`].

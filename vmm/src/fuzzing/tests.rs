@@ -44,6 +44,7 @@ fn any_program_leaves_a_device_that_can_be_reset() {
 fn any_bytes_are_a_queue_and_any_writes_registers() {
     play(super::queue);
     play(super::registers);
+    play(super::passthrough);
 }
 
 fn machine() -> Option<Guest> {

@@ -52,7 +52,11 @@ pub(crate) fn is_permanent(kind: &DeviceKind) -> bool {
         | DeviceKind::Console(_)
         | DeviceKind::Balloon(_)
         | DeviceKind::Mem(_) => true,
-        DeviceKind::Blk(_) | DeviceKind::Net(_) | DeviceKind::Fs(_) | DeviceKind::Pmem(_) => false,
+        DeviceKind::Blk(_)
+        | DeviceKind::Net(_)
+        | DeviceKind::Fs(_)
+        | DeviceKind::Pmem(_)
+        | DeviceKind::Function(_) => false,
     }
 }
 
@@ -106,6 +110,9 @@ pub(crate) fn make(
             let mem = mem::Mem::new(name, parameters, memory.discard.clone());
             Ok(Box::new(mem.map_err(|error| refused(&error))?))
         }
+        DeviceKind::Function(_) => Err(DeviceError::Refused(
+            "a function of the host is no device that is made".to_owned(),
+        )),
     }
 }
 

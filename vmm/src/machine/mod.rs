@@ -10,6 +10,7 @@
 mod bus;
 mod devices;
 mod memory;
+mod passthrough;
 pub(crate) mod vcpu;
 
 use std::{
@@ -22,8 +23,8 @@ use std::{
 
 use kvm_ioctls::{Kvm, VcpuFd};
 use pericarp_protocol::machine::{
-    Counter, Device, DeviceKind, DeviceStatistics, Direction, ErrorCode, Failure, FieldError, List,
-    Machine as Description, NewLimit, PciAddress, Statistics, Text,
+    Counter, Device, DeviceKind, DeviceStatistics, Direction, ErrorCode, Failure, FieldError,
+    Function, List, Machine as Description, NewLimit, PciAddress, Statistics, Text,
 };
 use pericarp_sys::{
     kvm::{self, Slots},
@@ -34,6 +35,7 @@ use self::{
     bus::Bus,
     devices::DeviceError,
     memory::{Memory, MemoryError},
+    passthrough::{Passthrough, PassthroughError},
     vcpu::{Context, Exits, Gate, Vcpus},
 };
 use crate::{
@@ -80,6 +82,9 @@ pub(crate) enum MachineError {
     /// A device.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// A function of the host.
+    #[error("Device.kind: {0}")]
+    Passthrough(#[from] PassthroughError),
     /// A device did not obey.
     #[error(transparent)]
     Command(#[from] CommandError),
@@ -128,6 +133,8 @@ impl From<MachineError> for Failure {
             MachineError::Command(CommandError::Unsupported(_)) => ErrorCode::Unsupported,
             MachineError::Exists(_) | MachineError::Single(_) => ErrorCode::Exists,
             MachineError::NotFound(_) => ErrorCode::NotFound,
+            MachineError::Passthrough(PassthroughError::Host { .. }) => ErrorCode::Host,
+            MachineError::Passthrough(_) => ErrorCode::Invalid,
             MachineError::Exhausted(_) => ErrorCode::Exhausted,
             MachineError::State(_) => ErrorCode::WrongState,
             MachineError::Kvm(_) | MachineError::Memory(_) | MachineError::Host { .. } => {
@@ -189,6 +196,7 @@ pub(crate) struct Machine {
     names: BTreeMap<String, Attached>,
     single: BTreeMap<Single, String>,
     functions: BTreeMap<Slot, Arc<VirtioFunction>>,
+    passthrough: Passthrough,
     exits: Arc<Exits>,
     vcpus: Option<Vcpus>,
 }
@@ -251,6 +259,7 @@ impl Machine {
             names: BTreeMap::new(),
             single: BTreeMap::new(),
             functions: BTreeMap::new(),
+            passthrough: Passthrough::default(),
             exits: Arc::default(),
             vcpus: None,
             description,
@@ -301,6 +310,9 @@ impl Machine {
                 "Device.kind: mem is there from the start or never",
             ));
         }
+        if let DeviceKind::Function(function) = &device.kind {
+            return self.pass_through(name, function, descriptors);
+        }
         let mut made = devices::make(device, descriptors, &self.memory)?;
         let region = self.map_region(made.as_mut())?;
         let taken = self.pci_slots.take(permanent && !hot);
@@ -326,6 +338,37 @@ impl Machine {
         }
         self.names.insert(name, attached);
         Ok(root::address_of(slot))
+    }
+
+    /// Puts a function of the host on the bus; the guest places its BARs.
+    fn pass_through(
+        &mut self,
+        name: String,
+        function: &Function,
+        descriptors: &mut Descriptors,
+    ) -> Result<PciAddress, MachineError> {
+        if !self.memory.layout.pluggable.is_empty() {
+            return Err(MachineError::State(
+                "Device.kind: a machine with pluggable memory gets no function of the host",
+            ));
+        }
+        let place = self.pci_slots.take(false);
+        let place = place.ok_or(MachineError::Exhausted("slot"))?;
+        let (memory, around) = (&self.memory, &self.around);
+        let added = self
+            .passthrough
+            .add(function, descriptors, place, memory, around);
+        if let Err(error) = added {
+            self.pci_slots.give_back(place.0);
+            return Err(error.into());
+        }
+        let attached = Attached {
+            slot: place.0,
+            permanent: false,
+            region: None,
+        };
+        self.names.insert(name, attached);
+        Ok(root::address_of(place.0))
     }
 
     /// Maps the region of a device that has one.
@@ -362,6 +405,7 @@ impl Machine {
         if let Some(function) = self.functions.remove(&attached.slot) {
             function.detach();
         }
+        self.passthrough.remove(attached.slot);
         if let Some(region) = attached.region {
             self.slots
                 .remove(region)
@@ -557,6 +601,9 @@ impl Machine {
         slot: Slot,
         act: impl FnOnce(&VirtioFunction) -> Result<(), Broken>,
     ) -> Option<(String, Broken)> {
+        if let Some(passed) = self.passthrough.get(slot) {
+            passed.map();
+        }
         // A removed device may have been rung for a moment before.
         let function = self.functions.get(&slot)?;
         let broken = act(function).err()?;
@@ -574,6 +621,11 @@ impl Machine {
     /// How it ended, if it did.
     pub(crate) fn ended(&self) -> Option<End> {
         self.around.doorbell.ended()
+    }
+
+    /// Memory that it has at most.
+    pub(crate) fn memory_max_bytes(&self) -> u64 {
+        self.description.memory_max_bytes
     }
 
     /// User and group to become.

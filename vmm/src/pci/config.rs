@@ -109,6 +109,28 @@ impl ConfigSpace {
         space
     }
 
+    /// Makes a function visible whose registers somebody else has worked out: their values, and
+    /// the bits that the guest may change.
+    pub(crate) fn show(
+        bus: Arc<SharedWords>,
+        slot: Slot,
+        words: &[u32; WORDS],
+        writable: [u32; WORDS],
+    ) -> Self {
+        let space = Self {
+            bus,
+            first: usize::from(slot) * (FUNCTION_BYTES / 4),
+            writable,
+            next_capability: WORDS * 4,
+            last_capability: None,
+        };
+        // The identity last, because a guest that scans sees the function from there on.
+        for (index, value) in words.iter().enumerate().rev() {
+            space.set(index, *value);
+        }
+        space
+    }
+
     fn get(&self, index: usize) -> u32 {
         self.bus[self.first + index].load(Relaxed)
     }
@@ -165,12 +187,21 @@ impl ConfigSpace {
 
     /// Where a BAR is decoded now, if it is.
     pub(crate) fn bar(&self, bar: u8, size: u64) -> Option<Range<u64>> {
+        let high = self.get(BARS + usize::from(bar) + 1);
+        self.decoded(bar, size, high)
+    }
+
+    /// As [`Self::bar`], for one that takes a single register.
+    pub(crate) fn narrow_bar(&self, bar: u8, size: u64) -> Option<Range<u64>> {
+        self.decoded(bar, size, 0)
+    }
+
+    fn decoded(&self, bar: u8, size: u64, high: u32) -> Option<Range<u64>> {
         if self.get(COMMAND) & COMMAND_MEMORY == 0 {
             return None;
         }
-        let index = BARS + usize::from(bar);
-        let low = self.get(index) & !0xf;
-        let start = u64::from(low) | u64::from(self.get(index + 1)) << 32;
+        let low = self.get(BARS + usize::from(bar)) & !0xf;
+        let start = u64::from(low) | u64::from(high) << 32;
         let end = start.checked_add(size)?;
         (start != 0).then_some(start..end)
     }

@@ -26,9 +26,8 @@ pub(crate) const CAPABILITY: u8 = 0x11;
 const ENABLED: u16 = 1 << 15;
 const ALL_MASKED: u16 = 1 << 14;
 
-/// The most vectors of a function (the size field has 11 bits); pending bits are kept in as few
-/// words as that needs.
-pub(crate) const VECTORS_MAX: u16 = 64;
+/// The most vectors of a function: the size field has 11 bits.
+pub(crate) const VECTORS_MAX: u16 = 2048;
 
 #[derive(Debug, Default)]
 struct Entry {
@@ -70,7 +69,7 @@ impl Msix {
         sent: Arc<AtomicU64>,
         count: u16,
     ) -> Self {
-        assert!(count <= VECTORS_MAX, "a function of ours has few queues");
+        assert!(count <= VECTORS_MAX, "the size field holds it");
         let masked = || Entry {
             masked: true,
             ..Entry::default()
@@ -177,18 +176,25 @@ impl Msix {
     /// The guest reads the pending bits.
     pub(crate) fn read_pending(&self, offset: u64, data: &mut [u8]) {
         let table = self.lock();
-        let mut bits = 0_u64;
-        for (vector, entry) in table.entries.iter().enumerate() {
-            bits |= u64::from(entry.pending) << vector;
-        }
-        let bytes = bits.to_le_bytes();
         for (at, byte) in (offset..).zip(data) {
-            *byte = usize::try_from(at)
-                .ok()
-                .and_then(|at| bytes.get(at))
-                .copied()
-                .unwrap_or(0);
+            let first = usize::try_from(at).unwrap_or(usize::MAX).saturating_mul(8);
+            let entries = table.entries.iter().skip(first).take(8).enumerate();
+            *byte = entries.fold(0, |bits, (bit, entry)| {
+                bits | u8::from(entry.pending) << bit
+            });
         }
+    }
+
+    /// Whether the guest uses them.
+    pub(crate) fn is_enabled(&self) -> bool {
+        self.lock().enabled
+    }
+
+    /// Whether a vector would interrupt now.
+    pub(crate) fn is_open(&self, vector: u16) -> bool {
+        let table = self.lock();
+        let entry = table.entries.get(usize::from(vector));
+        table.enabled && !table.all_masked && entry.is_some_and(|entry| !entry.masked)
     }
 
     /// After a change: reconnects the vector's route, and sends what waited.

@@ -166,7 +166,7 @@ fn arguments(builder: &Builder, boot: &BootFiles, results: &Path) -> Result<Vec<
 }
 
 /// Size of the disks that are added for passthrough.
-const DISK_BYTES: u64 = 64 * 1024 * 1024;
+const DISK_BYTES: u64 = 320 * 1024 * 1024;
 
 /// A device behind a root port of its own, which gives it an IOMMU group of its own.
 fn device_arguments(index: usize, device: Device, results: &Path) -> Result<Vec<String>> {

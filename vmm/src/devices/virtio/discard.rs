@@ -60,13 +60,6 @@ pub(crate) enum DiscardError {
 impl Discard {
     /// Forbids discarding until the result is dropped. What is discarded at this moment is complete
     /// when it returns to the event loop, which is where devices are added too.
-    #[cfg_attr(
-        not(test),
-        expect(
-            dead_code,
-            reason = "devices passed through pin memory, and come later"
-        )
-    )]
     pub(crate) fn pin(&self) -> Pin {
         self.pins.fetch_add(1, Ordering::SeqCst);
         Pin {

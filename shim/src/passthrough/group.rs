@@ -1,0 +1,261 @@
+//! What the host knows of an IOMMU group, and whether a pod may have its functions.
+//!
+//! Every refusal names the function and what to do about it; they all come before anything is
+//! opened.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use pericarp_runtime_config::PciSelector;
+
+use crate::errors::CallError;
+
+/// Functions of one group: beyond 256 functions of a bus there are bridges only.
+const FUNCTIONS_MAX: usize = 1024;
+
+/// Base class and subclass of what connects buses (PCI code and ID assignment 1.11 §1.7).
+const BRIDGE: u32 = 0x06;
+
+/// A function of the host, and that a pod may have it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct HostFunction {
+    /// "0000:3b:00.0".
+    pub(crate) address: String,
+}
+
+/// Whether a device's path is one of VFIO's, and its group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum VfioPath {
+    /// `/dev/vfio/vfio`, which comes along with every group and says nothing.
+    Container,
+    /// `/dev/vfio/<group>`.
+    Group(u32),
+    /// `/dev/vfio/noiommu-<group>` and whatever else may come.
+    Other,
+}
+
+impl VfioPath {
+    /// Reads a path; `None` when it has nothing to do with VFIO.
+    pub(crate) fn of(path: &Path) -> Option<Self> {
+        let name = path.strip_prefix("/dev/vfio").ok()?.to_str()?;
+        Some(match name {
+            "vfio" => Self::Container,
+            _ => name.parse().map_or(Self::Other, Self::Group),
+        })
+    }
+}
+
+/// The host's files about devices.
+#[derive(Debug, Clone)]
+pub(crate) struct Host {
+    /// `/sys`.
+    pub(crate) sys: PathBuf,
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        Self { sys: "/sys".into() }
+    }
+}
+
+/// The field of the specification that asks for a group.
+pub(crate) fn field(group: u32) -> String {
+    format!("linux.devices[/dev/vfio/{group}]")
+}
+
+fn refuse(group: u32, reason: impl std::fmt::Display) -> CallError {
+    CallError::Invalid(format!("{}: {reason}", field(group)))
+}
+
+impl Host {
+    /// The functions of `group`, all of which a pod may have.
+    pub(crate) fn functions(
+        &self,
+        group: u32,
+        allowed: &[PciSelector],
+    ) -> Result<Vec<HostFunction>, CallError> {
+        let folder = self.sys.join("kernel/iommu_groups");
+        let devices = folder.join(group.to_string()).join("devices");
+        let entries = fs::read_dir(&devices).map_err(|_| self.no_group(group, &folder))?;
+        let mut names: Vec<String> = entries
+            .take(FUNCTIONS_MAX)
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .collect();
+        names.sort();
+        let mut functions = Vec::new();
+        for address in names {
+            if self.is_bridge(&address) {
+                continue;
+            }
+            self.check(group, &address, allowed)?;
+            functions.push(HostFunction { address });
+        }
+        if functions.is_empty() {
+            return Err(refuse(
+                group,
+                "the group has no PCI function to pass through",
+            ));
+        }
+        Ok(functions)
+    }
+
+    fn no_group(&self, group: u32, folder: &Path) -> CallError {
+        let any = fs::read_dir(folder).is_ok_and(|mut groups| groups.next().is_some());
+        if any {
+            return refuse(group, "the host has no IOMMU group of this number");
+        }
+        refuse(
+            group,
+            "the host has no IOMMU, or it is off: switch VT-d or AMD-Vi on in the firmware, and \
+                with an Intel processor boot the kernel with intel_iommu=on",
+        )
+    }
+
+    fn device(&self, address: &str) -> PathBuf {
+        self.sys.join("bus/pci/devices").join(address)
+    }
+
+    fn number(&self, address: &str, file: &str) -> io::Result<u32> {
+        let text = fs::read_to_string(self.device(address).join(file))?;
+        let digits = text.trim().trim_start_matches("0x");
+        u32::from_str_radix(digits, 16).map_err(io::Error::other)
+    }
+
+    fn is_bridge(&self, address: &str) -> bool {
+        let class = self.number(address, "class");
+        class.is_ok_and(|class| class >> 16 == BRIDGE)
+    }
+
+    fn check(&self, group: u32, address: &str, allowed: &[PciSelector]) -> Result<(), CallError> {
+        let id = |file| {
+            let read = self.number(address, file);
+            read.map_err(|error| CallError::host(format!("{file} of function {address}"), error))
+        };
+        let (vendor, device) = (id("vendor")?, id("device")?);
+        let model = format!("{vendor:04x}:{device:04x}");
+        let [vendor, device] = [vendor, device].map(|id| u16::try_from(id).unwrap_or_default());
+        if !allowed
+            .iter()
+            .any(|selector| selector.names(address, vendor, device))
+        {
+            return Err(refuse(
+                group,
+                format_args!(
+                    "function {address} ({model}) is not for pods: the operator allows it by \
+                        naming \"{address}\" or \"{model}\" in security.passthrough_devices"
+                ),
+            ));
+        }
+        let driver = fs::read_link(self.device(address).join("driver")).ok();
+        let driver = driver.as_deref().and_then(Path::file_name);
+        let driver = driver.map_or("none".into(), std::ffi::OsStr::to_string_lossy);
+        // Vendors have their own beside vfio-pci: mlx5_vfio_pci, nvgrace_gpu_vfio_pci.
+        if !driver.replace('_', "-").ends_with("vfio-pci") {
+            return Err(refuse(
+                group,
+                format_args!(
+                    "function {address} ({model}) of this group has the driver {driver}, not \
+                        vfio-pci: give every function of the group to vfio-pci (`driverctl \
+                        set-override {address} vfio-pci`), or use a slot whose group it has alone"
+                ),
+            ));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    /// A host with one group of a display function, its sound and the bridge above them.
+    fn host(folder: &Path) -> Host {
+        let sys = folder.to_owned();
+        let group = sys.join("kernel/iommu_groups/7/devices");
+        fs::create_dir_all(&group).unwrap();
+        for (address, class, driver) in [
+            ("0000:3a:00.0", "0x060400", "pcieport"),
+            ("0000:3b:00.0", "0x030200", "vfio-pci"),
+            ("0000:3b:00.1", "0x040300", "mlx5_vfio_pci"),
+        ] {
+            let device = sys.join("bus/pci/devices").join(address);
+            fs::create_dir_all(&device).unwrap();
+            fs::write(device.join("class"), class).unwrap();
+            fs::write(device.join("vendor"), "0x10de\n").unwrap();
+            fs::write(device.join("device"), "0x2331\n").unwrap();
+            symlink(format!("../../drivers/{driver}"), device.join("driver")).unwrap();
+            symlink(&device, group.join(address)).unwrap();
+        }
+        Host { sys }
+    }
+
+    fn selectors(texts: &[&str]) -> Vec<PciSelector> {
+        let parse = |text: &&str| PciSelector::parse(text).unwrap();
+        texts.iter().map(parse).collect()
+    }
+
+    #[test]
+    fn every_function_of_a_group_comes_along_but_its_bridges() {
+        let folder = tempfile::tempdir().unwrap();
+        let host = host(folder.path());
+        let found = host.functions(7, &selectors(&["10de:2331"])).unwrap();
+        let addresses: Vec<_> = found.iter().map(|one| one.address.as_str()).collect();
+        assert_eq!(addresses, ["0000:3b:00.0", "0000:3b:00.1"]);
+        let both = selectors(&["0000:3b:00.1", "0000:3b:00.0"]);
+        assert_eq!(host.functions(7, &both).unwrap(), found);
+    }
+
+    #[test]
+    fn refusals_name_function_and_remedy() {
+        let folder = tempfile::tempdir().unwrap();
+        let host = host(folder.path());
+        let error = |group, allowed: &[&str]| {
+            let refused = host.functions(group, &selectors(allowed));
+            refused.unwrap_err().to_string()
+        };
+        for (error, words) in [
+            (
+                error(7, &[]),
+                ["0000:3b:00.0 (10de:2331)", "security.passthrough_devices"],
+            ),
+            (
+                error(7, &["0000:3b:00.0"]),
+                ["0000:3b:00.1", "security.passthrough_devices"],
+            ),
+            (
+                error(8, &[]),
+                ["linux.devices[/dev/vfio/8]", "no IOMMU group"],
+            ),
+        ] {
+            assert!(words.iter().all(|word| error.contains(word)), "{error}");
+        }
+        let driver = folder.path().join("bus/pci/devices/0000:3b:00.1/driver");
+        fs::remove_file(&driver).unwrap();
+        symlink("../../drivers/snd_hda_intel", driver).unwrap();
+        let error = error(7, &["10de:2331"]);
+        for word in ["0000:3b:00.1", "snd_hda_intel", "driverctl"] {
+            assert!(error.contains(word), "{error}");
+        }
+        let empty = tempfile::tempdir().unwrap();
+        let host = Host {
+            sys: empty.path().to_owned(),
+        };
+        let error = host.functions(0, &[]).unwrap_err().to_string();
+        assert!(error.contains("intel_iommu=on"), "{error}");
+    }
+
+    #[test]
+    fn paths_of_vfio_are_known() {
+        let of = |path: &str| VfioPath::of(Path::new(path));
+        assert_eq!(of("/dev/vfio/vfio"), Some(VfioPath::Container));
+        assert_eq!(of("/dev/vfio/12"), Some(VfioPath::Group(12)));
+        assert_eq!(of("/dev/vfio/noiommu-0"), Some(VfioPath::Other));
+        assert_eq!(of("/dev/vfio/devices/vfio0"), Some(VfioPath::Other));
+        assert_eq!(of("/dev/vfiox"), None);
+        assert_eq!(of("/dev/null"), None);
+    }
+}

@@ -1,0 +1,473 @@
+//! Functions of the node in pods, behind its emulated IOMMU.
+//!
+//! `PERICARP_FULL=1` makes the numbers those of SPEC.md; without it they fit a run of CI.
+
+use anyhow::{Context, Result, ensure};
+use pericarp_tests::node::containerd::{PASSTHROUGH, Pod};
+use pericarp_tests::node::images::BUSYBOX;
+use pericarp_tests::node::{
+    Builder, Containerd, Device, Node, Session, Version, pericarp, session,
+};
+use pericarp_tests::pods::leftovers::Leftovers;
+use pericarp_tests::pods::passthrough::{Function, allow};
+use pericarp_tests::pods::{container_config, pod_config};
+use serde_json::{Value, json};
+
+/// The handler of containerd.
+const HANDLER: &str = "pericarp";
+
+/// Driver of the host for functions that are passed through.
+const VFIO: &str = "vfio-pci";
+
+/// Makes the numbers those that are promised.
+const FULL_VARIABLE: &str = "PERICARP_FULL";
+
+fn full() -> bool {
+    std::env::var_os(FULL_VARIABLE).is_some()
+}
+
+/// The node with two disks, an NVMe disk and a display; None when what it needs is not built.
+fn node(test: &str) -> Option<Session> {
+    let missing = pericarp::missing();
+    if !missing.is_empty() {
+        eprintln!("skipped: not built: {}", missing.join(", "));
+        return None;
+    }
+    let builder = || {
+        let devices = [
+            Device::VirtioBlk,
+            Device::VirtioBlk,
+            Device::Nvme,
+            Device::VirtioGpu,
+        ];
+        let builder = Builder::default().name("passthrough").memory_mib(4096);
+        devices.into_iter().fold(builder, Builder::device)
+    };
+    Some(session(test, builder).expect("the node boots"))
+}
+
+/// The node's functions, all with vfio-pci and allowed: two disks, the NVMe disk, the display.
+fn functions(node: &Node) -> Result<Vec<Function>> {
+    let functions = Function::all(node)?;
+    ensure!(functions.len() == 4, "{functions:?}");
+    for function in functions.iter().filter(|one| one.driver != VFIO) {
+        function.bind(node, VFIO)?;
+    }
+    allow(node, &functions)?;
+    Ok(functions)
+}
+
+fn sleeper(name: &str, functions: &[&Function]) -> Value {
+    let mut config = container_config(name, BUSYBOX, "exec sleep 1000");
+    for function in functions {
+        function.ask(&mut config);
+    }
+    config
+}
+
+fn shell(node: &Node, containerd: &Containerd, container: &str, line: &str) -> Result<String> {
+    containerd.crictl_text(node, &["exec", container, "sh", "-c", line])
+}
+
+fn remove(node: &Node, containerd: &Containerd, container: &str) -> Result<()> {
+    containerd.crictl_text(node, &["stop", "--timeout", "0", container])?;
+    containerd.crictl_text(node, &["rm", container]).map(drop)
+}
+
+/// Memory that the VMMs of the node have locked.
+fn locked_kib(node: &Node) -> Result<u64> {
+    let line =
+        "for pid in $(pgrep -f '^[^ ]*pericarp-vmm'); do grep VmLck /proc/$pid/status; done |
+        awk '{ sum += $2 } END { print sum + 0 }'";
+    node.shell(line)?.trim().parse().context("VmLck")
+}
+
+/// Writes `mib` to a disk in the container and reads them back, past the page cache; gives their
+/// sum. `$d` is the disk.
+fn fill(mib: u32) -> String {
+    format!(
+        "set -e; dd if=/dev/urandom of=/tmp/x bs=1M count={mib} 2>/dev/null
+         dd if=/tmp/x of=$d bs=1M conv=fsync 2>/dev/null
+         echo 3 >/proc/sys/vm/drop_caches 2>/dev/null || true
+         a=$(md5sum </tmp/x); b=$(dd if=$d bs=1M count={mib} 2>/dev/null | md5sum)
+         [ \"$a\" = \"$b\" ]; rm /tmp/x; echo ${{a%% *}}"
+    )
+}
+
+/// The same sum as the host reads it, once the function has its own driver again.
+fn sum_on_host(node: &Node, function: &Function, mib: u32) -> Result<String> {
+    function.bind(node, "")?;
+    let line = format!(
+        "udevadm settle 2>/dev/null; cd /sys/bus/pci/devices/{}
+         d=$(find . -path '*block/*' -prune -o -path '*/nvme*n1' -prune | grep -E 'vd|nvme.*n1' |
+             head -n 1); [ -n \"$d\" ] || d=$(ls -d virtio*/block/* nvme/*/nvme*n1 2>/dev/null)
+         d=$(basename $d); dd if=/dev/$d bs=1M count={mib} 2>/dev/null | md5sum",
+        function.address
+    );
+    let sum = node.shell(&line)?;
+    function.bind(node, VFIO)?;
+    Ok(sum.split_whitespace().next().unwrap_or_default().to_owned())
+}
+
+/// A disk that the default kernel drives: into a container, to its neighbour, back to the host.
+fn disk_travels(node: &Node) -> Result<()> {
+    let containerd = node.containerd(Version::V23)?;
+    let functions = functions(node)?;
+    let disk = &functions[0];
+    let before = Leftovers::look(node)?;
+    let pod = containerd.run_pod(node, HANDLER, &pod_config("disk"))?;
+    let other = containerd.run_container(node, &pod, &sleeper("other", &[]))?;
+    ensure!(locked_kib(node)? == 0, "memory is locked without a device");
+    let first = containerd.run_container(node, &pod, &sleeper("first", &[disk]))?;
+    let in_guest = |line: &str| shell(node, &containerd, &first, line);
+    let nodes = in_guest("cd /dev; ls -d vd* vfio 2>/dev/null; true")?;
+    ensure!(
+        nodes.starts_with("vd") && !nodes.contains("vfio"),
+        "/dev has {nodes}"
+    );
+    let mib = if full() { 256 } else { 8 };
+    let sum = in_guest(&format!("d=/dev/{nodes}\n{}", fill(mib)))?;
+    let interrupts = "awk '/virtio.*-req/ { n += $2 } END { print n + 0 }' /proc/interrupts";
+    let counted: u64 = in_guest(interrupts)?.parse()?;
+    ensure!(counted > 0, "no interrupt of the function was counted");
+    ensure!(locked_kib(node)? >= 192 << 10, "guest memory is not pinned");
+    // The neighbour has neither the node nor the right to make itself one.
+    let line = "set -- $(cat /sys/class/block/NAME/dev | tr : ' '); mknod /tmp/d b $1 $2 &&
+        head -c 1 /tmp/d 2>&1; ls /dev/NAME 2>&1"
+        .replace("NAME", &nodes);
+    let refused = containerd.crictl_run(node, &["exec", &other, "sh", "-c", &line])?;
+    let said = format!("{}{}", refused.stdout, refused.stderr);
+    ensure!(
+        said.contains("not permitted") && said.contains("No such file"),
+        "the other container: {said}"
+    );
+    remove(node, &containerd, &first)?;
+    ensure!(locked_kib(node)? == 0, "memory stays pinned");
+    let gone = shell(node, &containerd, &other, "ls /sys/class/block")?;
+    ensure!(!gone.contains(&nodes), "the guest keeps the disk: {gone}");
+    // Hot-plugged once more, into another container of the living pod.
+    // This time by the name of a CDI device, which containerd turns into the same node.
+    let spec = json!({
+        "cdiVersion": "0.6.0", "kind": "pericarp.dev/function",
+        "devices": [{"name": "disk", "containerEdits": {
+            "deviceNodes": [{"path": format!("/dev/vfio/{}", disk.group)}]
+        }}],
+    });
+    node.write("/etc/cdi/pericarp.json", &spec.to_string())?;
+    let mut config = sleeper("second", &[]);
+    config["CDI_devices"] = json!([{"name": "pericarp.dev/function=disk"}]);
+    let second = containerd.run_container(node, &pod, &config)?;
+    let line = format!("dd if=$(ls /dev/vd*) bs=1M count={mib} 2>/dev/null | md5sum");
+    let again = shell(node, &containerd, &second, &line)?;
+    ensure!(again.starts_with(&sum), "{again}, not {sum}");
+    node.shell("rm /etc/cdi/pericarp.json")?;
+    containerd.remove_pod(node, &pod)?;
+    Leftovers::nothing_since(node, &before)?;
+    ensure!(sum_on_host(node, disk, mib)? == sum, "the host reads else");
+    Ok(())
+}
+
+#[test]
+fn a_disk_goes_from_container_to_container_and_back_to_the_host() {
+    let Some(node) = node("passthrough-disk") else {
+        return;
+    };
+    disk_travels(&node).unwrap();
+}
+
+/// Draws into a dumb buffer of the display and reads it back through a second mapping: ioctls of
+/// DRM (uapi/drm/drm_mode.h) by number, since perl is on every Debian and libdrm is not.
+const DRAW: &str = r#"
+use strict; use warnings;
+sub call { my $r = syscall($_[0], @_[1 .. $#_]); die "syscall $_[0]: $!" if $r == -1; $r }
+my ($open, $read, $write, $mmap, $ioctl) = (2, 0, 1, 9, 16);
+open(my $card, '+<', '/dev/dri/card0') or die "card0: $!";
+my $make = pack('L4 L2 Q', 64, 256, 32, 0, 0, 0, 0);
+ioctl($card, 0xC02064B2, $make) or die "create: $!";
+my ($handle, $pitch, $size) = (unpack('L4 L2 Q', $make))[4 .. 6];
+my @mapped;
+for (1 .. 2) {
+    my $map = pack('L L Q', $handle, 0, 0);
+    ioctl($card, 0xC01064B3, $map) or die "map: $!";
+    my $offset = (unpack('L L Q', $map))[2];
+    push @mapped, call($mmap, 0, $size, 3, 1, fileno($card), $offset);
+}
+my $pattern = pack('L*', map { ($_ * 2654435761) & 0xffffffff } 0 .. $size / 4 - 1);
+open(my $file, '+>', '/tmp/pattern') or die; syswrite($file, $pattern); sysseek($file, 0, 0);
+call($read, fileno($file), $mapped[0], $size + 0) == $size or die 'short';
+my $frame = pack('L7', 256, 64, $pitch, 32, 24, $handle, 0);
+$frame = pack('L7', 0, 256, 64, $pitch, 32, 24, $handle);
+ioctl($card, 0xC01C64AE, $frame) or die "frame: $!";
+my $id = (unpack('L7', $frame))[0];
+my $dirty = pack('L4 Q', $id, 0, 0, 0, 0);
+ioctl($card, 0xC01864B1, $dirty) or die "dirty: $!";
+open(my $back, '+>', '/tmp/back') or die;
+call($write, fileno($back), $mapped[1], $size + 0) == $size or die 'short';
+sysseek($back, 0, 0); sysread($back, my $seen, $size) == $size or die;
+die 'another picture' unless $seen eq $pattern;
+print "drawn $size\n";
+"#;
+
+/// A container that has the node's own programs beneath `/host`, read-only.
+fn with_host_programs(name: &str, functions: &[&Function]) -> Value {
+    let mut config = sleeper(name, functions);
+    config["mounts"] = json!([
+        {"host_path": "/usr", "container_path": "/host/usr", "readonly": true}
+    ]);
+    config
+}
+
+fn disk_and_display(node: &Node) -> Result<()> {
+    let containerd = node.containerd(Version::V23)?;
+    let functions = functions(node)?;
+    let (nvme, display) = (&functions[2], &functions[3]);
+    let before = Leftovers::look(node)?;
+    let pod = containerd.run_pod(node, PASSTHROUGH, &pod_config("nvme"))?;
+    let container = sleeper("c", &[nvme]);
+    let container = containerd.run_container(node, &pod, &container)?;
+    let mib = if full() { 256 } else { 8 };
+    let line = format!("d=/dev/nvme0n1\n{}", fill(mib));
+    let sum = shell(node, &containerd, &container, &line)?;
+    let interrupts = "awk '/nvme0q/ { n += $2 } END { print n + 0 }' /proc/interrupts";
+    let counted: u64 = shell(node, &containerd, &container, interrupts)?.parse()?;
+    ensure!(counted > 0, "no interrupt of the NVMe disk was counted");
+    // A second function into the living pod, for another container.
+    let drawing = with_host_programs("draw", &[display]);
+    let drawing = containerd.run_container(node, &pod, &drawing)?;
+    let nodes = shell(
+        node,
+        &containerd,
+        &drawing,
+        "cd /dev; ls -d nvme* dri/*; true",
+    )?;
+    ensure!(
+        nodes.contains("dri/card0") && !nodes.contains("nvme"),
+        "/dev has {nodes}"
+    );
+    let lib = "/host/usr/lib/x86_64-linux-gnu";
+    let line = format!(
+        "cat >/tmp/draw <<'END'\n{DRAW}\nEND\n\
+         {lib}/ld-linux-x86-64.so.2 --library-path {lib} /host/usr/bin/perl \
+         -I{lib}/perl-base /tmp/draw"
+    );
+    let drawn = shell(node, &containerd, &drawing, &line)?;
+    ensure!(drawn.starts_with("drawn "), "{drawn}");
+    containerd.remove_pod(node, &pod)?;
+    Leftovers::nothing_since(node, &before)?;
+    ensure!(sum_on_host(node, nvme, mib)? == sum, "the host reads else");
+    Ok(())
+}
+
+#[test]
+fn an_nvme_disk_stores_and_a_display_draws() {
+    if pericarp::passthrough_kernel().is_none() {
+        eprintln!("skipped: not built: the kernel with drivers (make kernel FLAVOUR=passthrough)");
+        return;
+    }
+    let Some(node) = node("passthrough-nvme") else {
+        return;
+    };
+    disk_and_display(&node).unwrap();
+}
+
+/// Rounds of memory that is taken, filled, written by the device, freed (and reported free), read
+/// back by the device into other memory and compared. `$d` is the disk.
+const ROUNDS: &str = "
+set -e; n=0; d=$(ls /dev/vd*)
+while [ $n -lt ROUNDS ]; do
+    dd if=/dev/urandom of=/dev/shm/a bs=512k count=1 2>/dev/null
+    dd if=/dev/shm/a of=$d bs=512k oflag=direct conv=notrunc 2>/dev/null
+    a=$(md5sum </dev/shm/a); rm /dev/shm/a
+    dd if=$d of=/dev/shm/b bs=512k count=1 iflag=direct 2>/dev/null
+    b=$(md5sum </dev/shm/b); rm /dev/shm/b
+    [ \"$a\" = \"$b\" ] || { echo round $n: $a, $b; exit 1; }
+    n=$((n + 1))
+done
+echo $n rounds";
+
+/// Time that the rounds get.
+const ROUNDS_TIMEOUT_S: u64 = 1800;
+
+fn rounds(node: &Node) -> Result<()> {
+    let containerd = node.containerd(Version::V23)?;
+    let functions = functions(node)?;
+    let before = Leftovers::look(node)?;
+    let pod = containerd.run_pod(node, HANDLER, &pod_config("rounds"))?;
+    let container = sleeper("c", &[&functions[0]]);
+    let container = containerd.run_container(node, &pod, &container)?;
+    let count = if full() { 1000 } else { 10 };
+    let line = ROUNDS.replace("ROUNDS", &count.to_string());
+    let command = containerd
+        .crictl()
+        .args(["exec", &container, "sh", "-c", &line]);
+    let said = node.text(&command.timeout_s(ROUNDS_TIMEOUT_S))?;
+    ensure!(said.trim() == format!("{count} rounds"), "{said}");
+    containerd.remove_pod(node, &pod)?;
+    Leftovers::nothing_since(node, &before)?;
+    Ok(())
+}
+
+#[test]
+fn memory_that_is_freed_and_taken_again_is_what_the_device_sees() {
+    let Some(node) = node("passthrough-rounds") else {
+        return;
+    };
+    rounds(&node).unwrap();
+}
+
+/// Why a container of `pod` with `function` is refused.
+fn refusal(
+    node: &Node,
+    containerd: &Containerd,
+    pod: &Pod,
+    name: &str,
+    function: &Function,
+) -> Result<String> {
+    let created = containerd.run_container(node, pod, &sleeper(name, &[function]));
+    let error = created.err().context("it was accepted")?;
+    Ok(format!("{error:#}"))
+}
+
+fn refusals(node: &Node) -> Result<()> {
+    let containerd = node.containerd(Version::V23)?;
+    let functions = functions(node)?;
+    let (disk, other) = (&functions[0], &functions[1]);
+    let before = Leftovers::look(node)?;
+    let pod = containerd.run_pod(node, HANDLER, &pod_config("refusals"))?;
+    let keeper = containerd.run_pod(node, HANDLER, &pod_config("keeper"))?;
+    containerd.run_container(node, &keeper, &sleeper("keeper", &[disk]))?;
+    let mut seen = vec![(
+        refusal(node, &containerd, &pod, "in-use", disk)?,
+        "in use by another pod",
+    )];
+    let error = refusal(node, &containerd, &pod, "no-driver", &functions[2])?;
+    seen.push((error, "FLAVOUR=passthrough"));
+    // The settings are those of the pod's start.
+    allow(node, &functions[..1])?;
+    let denied = containerd.run_pod(node, HANDLER, &pod_config("denied"))?;
+    let error = refusal(node, &containerd, &denied, "denied", other)?;
+    seen.push((error, "security.passthrough_devices"));
+    allow(node, &functions)?;
+    let mut small = pod_config("small");
+    small["linux"] = json!({
+        "cgroup_parent": "/small", "resources": {"memory_limit_in_bytes": 128 << 20}
+    });
+    node.shell(
+        "mkdir -p /sys/fs/cgroup/small; echo 128M >/sys/fs/cgroup/small/memory.max
+         echo +memory >/sys/fs/cgroup/small/cgroup.subtree_control || true",
+    )?;
+    let small = containerd.run_pod(node, HANDLER, &small)?;
+    let error = refusal(node, &containerd, &small, "small", other)?;
+    seen.push((error, "overhead.podFixed.memory"));
+    for (error, words) in &seen {
+        let named = error.contains("linux.devices[/dev/vfio/") && error.contains("function 0000:");
+        ensure!(named && error.contains(words), "{words}: {error}");
+    }
+    for pod in [&pod, &keeper, &denied, &small] {
+        containerd.remove_pod(node, pod)?;
+    }
+    node.shell("rmdir /sys/fs/cgroup/small")?;
+    Leftovers::nothing_since(node, &before)?;
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_given_is_refused_by_name_and_remedy() {
+    let Some(node) = node("passthrough-refusals") else {
+        return;
+    };
+    refusals(&node).unwrap();
+}
+
+/// Two pods with a disk each at once, then one of the disks through pods in turn.
+fn pods_share_the_node(node: &Node) -> Result<()> {
+    let containerd = node.containerd(Version::V23)?;
+    let functions = functions(node)?;
+    let before = Leftovers::look(node)?;
+    let mut pods = Vec::new();
+    for (index, disk) in functions[..2].iter().enumerate() {
+        let pod = containerd.run_pod(node, HANDLER, &pod_config(&format!("at-once-{index}")))?;
+        let container = containerd.run_container(node, &pod, &sleeper("c", &[disk]))?;
+        let line = format!("echo pod-{index} | dd of=/dev/vda bs=512 conv=sync,fsync 2>/dev/null");
+        let line = line.replace("/dev/vda", "$(ls /dev/vd*)");
+        shell(node, &containerd, &container, &line)?;
+        pods.push((pod, container));
+    }
+    let read = "head -c 5 $(ls /dev/vd*)";
+    for (index, (pod, container)) in pods.iter().enumerate() {
+        let seen = shell(node, &containerd, container, read)?;
+        ensure!(seen == format!("pod-{index}"), "pod {index} reads {seen}");
+        containerd.remove_pod(node, pod)?;
+    }
+    let turns = if full() { 20 } else { 3 };
+    for turn in 0..turns {
+        let pod = containerd.run_pod(node, HANDLER, &pod_config(&format!("turn-{turn}")))?;
+        let container = sleeper("c", &[&functions[0]]);
+        let container = containerd.run_container(node, &pod, &container)?;
+        let seen = shell(node, &containerd, &container, read)?;
+        ensure!(seen == "pod-0", "turn {turn} reads {seen}");
+        containerd.remove_pod(node, &pod)?;
+    }
+    Leftovers::nothing_since(node, &before)?;
+    Ok(())
+}
+
+#[test]
+fn pods_have_a_disk_each_at_once_and_one_disk_in_turn() {
+    let Some(node) = node("passthrough-pods") else {
+        return;
+    };
+    pods_share_the_node(&node).unwrap();
+}
+
+/// The end of VMM, shim or agent gives the function back, and the next pod can have it.
+fn kills(node: &Node) -> Result<()> {
+    let containerd = node.containerd(Version::V23)?;
+    let functions = functions(node)?;
+    let disk = &functions[0];
+    let before = Leftovers::look(node)?;
+    // The last is for the guest: its kernel dies, and the agent with it.
+    let panic = "mount -o remount,rw /proc/sys; echo 2 >/proc/sys/vm/panic_on_oom; tail /dev/zero";
+    for (name, kill) in [
+        ("vmm", "kill -9 $(pgrep -f '^[^ ]*pericarp-vmm')"),
+        (
+            "shim",
+            "kill -9 $(pgrep -f '^[^ ]*containerd-shim-pericarp-v2 ')",
+        ),
+        ("agent", panic),
+    ] {
+        let mut config = pod_config(&format!("killed-{name}"));
+        config["linux"] = json!({"security_context": {"privileged": true}});
+        let pod = containerd.run_pod(node, HANDLER, &config)?;
+        let mut config = sleeper("c", &[disk]);
+        config["linux"] = json!({
+            "security_context": {"privileged": true},
+            "resources": {"memory_limit_in_bytes": 32 << 20},
+        });
+        let container = containerd.run_container(node, &pod, &config)?;
+        if name == "agent" {
+            let line = ["exec", &container, "sh", "-c", kill];
+            let ended = containerd.crictl_run(node, &line)?;
+            ensure!(!ended.exit.success(), "the guest outlived its kernel");
+        } else {
+            node.shell(kill)?;
+        }
+        containerd.wait_for_end_of_containers(node, &pod)?;
+        containerd.remove_pod(node, &pod)?;
+        ensure!(locked_kib(node)? == 0, "{name}: memory stays pinned");
+        Leftovers::nothing_since(node, &before).with_context(|| format!("{name} was killed"))?;
+    }
+    let pod = containerd.run_pod(node, HANDLER, &pod_config("after-kills"))?;
+    containerd.run_container(node, &pod, &sleeper("c", &[disk]))?;
+    containerd.remove_pod(node, &pod)?;
+    Leftovers::nothing_since(node, &before)?;
+    Ok(())
+}
+
+#[test]
+fn whoever_is_killed_the_next_pod_has_the_function() {
+    let Some(node) = node("passthrough-kills") else {
+        return;
+    };
+    kills(&node).unwrap();
+}

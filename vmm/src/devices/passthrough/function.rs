@@ -1,0 +1,601 @@
+//! A function of the host on the guest's bus.
+//!
+//! BARs are mapped into the guest where the bus decodes them, but for the pages that hold the table
+//! of MSI-X ([`windows`]); what is not mapped, and what the event loop has not mapped yet, traps
+//! and is read and written for the guest. Interrupts go from the function to the guest through
+//! eventfds of which the kernel knows both ends; a masked vector is disconnected at the guest's end
+//! and what it signals waits in its eventfd.
+//!
+//! Threads: everything but mapping happens on the vCPU that traps, because the guest relies on its
+//! being done. Locks, each held alone or in this order: configuration space, interrupts, function.
+//!
+//! Hostile guest: no value that it writes reaches the function but what [`mediate`] lets through
+//! and what lies in BARs, and these are the function's own business behind the IOMMU.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    ops::Range,
+    os::fd::{AsRawFd, OwnedFd},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak},
+};
+
+use pericarp_sys::{
+    mapping::{Backing, DeviceMapping},
+    vfio::{self, Region},
+};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{
+    mediate::{
+        self, Bar, COMMAND, COMMAND_PASSED, CONFIG_BYTES, DEVICE_CONTROL, FUNCTION_RESET,
+        MediateError, Mediated, MsixPlace,
+    },
+    windows,
+};
+use crate::{
+    devices::virtio::transport::Surroundings,
+    pci::{
+        PciFunction, Slot,
+        config::{Changed, ConfigSpace},
+        msix::Msix,
+    },
+};
+
+/// Command register: memory decoding, on as long as the function is ours; whether the guest sees
+/// its BARs is the bus's business.
+const COMMAND_MEMORY: u16 = 1 << 1;
+
+/// Why a function cannot be passed through.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum FunctionError {
+    /// Its configuration space.
+    #[error(transparent)]
+    Mediate(#[from] MediateError),
+    /// A BAR.
+    #[error(
+        "BAR {register} of {size:#x} bytes does not fit the {room:#x} bytes that the guest has for \
+            such BARs: only a host whose processor has more address bits can pass this function on"
+    )]
+    Room {
+        /// Which one.
+        register: u8,
+        /// Its size.
+        size: u64,
+        /// The window.
+        room: u64,
+    },
+    /// Nothing resets it.
+    #[error(
+        "nothing resets the function, so that what one pod leaves in it the next one would find"
+    )]
+    NoReset,
+    /// A system call.
+    #[error("{step}: {source}")]
+    Host {
+        /// Which step.
+        step: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn at(step: &'static str) -> impl Fn(io::Error) -> FunctionError {
+    move |source| FunctionError::Host { step, source }
+}
+
+/// A BAR with the parts of it that the guest reaches without us.
+#[derive(Debug)]
+struct PassedBar {
+    bar: Bar,
+    region: Region,
+    windows: Vec<(u64, Arc<DeviceMapping>)>,
+}
+
+/// Interrupts.
+#[derive(Debug)]
+struct Interrupts {
+    place: MsixPlace,
+    msix: Msix,
+    /// Vectors can be added one by one.
+    grows: bool,
+    live: Mutex<Live>,
+}
+
+/// What the function signals now.
+#[derive(Debug, Default)]
+struct Live {
+    on: bool,
+    /// Vectors that the host has for it, when it cannot have more without starting again.
+    allocated: usize,
+    connected: BTreeMap<u16, EventFd>,
+}
+
+/// A function on the bus.
+#[derive(Debug)]
+pub(crate) struct PassedFunction {
+    this: Weak<Self>,
+    slot: Slot,
+    around: Surroundings,
+    bars: Vec<PassedBar>,
+    interrupts: Option<Interrupts>,
+    express: Option<usize>,
+    space: Region,
+    config: Mutex<ConfigSpace>,
+    /// None once it was given back.
+    function: RwLock<Option<vfio::Function>>,
+    /// Where BARs are mapped: address and KVM's slots, by BAR.
+    shown: Mutex<BTreeMap<u8, (u64, Vec<u32>)>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Opens what the shim passed, resets it, and reads what it is.
+fn open(fd: OwnedFd) -> Result<(vfio::Function, Region, [u8; CONFIG_BYTES]), FunctionError> {
+    let function = vfio::Function::new(fd).map_err(|error| match error.raw_os_error() {
+        Some(libc::EOPNOTSUPP) => FunctionError::NoReset,
+        _ => at("Function.function")(error),
+    })?;
+    function.reset().map_err(at("reset"))?;
+    let space = function.region(vfio::CONFIG_REGION);
+    let space = space.map_err(at("configuration space"))?;
+    let mut bytes = [0; CONFIG_BYTES];
+    let read = function.read(&space, 0, &mut bytes);
+    read.map_err(at("configuration space"))?;
+    Ok((function, space, bytes))
+}
+
+impl PassedFunction {
+    /// Puts a function on the bus at `slot`. `rooms` are the bytes that the guest has for BARs of
+    /// 32 and of 64 bits.
+    pub(crate) fn attach(
+        fd: OwnedFd,
+        (slot, multifunction): (Slot, bool),
+        rooms: [u64; 2],
+        around: Surroundings,
+    ) -> Result<Arc<Self>, FunctionError> {
+        let (function, space, bytes) = open(fd)?;
+        let mut regions = Vec::new();
+        for index in 0..6 {
+            regions.push(function.region(index).map_err(at("BARs"))?);
+        }
+        let sizes = std::array::from_fn(|index| regions[index].size);
+        let seen = mediate::mediate(&bytes, &sizes, multifunction)?;
+        check_rooms(&seen.bars, rooms)?;
+        let bars = map_bars(&function, &seen, &regions)?;
+        let interrupts = match seen.msix {
+            Some(place) => Some(interrupts(&function, place, &around)?),
+            None => None,
+        };
+        let words = Arc::clone(around.root.words());
+        let command = COMMAND_MEMORY.to_le_bytes();
+        let started = function.write(&space, COMMAND as u64, &command);
+        started.map_err(at("command register"))?;
+        let config = ConfigSpace::show(words, slot, &seen.words, seen.writable);
+        let passed = Arc::new_cyclic(|this| Self {
+            this: this.clone(),
+            slot,
+            bars,
+            interrupts,
+            express: seen.express,
+            space,
+            config: Mutex::new(config),
+            function: RwLock::new(Some(function)),
+            shown: Mutex::default(),
+            around,
+        });
+        let root = Arc::clone(&passed.around.root);
+        root.attach(slot, Arc::clone(&passed) as Arc<dyn PciFunction>);
+        Ok(passed)
+    }
+
+    fn function(&self) -> RwLockReadGuard<'_, Option<vfio::Function>> {
+        self.function.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the function off the bus and gives it back, reset. After this it reaches no memory.
+    pub(crate) fn detach(&self) {
+        self.around.root.detach(self.slot);
+        lock(&self.config).clear();
+        self.around.bars.remove(self.slot);
+        for (_, (_, slots)) in std::mem::take(&mut *lock(&self.shown)) {
+            self.hide(&slots);
+        }
+        let mut function = self
+            .function
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(function) = function.take() {
+            // No memory access any more, then no state; the kernel does both again at the close.
+            let _ = function.write(&self.space, COMMAND as u64, &[0, 0]);
+            let _ = function.silence(vfio::MSIX);
+            let _ = function.reset();
+        }
+        drop(function);
+        if let Some(interrupts) = &self.interrupts {
+            *lock(&interrupts.live) = Live::default();
+            interrupts.msix.forget_routes();
+        }
+    }
+
+    fn hide(&self, slots: &[u32]) {
+        for slot in slots {
+            // What KVM does not let go stays mapped until the machine ends.
+            let _ = self.around.slots.remove(*slot);
+        }
+    }
+
+    /// A BAR or its decoding may have changed: tells the bus; the event loop maps it later.
+    fn decode(&self) {
+        let Some(this) = self.this.upgrade() else {
+            return;
+        };
+        let function: Arc<dyn PciFunction> = this;
+        for passed in &self.bars {
+            let range = passed.bar.range(&lock(&self.config));
+            let bars = &self.around.bars;
+            bars.place(self.slot, passed.bar.register, range, &function);
+        }
+    }
+
+    /// On the event loop: maps BARs where the bus decodes them. One that is not decoded at all, as
+    /// while a guest sizes BARs, stays where it was, because moving it costs all vCPUs their page
+    /// tables.
+    pub(crate) fn map(&self) {
+        for passed in &self.bars {
+            let Bar { register, size, .. } = passed.bar;
+            let Some(range) = passed.bar.range(&lock(&self.config)) else {
+                continue;
+            };
+            let mut shown = lock(&self.shown);
+            let there = shown.get(&register);
+            if there.is_some_and(|(address, _)| *address == range.start) {
+                continue;
+            }
+            if let Some((_, slots)) = shown.remove(&register) {
+                self.hide(&slots);
+            }
+            // Only where the bus decodes it too, so that no guest puts it over something else.
+            let ours = self.around.bars.find(range.start, size);
+            if ours.is_some_and(|(function, bar, _)| self.is(&function) && bar == register) {
+                let slots = passed.windows.iter().filter_map(|(offset, mapping)| {
+                    let backing = Backing::Device(Arc::clone(mapping));
+                    // Without it accesses trap, which only is slower.
+                    self.around.slots.add(range.start + offset, backing).ok()
+                });
+                shown.insert(register, (range.start, slots.collect()));
+            }
+        }
+    }
+
+    fn is(&self, function: &Arc<dyn PciFunction>) -> bool {
+        std::ptr::addr_eq(Arc::as_ptr(function), self)
+    }
+
+    /// Writes a register of two bytes of the function's own configuration space.
+    fn tell(&self, offset: usize, value: u16) {
+        if let Some(function) = self.function().as_ref() {
+            // A function that does not take it is the guest's loss.
+            let _ = function.write(&self.space, offset as u64, &value.to_le_bytes());
+        }
+    }
+
+    /// Connects the vectors that are open now; `only` names the one that may have changed.
+    fn connect(&self, only: Option<u16>) {
+        let Some(interrupts) = &self.interrupts else {
+            return;
+        };
+        let mut live = lock(&interrupts.live);
+        let function = self.function();
+        let Some(function) = function.as_ref() else {
+            return;
+        };
+        if !interrupts.msix.is_enabled() {
+            if std::mem::take(&mut *live).on {
+                let _ = function.silence(vfio::MSIX);
+                interrupts.msix.forget_routes();
+            }
+            return;
+        }
+        if !live.on {
+            // The function's own enable bit follows; no vector signals anything yet.
+            live.on = function.signal(vfio::MSIX, 0, &[None]).is_ok();
+            live.allocated = 1;
+        }
+        let vectors = match only {
+            Some(vector) => vector..vector + 1,
+            None => 0..interrupts.place.count,
+        };
+        for vector in vectors {
+            if live.connected.contains_key(&vector) || !interrupts.msix.is_open(vector) {
+                continue;
+            }
+            // A vector that cannot be had is silent: only the guest's own device suffers.
+            if let Ok(Some(eventfd)) = interrupts.msix.eventfd(vector) {
+                live.connected.insert(vector, eventfd);
+                let _ = live.signal(function, vector, interrupts.grows);
+            }
+        }
+    }
+}
+
+impl Bar {
+    /// Where it is decoded now, if it is.
+    pub(crate) fn range(&self, config: &ConfigSpace) -> Option<Range<u64>> {
+        if self.wide {
+            config.bar(self.register, self.size)
+        } else {
+            config.narrow_bar(self.register, self.size)
+        }
+    }
+}
+
+impl Live {
+    fn signal(&mut self, function: &vfio::Function, vector: u16, grows: bool) -> io::Result<()> {
+        let index = usize::from(vector);
+        if grows || index < self.allocated {
+            let eventfd = self.connected.get(&vector).map(AsRawFd::as_raw_fd);
+            return function.signal(vfio::MSIX, vector, &[eventfd]);
+        }
+        // Before Linux 6.5 more vectors mean all of them anew; what came in between is lost, so
+        // each one in use is signalled once more: drivers look and find nothing.
+        function.silence(vfio::MSIX)?;
+        let eventfd = |vector: u16| self.connected.get(&vector).map(AsRawFd::as_raw_fd);
+        let all: Vec<_> = (0..=vector).map(eventfd).collect();
+        function.signal(vfio::MSIX, 0, &all)?;
+        self.allocated = index + 1;
+        for eventfd in self.connected.values() {
+            let _ = eventfd.write(1);
+        }
+        Ok(())
+    }
+}
+
+fn check_rooms(bars: &[Bar], [narrow, wide]: [u64; 2]) -> Result<(), FunctionError> {
+    for bar in bars {
+        // Alignment may cost as much again.
+        let room = if bar.wide { wide } else { narrow };
+        if bar.size > room / 2 {
+            return Err(FunctionError::Room {
+                register: bar.register,
+                size: bar.size,
+                room,
+            });
+        }
+    }
+    Ok(())
+}
+
+fn map_bars(
+    function: &vfio::Function,
+    seen: &Mediated,
+    regions: &[Region],
+) -> Result<Vec<PassedBar>, FunctionError> {
+    let mut bars = Vec::new();
+    for bar in &seen.bars {
+        let region = regions[usize::from(bar.register)].clone();
+        let places = seen.msix.iter();
+        let trapped: Vec<_> = places
+            .flat_map(|place| [&place.table, &place.pending])
+            .filter(|(register, _)| *register == bar.register)
+            .map(|(_, range)| range.clone())
+            .collect();
+        let mut mapped = Vec::new();
+        for part in windows::windows(bar.size, &region.mappable, &trapped) {
+            let mapping = function.map(&region, part.start, part.end - part.start);
+            mapped.push((part.start, Arc::new(mapping.map_err(at("mapping a BAR"))?)));
+        }
+        bars.push(PassedBar {
+            bar: *bar,
+            region,
+            windows: mapped,
+        });
+    }
+    Ok(bars)
+}
+
+fn interrupts(
+    function: &vfio::Function,
+    mut place: MsixPlace,
+    around: &Surroundings,
+) -> Result<Interrupts, FunctionError> {
+    let there = function.interrupts(vfio::MSIX).map_err(at("interrupts"))?;
+    // Both come from the same register; of a kernel that thinks otherwise the lower number holds.
+    let count = u16::try_from(there.count).unwrap_or(u16::MAX);
+    place.count = place.count.min(count);
+    Ok(Interrupts {
+        msix: Msix::new(
+            Arc::clone(&around.vm),
+            Arc::clone(&around.routes),
+            Arc::clone(&around.interrupts),
+            place.count,
+        ),
+        place,
+        grows: there.grows,
+        live: Mutex::default(),
+    })
+}
+
+/// What an access to a BAR meets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Met {
+    /// The table, at this offset of it.
+    Table(u64),
+    /// The pending bits, at this offset.
+    Pending(u64),
+    /// Their border: nothing that a driver does.
+    Border,
+    /// The function's registers.
+    Registers,
+}
+
+/// What `length` bytes at `offset` of BAR `bar` are.
+pub(crate) fn meet(place: &MsixPlace, bar: u8, offset: u64, length: usize) -> Met {
+    let end = offset.saturating_add(length as u64);
+    let touches = |(register, range): &(u8, Range<u64>)| {
+        *register == bar && offset < range.end && end > range.start
+    };
+    let inside = |range: &Range<u64>| range.start <= offset && end <= range.end;
+    if touches(&place.table) {
+        let range = &place.table.1;
+        return if inside(range) {
+            Met::Table(offset - range.start)
+        } else {
+            Met::Border
+        };
+    }
+    if touches(&place.pending) {
+        let range = &place.pending.1;
+        return if inside(range) {
+            Met::Pending(offset - range.start)
+        } else {
+            Met::Border
+        };
+    }
+    Met::Registers
+}
+
+impl PassedFunction {
+    fn meet(&self, bar: u8, offset: u64, length: usize) -> (Met, Option<&Interrupts>) {
+        match &self.interrupts {
+            Some(interrupts) => {
+                let met = meet(&interrupts.place, bar, offset, length);
+                (met, Some(interrupts))
+            }
+            None => (Met::Registers, None),
+        }
+    }
+
+    fn region(&self, bar: u8) -> Option<&Region> {
+        let passed = self.bars.iter().find(|passed| passed.bar.register == bar);
+        passed.map(|passed| &passed.region)
+    }
+}
+
+impl PciFunction for PassedFunction {
+    fn write_config(&self, offset: u16, data: &[u8]) {
+        let mut config = lock(&self.config);
+        let changed = config.write(offset, data);
+        match changed {
+            Changed::Decoding => {
+                let [low, high, ..] = config.word(COMMAND).to_le_bytes();
+                let command = u16::from_le_bytes([low, high]) & COMMAND_PASSED;
+                if usize::from(offset) / 4 == COMMAND / 4 {
+                    self.tell(COMMAND, command | COMMAND_MEMORY);
+                }
+                drop(config);
+                self.decode();
+                self.around.doorbell.ring(self.slot);
+            }
+            Changed::Capability(at) => {
+                let [low, high, upper_low, upper_high] = config.word(at).to_le_bytes();
+                let express = self.express.map(|express| express + DEVICE_CONTROL);
+                if express == Some(at) {
+                    let control = u16::from_le_bytes([low, high]);
+                    let wanted = written(offset, data, at + 1) & FUNCTION_RESET.to_le_bytes()[1];
+                    self.tell(at, control | u16::from_le_bytes([0, wanted]));
+                }
+                drop(config);
+                if let Some(interrupts) = &self.interrupts
+                    && interrupts.place.capability == at
+                {
+                    let control = u16::from_le_bytes([upper_low, upper_high]);
+                    interrupts.msix.set_control(control);
+                    self.connect(None);
+                }
+            }
+            Changed::Nothing => {}
+        }
+    }
+
+    fn read_bar(&self, bar: u8, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        match self.meet(bar, offset, data.len()) {
+            (Met::Table(at), Some(interrupts)) => interrupts.msix.read_table(at, data),
+            (Met::Pending(at), Some(interrupts)) => interrupts.msix.read_pending(at, data),
+            (Met::Registers, _) => {
+                if let (Some(function), Some(region)) = (self.function().as_ref(), self.region(bar))
+                    && function.read(region, offset, data).is_err()
+                {
+                    data.fill(0xff);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn write_bar(&self, bar: u8, offset: u64, data: &[u8]) {
+        match self.meet(bar, offset, data.len()) {
+            (Met::Table(at), Some(interrupts)) => {
+                interrupts.msix.write_table(at, data);
+                self.connect(u16::try_from(at / 16).ok());
+            }
+            (Met::Registers, _) => {
+                if let (Some(function), Some(region)) = (self.function().as_ref(), self.region(bar))
+                {
+                    // Nobody is told of writes that a device does not take.
+                    let _ = function.write(region, offset, data);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The byte that a write to configuration space put at `at`; 0 when it put none.
+fn written(offset: u16, data: &[u8], at: usize) -> u8 {
+    let index = at.checked_sub(usize::from(offset));
+    index
+        .and_then(|index| data.get(index))
+        .copied()
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn accesses_meet_the_table_whole_or_not_at_all() {
+        let place = MsixPlace {
+            capability: 0x40,
+            count: 2,
+            table: (0, 0x2000..0x2020),
+            pending: (1, 0x10..0x18),
+        };
+        assert_eq!(meet(&place, 0, 0x2000, 4), Met::Table(0));
+        assert_eq!(meet(&place, 0, 0x201c, 4), Met::Table(0x1c));
+        assert_eq!(meet(&place, 0, 0x201c, 8), Met::Border);
+        assert_eq!(meet(&place, 0, 0x1ffc, 8), Met::Border);
+        assert_eq!(meet(&place, 0, 0x2020, 4), Met::Registers);
+        assert_eq!(meet(&place, 1, 0x2000, 4), Met::Registers);
+        assert_eq!(meet(&place, 1, 0x10, 8), Met::Pending(0));
+        assert_eq!(meet(&place, 1, u64::MAX, 8), Met::Registers);
+    }
+
+    #[test]
+    fn a_byte_of_a_write_is_found() {
+        assert_eq!(written(0x88, &[1, 0x80], 0x89), 0x80);
+        assert_eq!(written(0x89, &[0x80], 0x89), 0x80);
+        assert_eq!(written(0x88, &[1], 0x89), 0);
+        assert_eq!(written(0x8a, &[0x80], 0x89), 0);
+    }
+
+    #[test]
+    fn bars_that_do_not_fit_are_refused_with_their_sizes() {
+        let bar = |size, wide| Bar {
+            register: 2,
+            size,
+            wide,
+        };
+        let rooms = [512 << 20, 512 << 30];
+        check_rooms(&[bar(256 << 20, false), bar(256 << 30, true)], rooms).unwrap();
+        for bar in [bar(512 << 20, false), bar(512 << 30, true)] {
+            let error = check_rooms(&[bar], rooms).unwrap_err().to_string();
+            assert!(error.contains("BAR 2"), "{error}");
+        }
+    }
+}
