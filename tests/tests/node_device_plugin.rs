@@ -1,7 +1,7 @@
 //! A pod that asks kubelet for a function of the node, through `pericarp device-plugin`.
 
 use anyhow::{Result, ensure};
-use pericarp_tests::node::{Builder, Command, Device, Node, Service, Session, pericarp, session};
+use pericarp_tests::node::{Builder, Command, Device, Node, Service, Session, pericarp};
 use pericarp_tests::pods::passthrough::{Function, allow};
 
 /// Time that the plugin gets to be registered.
@@ -29,16 +29,11 @@ spec:
 ";
 
 fn node(test: &str) -> Option<Session> {
-    let missing = pericarp::missing();
-    if !missing.is_empty() {
-        eprintln!("skipped: not built: {}", missing.join(", "));
-        return None;
-    }
     let builder = || {
         let builder = Builder::default().name("device-plugin").memory_mib(6144);
         builder.device(Device::VirtioBlk)
     };
-    Some(session(test, builder).expect("the node boots"))
+    pericarp::session(test, builder)
 }
 
 fn a_pod_asks(node: &Node) -> Result<()> {

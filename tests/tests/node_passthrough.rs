@@ -5,9 +5,7 @@
 use anyhow::{Context, Result, ensure};
 use pericarp_tests::node::containerd::{PASSTHROUGH, Pod};
 use pericarp_tests::node::images::BUSYBOX;
-use pericarp_tests::node::{
-    Builder, Containerd, Device, Node, Session, Version, pericarp, session,
-};
+use pericarp_tests::node::{Builder, Containerd, Device, Node, Session, Version, pericarp};
 use pericarp_tests::pods::leftovers::Leftovers;
 use pericarp_tests::pods::passthrough::{Function, allow};
 use pericarp_tests::pods::{container_config, pod_config};
@@ -19,20 +17,8 @@ const HANDLER: &str = "pericarp";
 /// Driver of the host for functions that are passed through.
 const VFIO: &str = "vfio-pci";
 
-/// Makes the numbers those that are promised.
-const FULL_VARIABLE: &str = "PERICARP_FULL";
-
-fn full() -> bool {
-    std::env::var_os(FULL_VARIABLE).is_some()
-}
-
 /// The node with two disks, an NVMe disk and a display; None when what it needs is not built.
 fn node(test: &str) -> Option<Session> {
-    let missing = pericarp::missing();
-    if !missing.is_empty() {
-        eprintln!("skipped: not built: {}", missing.join(", "));
-        return None;
-    }
     let builder = || {
         let devices = [
             Device::VirtioBlk,
@@ -43,7 +29,7 @@ fn node(test: &str) -> Option<Session> {
         let builder = Builder::default().name("passthrough").memory_mib(4096);
         devices.into_iter().fold(builder, Builder::device)
     };
-    Some(session(test, builder).expect("the node boots"))
+    pericarp::session(test, builder)
 }
 
 /// The node's functions, all with vfio-pci and allowed: two disks, the NVMe disk, the display.
@@ -125,7 +111,7 @@ fn disk_travels(node: &Node) -> Result<()> {
         nodes.starts_with("vd") && !nodes.contains("vfio"),
         "/dev has {nodes}"
     );
-    let mib = if full() { 256 } else { 8 };
+    let mib = if pericarp::full_sizes() { 256 } else { 8 };
     let sum = in_guest(&format!("d=/dev/{nodes}\n{}", fill(mib)))?;
     let interrupts = "awk '/virtio.*-req/ { n += $2 } END { print n + 0 }' /proc/interrupts";
     let counted: u64 = in_guest(interrupts)?.parse()?;
@@ -225,7 +211,7 @@ fn disk_and_display(node: &Node) -> Result<()> {
     let pod = containerd.run_pod(node, PASSTHROUGH, &pod_config("nvme"))?;
     let container = sleeper("c", &[nvme]);
     let container = containerd.run_container(node, &pod, &container)?;
-    let mib = if full() { 256 } else { 8 };
+    let mib = if pericarp::full_sizes() { 256 } else { 8 };
     let line = format!("d=/dev/nvme0n1\n{}", fill(mib));
     let sum = shell(node, &containerd, &container, &line)?;
     let interrupts = "awk '/nvme0q/ { n += $2 } END { print n + 0 }' /proc/interrupts";
@@ -295,7 +281,7 @@ fn rounds(node: &Node) -> Result<()> {
     let pod = containerd.run_pod(node, HANDLER, &pod_config("rounds"))?;
     let container = sleeper("c", &[&functions[0]]);
     let container = containerd.run_container(node, &pod, &container)?;
-    let count = if full() { 1000 } else { 10 };
+    let count = if pericarp::full_sizes() { 1000 } else { 10 };
     let line = ROUNDS.replace("ROUNDS", &count.to_string());
     let command = containerd
         .crictl()
@@ -399,7 +385,7 @@ fn pods_share_the_node(node: &Node) -> Result<()> {
         ensure!(seen == format!("pod-{index}"), "pod {index} reads {seen}");
         containerd.remove_pod(node, pod)?;
     }
-    let turns = if full() { 20 } else { 3 };
+    let turns = if pericarp::full_sizes() { 20 } else { 3 };
     for turn in 0..turns {
         let pod = containerd.run_pod(node, HANDLER, &pod_config(&format!("turn-{turn}")))?;
         let container = sleeper("c", &[&functions[0]]);
