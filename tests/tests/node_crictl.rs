@@ -144,15 +144,17 @@ fn processes(node: &Node, containerd: &Containerd, container: &str) -> Result<St
 #[test]
 fn a_container_sees_the_processes_of_its_target_alone() {
     // NamespaceMode of the CRI.
+    const CONTAINER: u32 = 1;
     const TARGET: u32 = 3;
     with_pod("crictl-target", |node, containerd, pod| {
         let run = |name: &str, seconds: u32, target: Option<&str>| {
             let line = format!("sleep {seconds}; true");
             let mut config = container_config(name, BUSYBOX, &line);
-            if let Some(id) = target {
-                let options = json!({"pid": TARGET, "target_id": id});
-                config["linux"] = json!({"security_context": {"namespace_options": options}});
-            }
+            let options = match target {
+                Some(id) => json!({"pid": TARGET, "target_id": id}),
+                None => json!({"pid": CONTAINER}),
+            };
+            config["linux"] = json!({"security_context": {"namespace_options": options}});
             containerd.run_container(node, pod, &config)
         };
         let target = run("target", 1001, None)?;

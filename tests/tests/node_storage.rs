@@ -193,7 +193,7 @@ fn a_pod_has_users_of_its_own() {
     let container = containerd.run_container(&node, &pod, &config).unwrap();
     let inside = |line: &str| shell(&node, &containerd, &container, line).unwrap();
     let ids = inside("tr -s ' ' </proc/self/uid_map; tr -s ' ' </proc/self/gid_map; id -u");
-    assert_eq!(ids, " 0 65536 65536\n 0 65536 65536\n0");
+    assert_eq!(ids, "0 65536 65536\n 0 65536 65536\n0");
     let owners = inside("touch /new; stat -c %u:%g / /bin/busybox /new /volume/old");
     assert_eq!(owners, "0:0\n0:0\n0:0\n1000:1001");
     inside("echo new >/volume/new; chown 7:8 /volume/old");
