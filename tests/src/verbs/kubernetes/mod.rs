@@ -418,7 +418,8 @@ fn page(table: &str) -> String {
         What a pod may ask of an unmodified kubelet, under runc and under Pericarp. \
         `make kubernetes` makes\nthis page: a pod for each line, in a test node with etcd, API \
         server, kubelet and containerd\n(`tests/kubernetes/` has the pods). *Refused by name* is \
-        what no VM can give: the pod's event\nnames the field.\n\n";
+        what no VM can give: the pod's event\nnames the field. *Not run* is what no run \
+        has come to yet.\n\n";
     format!("{head}{table}")
 }
 
