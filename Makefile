@@ -68,7 +68,7 @@ bench: ## measure what SPEC.md promises, beside runc
 
 .PHONY: kubernetes
 kubernetes: ## run a pod for each thing that a pod may ask of Kubernetes, and write docs/kubernetes.md
-	$(NODE) kubernetes --memory 6144 --table docs/kubernetes.md
+	$(NODE) kubernetes --memory 7168 --table docs/kubernetes.md
 
 .PHONY: demo
 demo: packages kernel guest-image build ## a pod in its own VM, step by step, in a test node

@@ -139,6 +139,20 @@ pub(crate) struct BlockNode {
     pub(crate) minor: u64,
 }
 
+impl BlockNode {
+    /// The node as a container has it, at `path`.
+    pub(crate) fn at(&self, path: &str) -> LinuxDevice {
+        let mut device = LinuxDevice::default();
+        device
+            .set_path(path.into())
+            .set_typ(LinuxDeviceType::B)
+            .set_major(i64::try_from(self.major).unwrap_or_default())
+            .set_minor(i64::try_from(self.minor).unwrap_or_default())
+            .set_file_mode(Some(0o660));
+        device
+    }
+}
+
 /// The disk on a function, or its partition when `partition` is not 0. Waits until it is there.
 pub(crate) fn block_device(address: &PciAddress, partition: u32) -> Result<BlockNode, DeviceError> {
     let found = await_device(address, DEVICE_WAIT, |address| {

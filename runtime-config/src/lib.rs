@@ -32,7 +32,7 @@ mod table;
 pub use annotations::{ANNOTATION_PREFIX, AnnotationError};
 pub use choice::{CpuModel, HugePages, LogLevel, VirtiofsCache};
 pub use config::{Config, FlavourError, PodConfig};
-pub use keys::{KEYS, Settings, Storage};
+pub use keys::{KEYS, Settings, Storage, Vm};
 pub use kind::CpuFeature;
 pub use load::LoadError;
 pub use options::RuntimeOptions;

@@ -23,7 +23,7 @@ use oci_spec::runtime::Process as OciProcess;
 use pericarp_protocol::{
     guest::{
         CreateContainerRequest, ExecRequest, ProcessRequest, ResizeTerminalRequest, SignalRequest,
-        StatsRequest, Streams, UpdateContainerRequest,
+        StatsRequest, Streams,
     },
     limits::OCI_SPEC_BYTES_MAX,
     machine::CacheMode,
@@ -38,11 +38,13 @@ use crate::{
     bundle::{Bundle, Role},
     cgroup::Meter,
     cri,
-    disk::Disk,
+    disk::{self, Disk},
     errors::CallError,
     passthrough::{self, Plugged},
     pod::Pod,
     process::{Exit, LOST_STATUS, Process},
+    qos::Wish,
+    resize::Limits,
     rootfs::{self, Rootfs},
     spec,
     stand_in::{self, StandIn},
@@ -66,11 +68,17 @@ pub(crate) struct Container {
     pub(crate) pause: bool,
     /// Frozen.
     pub(crate) paused: AtomicBool,
+    /// What it may use.
+    limits: Mutex<Limits>,
+    /// What it asks of its place on the host.
+    wish: Mutex<Wish>,
     /// What stands for it on the host; the pod's own stands for the pause container.
     stand_in: Option<StandIn>,
     sample: Mutex<Option<Sample>>,
     /// The disk that its root file system is on.
     disk: Mutex<Option<Disk>>,
+    /// Its volumes that are block devices.
+    volumes: Mutex<Vec<Disk>>,
     /// Functions of the host that it has.
     functions: Mutex<Vec<Plugged>>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
@@ -86,8 +94,29 @@ impl Container {
         self.sample.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What it asks of its place on the host.
+    pub(crate) fn wish(&self) -> MutexGuard<'_, Wish> {
+        self.wish.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What it may use.
+    pub(crate) fn limits(&self) -> Limits {
+        *self.limits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// It may use something else from now on; its limits are among its counters.
+    pub(crate) fn note_limits(&self, limits: Limits) {
+        *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
+        *self.sample() = None;
+    }
+
     fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its volumes that are block devices.
+    pub(crate) fn volumes(&self) -> MutexGuard<'_, Vec<Disk>> {
+        self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn functions(&self) -> MutexGuard<'_, Vec<Plugged>> {
@@ -205,8 +234,11 @@ pub(crate) async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Resul
         pause,
         stand_in,
         paused: AtomicBool::new(false),
+        limits: Mutex::new(Limits::of(&bundle.spec)),
+        wish: Mutex::new(Wish::of(&bundle.spec)),
         sample: Mutex::default(),
         disk: Mutex::default(),
+        volumes: Mutex::default(),
         functions: Mutex::default(),
         execs: Mutex::default(),
     });
@@ -270,6 +302,8 @@ async fn build(
     request: &CreateTaskRequest,
 ) -> Result<(), CallError> {
     let id = &container.id;
+    pod.size.join(container.limits()).await?;
+    pod.place.settle_for(pod);
     if pod.by_sandbox_service {
         cri::add_mounts(&mut bundle.spec, &pod.state);
     }
@@ -279,12 +313,7 @@ async fn build(
         root.map(|root| bundle.path.join(root.path())),
         root.is_some_and(|root| root.readonly() == Some(true)),
     )?;
-    // kubelet starts no container on a snapshot again; other callers may, after a crash of the host
-    // too.
-    let cache = match bundle.role() {
-        Role::Member(_) => CacheMode::Unsafe,
-        Role::Sandbox | Role::Single => CacheMode::WriteBack,
-    };
+    let cache = cache_of(&bundle.role());
     if !pod.guest_seccomp {
         spec::drop_seccomp(&mut bundle.spec);
     }
@@ -297,6 +326,8 @@ async fn build(
     share(pod, id, &rootfs, translated.shares).await?;
     let attached = rootfs::attach(pod, id, &rootfs, cache).await?;
     *container.disk() = attached.disk;
+    let mut storages = attached.storages;
+    storages.extend(disk::plug_volumes(pod, container, &translated.disks).await?);
     let functions = plug(pod, container, translated.groups).await?;
     if let Some(root) = translated.spec.root_mut() {
         root.set_path(attached.path);
@@ -313,7 +344,7 @@ async fn build(
     let create = CreateContainerRequest {
         container_id: id.clone(),
         oci_spec,
-        storages: attached.storages,
+        storages,
         streams: Some(opened.numbers).into(),
         terminal_width: console.map_or(0, |size| u32::try_from(size.width()).unwrap_or_default()),
         terminal_height: console.map_or(0, |size| u32::try_from(size.height()).unwrap_or_default()),
@@ -357,6 +388,15 @@ fn encode(spec: &oci_spec::runtime::Spec) -> Result<Vec<u8>, CallError> {
         )));
     }
     Ok(bytes)
+}
+
+/// kubelet starts no container on a snapshot again; other callers may, after a crash of the host
+/// too.
+fn cache_of(role: &Role) -> CacheMode {
+    match role {
+        Role::Member(_) => CacheMode::Unsafe,
+        Role::Sandbox | Role::Single => CacheMode::WriteBack,
+    }
 }
 
 /// Whose PID namespace a container joins.
@@ -621,7 +661,8 @@ async fn release(pod: &Arc<Pod>, container: &Container) -> Result<(), CallError>
         function.unplug(pod).await;
     }
     let disk = container.disk().take();
-    if let Some(disk) = disk {
+    let volumes = std::mem::take(&mut *container.volumes());
+    for disk in disk.into_iter().chain(volumes) {
         disk.unplug(pod).await;
     }
     let shared = pod.shared.clone();
@@ -723,31 +764,6 @@ pub(crate) async fn freeze(pod: &Pod, id: &str, frozen: bool) -> Result<(), Call
             .publish(topics::TASK_RESUMED_EVENT_TOPIC, Box::new(event))
             .await;
     }
-    Ok(())
-}
-
-/// `Update`: the OCI `linux.resources` object as JSON.
-pub(crate) async fn update(pod: &Pod, id: &str, resources: &[u8]) -> Result<(), CallError> {
-    let container = pod.container(id)?;
-    container.init.expect_alive("update")?;
-    if container.pause {
-        return Ok(());
-    }
-    let mut parsed: oci_spec::runtime::LinuxResources = serde_json::from_slice(resources)
-        .map_err(|error| CallError::Invalid(format!("resources: not OCI resources: {error}")))?;
-    if let Some(cpu) = parsed.cpu_mut() {
-        cpu.set_cpus(None);
-        cpu.set_mems(None);
-    }
-    let request = UpdateContainerRequest {
-        container_id: id.to_owned(),
-        oci_resources: serde_json::to_vec(&parsed)
-            .map_err(|error| CallError::host("resources", error))?,
-        ..Default::default()
-    };
-    agent_call!(pod.agent, update_container, &request)?;
-    // The limits are among the counters.
-    *container.sample() = None;
     Ok(())
 }
 

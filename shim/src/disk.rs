@@ -3,15 +3,29 @@
 //! Plugging: the VMM adds the function, the agent finds it by its address when it mounts it.
 //! Unplugging: the agent lets go of it, then the VMM takes it away (docs: architecture, hot-plug).
 
-use std::{fs::File, sync::Arc};
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::MetadataExt,
+    path::Path,
+    sync::Arc,
+};
+
+use nix::sys::stat;
 
 use pericarp_protocol::{
-    guest::RemoveDeviceRequest,
+    guest::{BlockDevice, RemoveDeviceRequest, Storage, storage::Source},
     machine::{Blk, CacheMode, Descriptor, Device, DeviceKind, FieldError, RateLimit, Text},
 };
 use tracing::warn;
 
-use crate::{agent_client::agent_call, errors::CallError, pod::Pod};
+use crate::{
+    agent_client::agent_call,
+    container::Container,
+    errors::CallError,
+    pod::Pod,
+    spec::{self, BlockVolume},
+};
 
 /// A file or block device that is open for a guest.
 #[derive(Debug)]
@@ -30,7 +44,51 @@ pub(crate) struct Disk {
     pub(crate) address: String,
 }
 
+impl DiskFile {
+    /// Opens a block device of the host by its number.
+    pub(crate) fn of_host(volume: &BlockVolume) -> Result<Self, CallError> {
+        let (major, minor) = volume.number;
+        let failed = |error| CallError::host(format!("block device {major}:{minor}"), error);
+        // DEVNAME of its uevent is its path beneath /dev (Documentation/core-api/kobject.rst).
+        let uevent = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/uevent"));
+        let uevent = uevent.map_err(failed)?;
+        let mut lines = uevent.lines();
+        let name = lines.find_map(|line| line.strip_prefix("DEVNAME="));
+        let path = Path::new("/dev").join(name.unwrap_or_default());
+        let file = File::options()
+            .read(true)
+            .write(!volume.read_only)
+            .open(path)
+            .map_err(failed)?;
+        let number = file.metadata().map_err(failed)?.rdev();
+        let wanted = (u64::try_from(major), u64::try_from(minor));
+        if wanted != (Ok(stat::major(number)), Ok(stat::minor(number))) {
+            return Err(failed(io::Error::other(
+                "/dev has another device in its place",
+            )));
+        }
+        Ok(Self {
+            file,
+            read_only: volume.read_only,
+        })
+    }
+}
+
 impl Disk {
+    /// The disk as a node of a container.
+    pub(crate) fn as_node(&self, mount_point: &str, path: &Path) -> Storage {
+        Storage {
+            mount_point: mount_point.to_owned(),
+            source: Some(Source::BlockDevice(BlockDevice {
+                pci_address: self.address.clone(),
+                raw: true,
+                device_path: path.display().to_string(),
+                ..Default::default()
+            })),
+            ..Default::default()
+        }
+    }
+
     /// Gives the guest a disk.
     pub(crate) async fn plug(
         pod: &Arc<Pod>,
@@ -68,6 +126,23 @@ impl Disk {
             Err(error) => warn!(disk = self.name, %error, "a disk stays until the VM ends"),
         }
     }
+}
+
+/// Gives the guest the block devices that a container has as volumes.
+pub(crate) async fn plug_volumes(
+    pod: &Arc<Pod>,
+    container: &Container,
+    volumes: &[BlockVolume],
+) -> Result<Vec<Storage>, CallError> {
+    let mut storages = Vec::new();
+    for (number, volume) in volumes.iter().enumerate() {
+        let file = DiskFile::of_host(volume)?;
+        let disk = Disk::plug(pod, file, CacheMode::WriteBack).await?;
+        let node = spec::guest_volume(&container.id, number);
+        storages.push(disk.as_node(&node, &volume.path));
+        container.volumes().push(disk);
+    }
+    Ok(storages)
 }
 
 fn limit(storage: &pericarp_runtime_config::Storage) -> RateLimit {

@@ -21,8 +21,8 @@ use pericarp_protocol::{
     AGENT_PORT, GUEST_CID,
     machine::{
         Balloon, CONTROL_DESCRIPTOR, Console, CpuMode, Descriptor, Device, DeviceKind, FieldError,
-        Fs, List, Machine as Description, Net, Nothing, PageKind, Pmem, Request, Rng, Text, Vsock,
-        VsockPort,
+        Fs, List, Machine as Description, Mem, Net, Nothing, PageKind, Pmem, Request, Rng, Text,
+        Vsock, VsockPort,
     },
 };
 use pericarp_runtime_config::{CpuModel, HugePages, Settings, Sizing};
@@ -35,6 +35,7 @@ use crate::{
     journal::{Entry, Journal},
     machine_client::Machine,
     network::Attachment,
+    resize::{BLOCK_BYTES, Most, Plan},
     share,
 };
 
@@ -43,8 +44,8 @@ use crate::{
 pub(crate) struct Launch<'a> {
     /// The pod's settings.
     pub(crate) settings: &'a Settings,
-    /// Its size.
-    pub(crate) sizing: Sizing,
+    /// Its size, and what it can become.
+    pub(crate) plan: Plan,
     /// The sandbox's state directory.
     pub(crate) state: &'a Path,
     /// Where its processes live.
@@ -86,7 +87,7 @@ pub(crate) async fn launch(
     let settings = launch.settings;
     let user = claim_user(settings, journal)?;
     let (process, machine) = start_vmm(&launch, journal)?;
-    let (description, opened) = describe(settings, launch.sizing, user)?;
+    let (description, opened) = describe(settings, launch.plan, user)?;
     machine.request(Request::Start(description), opened).await?;
     let pipe_flags = nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK;
     let (console, console_writer) = nix::unistd::pipe2(pipe_flags)
@@ -106,6 +107,13 @@ pub(crate) async fn launch(
         plain_device("rng", DeviceKind::Rng(Rng {}))?,
         plain_device("balloon", DeviceKind::Balloon(balloon))?,
     ];
+    if launch.plan.most.plugs(launch.plan.boot) {
+        let memory = Mem {
+            block_bytes: BLOCK_BYTES,
+            requested_bytes: 0,
+        };
+        devices.push(plain_device("memory", DeviceKind::Mem(memory))?);
+    }
     for attachment in launch.interfaces {
         devices.push(interface_device(attachment)?);
     }
@@ -193,10 +201,11 @@ fn guest_memory(settings: &Settings, bytes: u64) -> Result<(OwnedFd, PageKind), 
 
 fn describe(
     settings: &Settings,
-    sizing: Sizing,
+    plan: Plan,
     user: u32,
 ) -> Result<(Description, Vec<OwnedFd>), CallError> {
-    let (memory, pages) = guest_memory(settings, sizing.memory_bytes)?;
+    let (sizing, most) = (plan.boot, plan.most);
+    let (memory, pages) = guest_memory(settings, most.memory_bytes)?;
     let kvm = OpenOptions::new()
         .read(true)
         .write(true)
@@ -214,13 +223,14 @@ fn describe(
         .iter()
         .map(|feature| format!("{}{}", if feature.shown { '+' } else { '-' }, feature.name))
         .collect();
-    let vcpus = u16::try_from(sizing.vcpus)
-        .map_err(|_| CallError::Invalid(format!("vcpus: {}", sizing.vcpus)))?;
+    let vcpus = |count: u32| {
+        u16::try_from(count).map_err(|_| CallError::Invalid(format!("vcpus: {count}")))
+    };
     let description = Description {
-        vcpus,
-        vcpus_max: vcpus,
+        vcpus: vcpus(sizing.vcpus)?,
+        vcpus_max: vcpus(most.vcpus)?,
         memory_bytes: sizing.memory_bytes,
-        memory_max_bytes: sizing.memory_bytes,
+        memory_max_bytes: most.memory_bytes,
         pages,
         cpu: cpu_mode(settings.vm.cpu_model)?,
         cpu_features: Text::new("vm.cpu_features", features.join(",")).map_err(field)?,
@@ -228,8 +238,11 @@ fn describe(
         memory: at(1),
         kernel: at(2),
         initramfs: List::new("initramfs", initramfs).map_err(field)?,
-        command_line: Text::new("kernel.extra_parameters", command_line(settings))
-            .map_err(field)?,
+        command_line: Text::new(
+            "kernel.extra_parameters",
+            command_line(settings, sizing, most),
+        )
+        .map_err(field)?,
         uid: user,
         gid: user,
     };
@@ -245,7 +258,9 @@ fn cpu_mode(model: CpuModel) -> Result<CpuMode, CallError> {
     }
 }
 
-fn command_line(settings: &Settings) -> String {
+fn command_line(settings: &Settings, sizing: Sizing, most: Most) -> String {
+    // vCPUs to spare are parked: the guest's kernel must not wait for them.
+    let online = format!("maxcpus={}", sizing.vcpus);
     let mut words = vec![
         "quiet panic=-1 pci=noearly 8250.nr_uarts=0 console=hvc0",
         // An idle guest sleeps: kcompactd would look for work each half second, and kvm-clock would
@@ -255,6 +270,9 @@ fn command_line(settings: &Settings) -> String {
         // accounting alone, as soon as the first disk is mounted.
         "percpu_alloc=page",
     ];
+    if most.vcpus > sizing.vcpus {
+        words.push(&online);
+    }
     if settings.vm.huge_pages == HugePages::None {
         // Free memory goes back to the host in pieces from 256 KiB, not from 2 MiB: 1.8 MiB less in
         // an idle pod.

@@ -43,6 +43,8 @@ struct Outgoing {
 pub(crate) struct Machine {
     requests: mpsc::Sender<Outgoing>,
     ended: watch::Receiver<Option<String>>,
+    /// The size of memory that the guest reached last, in bytes.
+    memory: watch::Receiver<u64>,
     limit: Duration,
 }
 
@@ -52,12 +54,14 @@ impl Machine {
         let socket = UnixDatagram::from_std(socket.into())?;
         let (requests, receiver) = mpsc::channel(QUEUE_MAX);
         let (ended_sender, ended) = watch::channel(None);
+        let (memory_sender, memory) = watch::channel(0);
         tokio::spawn(async move {
             let mut owner = Owner {
                 socket,
                 pending: HashMap::new(),
                 next: 1,
                 last_words: None,
+                memory: memory_sender,
             };
             let reason = owner.run(receiver).await;
             for (_, reply) in owner.pending.drain() {
@@ -68,6 +72,7 @@ impl Machine {
         Ok(Self {
             requests,
             ended,
+            memory,
             limit,
         })
     }
@@ -131,6 +136,28 @@ impl Machine {
         self.request(request, Vec::new()).await.map(drop)
     }
 
+    /// Makes `requests` and waits until the guest has reached `bytes` of memory.
+    pub(crate) async fn resize_memory(
+        &self,
+        requests: Vec<Request>,
+        bytes: u64,
+        limit: Duration,
+    ) -> Result<(), CallError> {
+        let mut memory = self.memory.clone();
+        for request in requests {
+            self.request(request, Vec::new()).await?;
+        }
+        match timeout(limit, memory.wait_for(|reached| *reached == bytes)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) => Err(CallError::Gone(self.end_reason())),
+            Err(_) => Err(CallError::Deadline {
+                peer: "the guest",
+                call: "the new size of its memory",
+                limit,
+            }),
+        }
+    }
+
     /// Ends the machine; a machine that is gone already is fine.
     pub(crate) async fn shut_down(&self) {
         if let Err(error) = self
@@ -164,6 +191,7 @@ struct Owner {
     pending: HashMap<u32, oneshot::Sender<Result<Success, CallError>>>,
     next: u32,
     last_words: Option<String>,
+    memory: watch::Sender<u64>,
 }
 
 impl Owner {
@@ -275,6 +303,9 @@ impl Owner {
                 );
                 warn!("{words}");
                 self.last_words = Some(words);
+            }
+            Event::MemoryReached(reached) => {
+                self.memory.send_replace(reached.bytes);
             }
             Event::DeviceBroken(broken) => {
                 warn!(

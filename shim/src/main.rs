@@ -31,6 +31,8 @@ mod passthrough;
 mod pod;
 mod port_forward;
 mod process;
+mod qos;
+mod resize;
 mod rootfs;
 mod sandbox_service;
 mod share;

@@ -52,12 +52,14 @@ use crate::{
     events::Publisher,
     guest_panic,
     journal::{self, Entry, Journal},
-    launch::{Launch, Launched, entropy, launch},
+    launch::{Launch, entropy, launch},
     machine_client::Machine,
     network,
     passthrough::Passthrough,
     port_forward,
     process::{Exit, LOST_STATUS},
+    qos::Place,
+    resize::{self, Plan, Size},
     share::{self, SharedDirectory},
     spec,
     stand_in::StandIn,
@@ -102,6 +104,10 @@ pub(crate) struct Pod {
     pub(crate) vmm: Watched,
     /// What the VM and its daemon use, where the pod has a cgroup.
     pub(crate) meter: Option<Meter>,
+    /// Where its processes stand on the host.
+    pub(crate) place: Place,
+    /// The VM's size.
+    pub(crate) size: Size,
     /// The directory shared with the guest.
     pub(crate) shared: SharedDirectory,
     /// Events to containerd.
@@ -148,11 +154,12 @@ impl Pod {
         state: &Path,
         publisher: Publisher,
     ) -> Result<Arc<Self>, CallError> {
-        let (settings, sizing) = (&config.settings, size(request, &config)?);
+        let settings = &config.settings;
+        let plan = Plan::of(settings, demand(request)?, host_capacity())?;
         let failed = |error| CallError::host(state.display(), error);
         fs::create_dir_all(state).map_err(failed)?;
         let mut journal = Journal::open(state).map_err(failed)?;
-        let (cgroups, meter) = make_cgroups(request, &mut journal)?;
+        let (cgroups, meter, place) = make_cgroups(request, &mut journal)?;
         if let Some(files) = &request.files {
             files.write(state).map_err(failed)?;
         }
@@ -164,7 +171,7 @@ impl Pod {
         let launched = launch(
             Launch {
                 settings,
-                sizing,
+                plan,
                 state,
                 cgroups,
                 file_system,
@@ -172,18 +179,16 @@ impl Pod {
             },
             &mut journal,
         );
-        let Launched {
-            machine,
-            process,
-            agent,
-            vsock,
-            console,
-        } = launched.await?;
+        let launched = launched.await?;
+        let (machine, process) = (launched.machine, launched.process);
         let log = settings.log.guest_kernel.then(|| state.join("guest.log"));
-        tokio::spawn(keep_guest_log(console, log));
+        tokio::spawn(keep_guest_log(launched.console, log));
         tokio::spawn(end_without_files(daemon, process.clone()));
-        let agent = greet(agent, vsock, settings, state, (&machine, &process)).await?;
-        write_state(request, state, sizing, process.pid).map_err(failed)?;
+        let met = (launched.agent, launched.vsock);
+        let agent = greet(met, settings, state, (&machine, &process)).await?;
+        write_state(request, state, plan.boot, process.pid).map_err(failed)?;
+        place.settle(None);
+        let size = follow(settings, plan, state, (&machine, &agent));
         let pod = Arc::new(Self {
             id: request.id.clone(),
             namespace: request.namespace.clone(),
@@ -192,6 +197,8 @@ impl Pod {
             agent,
             vmm: process,
             meter,
+            place,
+            size,
             shared,
             publisher,
             containers: Mutex::default(),
@@ -201,7 +208,7 @@ impl Pod {
             storage: settings.storage.clone(),
             stand_in: stand_in(request.network_namespace.as_deref())?,
             network_namespace: request.network_namespace.clone(),
-            passthrough: passthrough(request, settings, sizing),
+            passthrough: passthrough(request, settings, plan.boot),
             exit: watch::Sender::new(None),
             next_stream: AtomicU64::new(1),
             next_disk: AtomicU64::new(1),
@@ -329,8 +336,7 @@ impl Pod {
 
 /// Waits for the agent's first word, or for the end of the VM that would have brought it.
 async fn greet(
-    connection: UnixStream,
-    vsock: PathBuf,
+    (connection, vsock): (UnixStream, PathBuf),
     settings: &Settings,
     state: &Path,
     (machine, process): (&Machine, &Watched),
@@ -378,10 +384,25 @@ fn write_state(
         shim_pid: std::process::id(),
         vmm_pid,
     };
-    // Readers see all of it or nothing.
+    replace_state(directory, &serde_json::to_value(&state)?)
+}
+
+/// Readers see all of it or nothing.
+fn replace_state(directory: &Path, state: &serde_json::Value) -> io::Result<()> {
     let partial = directory.join("state.json.partial");
-    fs::write(&partial, serde_json::to_vec(&state)?)?;
+    fs::write(&partial, serde_json::to_vec(state)?)?;
     fs::rename(partial, directory.join("state.json"))
+}
+
+/// Writes down that the VM has another size.
+pub(crate) fn note_size(directory: &Path, sizing: Sizing) -> io::Result<()> {
+    let mut state: serde_json::Value =
+        serde_json::from_slice(&fs::read(directory.join("state.json"))?)?;
+    if let Some(state) = state.as_object_mut() {
+        state.insert("vcpus".to_owned(), sizing.vcpus.into());
+        state.insert("memory_bytes".to_owned(), sizing.memory_bytes.into());
+    }
+    replace_state(directory, &state)
 }
 
 /// Undoes the journal of a sandbox; what is left over is reported by the journal itself.
@@ -410,19 +431,21 @@ fn configure(request: &Request) -> Result<PodConfig, CallError> {
     Ok(pod)
 }
 
-fn size(request: &Request, config: &PodConfig) -> Result<Sizing, CallError> {
+fn demand(request: &Request) -> Result<Demand, CallError> {
     let annotations: BTreeMap<String, String> = request.annotations.clone().into_iter().collect();
     let mut demand = Demand::from_annotations(&annotations)
         .map_err(|error| CallError::Invalid(error.to_string()))?;
     if demand == Demand::default() {
         demand = request.bundle.as_ref().map(own_demand).unwrap_or_default();
     }
-    let host = HostCapacity {
+    Ok(demand)
+}
+
+fn host_capacity() -> HostCapacity {
+    HostCapacity {
         cpus: online_cpus(),
         memory_bytes: host_memory(),
-    };
-    Sizing::of(&config.settings.vm, &demand, host)
-        .map_err(|error| CallError::Invalid(error.to_string()))
+    }
 }
 
 /// What a container that is its own sandbox asks for.
@@ -478,24 +501,30 @@ fn passthrough(request: &Request, settings: &Settings, sizing: Sizing) -> Passth
     Passthrough::new(allowed, sizing.memory_bytes, cgroup)
 }
 
-/// The directories of the sandbox's cgroup.
-fn cgroup_of(request: &Request) -> Vec<PathBuf> {
-    let linux = request
-        .bundle
-        .as_ref()
-        .and_then(|bundle| bundle.spec.linux().as_ref());
-    let path = linux.and_then(|linux| linux.cgroups_path().clone());
-    path.map_or_else(Vec::new, |path| cgroup::directories(&path))
+/// The path of the sandbox's cgroup, as its specification has it.
+fn cgroups_path(request: &Request) -> Option<PathBuf> {
+    let bundle = request.bundle.as_ref()?;
+    bundle.spec.linux().as_ref()?.cgroups_path().clone()
 }
 
-/// Makes the sandbox's cgroups: the files that take processes, and the counter of their time.
-fn make_cgroups(
-    request: &Request,
-    journal: &mut Journal,
-) -> Result<(Arc<Vec<File>>, Option<Meter>), CallError> {
+/// The directories of the sandbox's cgroup.
+fn cgroup_of(request: &Request) -> Vec<PathBuf> {
+    cgroups_path(request).map_or_else(Vec::new, |path| cgroup::directories(&path))
+}
+
+/// The sandbox's cgroups: the files that take processes, the counter of their time, and what else
+/// is set there.
+type Cgroups = (Arc<Vec<File>>, Option<Meter>, Place);
+
+/// Makes the sandbox's cgroups.
+fn make_cgroups(request: &Request, journal: &mut Journal) -> Result<Cgroups, CallError> {
+    let Some(path) = cgroups_path(request) else {
+        return Ok((Arc::default(), None, Place::default()));
+    };
     let mut files = Vec::new();
     let mut meter = None;
-    for directory in cgroup_of(request) {
+    let directories = cgroup::directories(&path);
+    for directory in &directories {
         let failed =
             |error: io::Error| CallError::host(format!("cgroup {}", directory.display()), error);
         journal
@@ -503,10 +532,10 @@ fn make_cgroups(
                 path: directory.clone(),
             })
             .map_err(failed)?;
-        files.push(cgroup::make(&directory).map_err(failed)?);
-        meter = meter.or_else(|| Meter::open(&directory));
+        files.push(cgroup::make(directory).map_err(failed)?);
+        meter = meter.or_else(|| Meter::open(directory));
     }
-    Ok((Arc::new(files), meter))
+    Ok((Arc::new(files), meter, Place::new(&path, directories)))
 }
 
 /// A VMM that ends before the agent speaks has said why on its own stderr or in its last words.
@@ -589,6 +618,22 @@ async fn end_without_files(daemon: Watched, vmm: Watched) {
         );
         vmm.kill();
     }
+}
+
+fn follow(
+    settings: &Settings,
+    plan: Plan,
+    state: &Path,
+    (machine, agent): (&Machine, &Agent),
+) -> Size {
+    Size::follow(resize::Parts {
+        machine: machine.clone(),
+        agent: agent.clone(),
+        vm: settings.vm.clone(),
+        plan,
+        state: state.to_owned(),
+        limit: Duration::from_millis(settings.timeouts.rpc_ms),
+    })
 }
 
 fn stand_in(network_namespace: Option<&Path>) -> Result<StandIn, CallError> {

@@ -56,10 +56,24 @@ pub(crate) struct Translated {
     pub(crate) spec: Spec,
     /// What to share, in the order of the mounts.
     pub(crate) shares: Vec<Share>,
-    /// The PID namespace that the container joins, as containerd names it.
+    /// The PID namespace of the host's that the container would join: it stands for the pod's, or
+    /// for another container's.
     pub(crate) pid_namespace: Option<PathBuf>,
     /// IOMMU groups of the host whose functions are for this container.
     pub(crate) groups: Vec<u32>,
+    /// Block devices of the host that the container gets as disks (`volumeDevices`).
+    pub(crate) disks: Vec<BlockVolume>,
+}
+
+/// A block device of the host, under a path of the container's own choice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct BlockVolume {
+    /// Its path in the container.
+    pub(crate) path: PathBuf,
+    /// Its number on the host.
+    pub(crate) number: (i64, i64),
+    /// The container may not write.
+    pub(crate) read_only: bool,
 }
 
 fn invalid(field: &str, reason: &str) -> CallError {
@@ -130,12 +144,13 @@ pub(crate) fn translate(
     spec.set_hooks(None);
     spec.set_annotations(None);
     let groups = take_groups(&mut spec)?;
-    let pid_namespace = translate_linux(&mut spec)?;
+    let (pid_namespace, disks) = translate_linux(&mut spec)?;
     translate_process(&mut spec);
     Ok(Translated {
         spec,
         shares,
         pid_namespace,
+        disks,
         groups,
     })
 }
@@ -293,14 +308,19 @@ fn is_pseudo(path: &Path) -> bool {
         .any(|device| path == Path::new(device))
 }
 
+/// The path in the guest of a node of container `id`.
+pub(crate) fn guest_volume(id: &str, number: usize) -> String {
+    format!("/run/pericarp/volumes/{id}/{number}")
+}
+
 /// The path in the guest of a share of container `id`.
 pub(crate) fn guest_path(id: &str, name: &str) -> PathBuf {
     Path::new(GUEST_SHARED).join(id).join(name)
 }
 
-fn translate_linux(spec: &mut Spec) -> Result<Option<PathBuf>, CallError> {
+fn translate_linux(spec: &mut Spec) -> Result<(Option<PathBuf>, Vec<BlockVolume>), CallError> {
     let Some(linux) = spec.linux_mut() else {
-        return Ok(None);
+        return Ok((None, Vec::new()));
     };
     let mut pid_namespace = None;
     let mut namespaces = Vec::new();
@@ -323,6 +343,7 @@ fn translate_linux(spec: &mut Spec) -> Result<Option<PathBuf>, CallError> {
     linux.set_cgroups_path(None);
     linux.set_intel_rdt(None);
     linux.set_mount_label(None);
+    let disks = take_disks(linux);
     for device in linux.devices().iter().flatten() {
         check_device(device)?;
     }
@@ -333,7 +354,50 @@ fn translate_linux(spec: &mut Spec) -> Result<Option<PathBuf>, CallError> {
         cpu.set_cpus(None);
         cpu.set_mems(None);
     }
-    Ok(pid_namespace)
+    Ok((pid_namespace, disks))
+}
+
+/// Takes the block devices that have a path of their own in the container: kubelet gives volumes
+/// so. A container that is given the host's devices, as a privileged one under runc, has them where
+/// the host has them, and they stay.
+fn take_disks(linux: &mut oci_spec::runtime::Linux) -> Vec<BlockVolume> {
+    let devices = linux.devices().clone().unwrap_or_default();
+    let is_volume =
+        |device: &LinuxDevice| device.typ() == LinuxDeviceType::B && !device.path().exists();
+    let (volumes, others): (Vec<_>, Vec<_>) = devices.into_iter().partition(is_volume);
+    if volumes.is_empty() {
+        return Vec::new();
+    }
+    linux.set_devices(Some(others));
+    let numbers = |device: &LinuxDevice| (device.major(), device.minor());
+    let mut rules = Vec::new();
+    if let Some(resources) = linux.resources_mut() {
+        rules = resources.devices().clone().unwrap_or_default();
+        let is_rule_of = |rule: &oci_spec::runtime::LinuxDeviceCgroup, volume: &LinuxDevice| {
+            (rule.major(), rule.minor()) == (Some(volume.major()), Some(volume.minor()))
+        };
+        // The guest's disk has another number.
+        let kept = rules
+            .iter()
+            .filter(|rule| !volumes.iter().any(|volume| is_rule_of(rule, volume)));
+        let kept = kept.cloned().collect();
+        resources.set_devices(Some(kept));
+    }
+    let may_write = |volume: &LinuxDevice| {
+        rules.iter().any(|rule| {
+            (rule.major(), rule.minor()) == (Some(volume.major()), Some(volume.minor()))
+                && rule
+                    .access()
+                    .as_deref()
+                    .is_some_and(|access| access.contains('w'))
+        })
+    };
+    let volume = |device: &LinuxDevice| BlockVolume {
+        path: device.path().clone(),
+        number: numbers(device),
+        read_only: !may_write(device),
+    };
+    volumes.iter().map(volume).collect()
 }
 
 /// Takes VFIO's nodes of the host out of the specification, with the rules about them: their
@@ -444,7 +508,7 @@ mod tests {
                 LinuxNamespaceType::Cgroup
             ]
         );
-        assert_eq!(result.pid_namespace, None);
+        assert!(result.pid_namespace.is_none());
         assert!(linux.cgroups_path().is_none());
         let cpu = linux.resources().as_ref().unwrap().cpu().as_ref().unwrap();
         assert_eq!((cpu.cpus().clone(), cpu.quota()), (None, Some(5)));

@@ -24,6 +24,7 @@ use crate::{
     daemon::Daemon,
     errors::CallError,
     process::Phase,
+    resize,
 };
 
 type Answer<T> = ttrpc::Result<T>;
@@ -197,7 +198,7 @@ impl Task for TaskService {
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Answer<Empty> {
         let pod = self.0.pod_of(&request.id).await?;
-        container::update(&pod, &request.id, &request.resources.value).await?;
+        resize::update(&pod, &request.id, &request.resources.value).await?;
         Ok(Empty::new())
     }
 

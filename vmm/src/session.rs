@@ -10,8 +10,8 @@
 use std::{io, os::fd::AsRawFd, sync::Arc};
 
 use pericarp_protocol::machine::{
-    DeviceBroken, DeviceName, ErrorCode, Event, Failure, GuestShutdown, Nothing, Reason, Request,
-    ShutdownKind, Success, VcpuError,
+    Bytes, DeviceBroken, DeviceName, ErrorCode, Event, Failure, GuestShutdown, Nothing, Reason,
+    Request, ShutdownKind, Success, VcpuError,
 };
 
 use crate::{
@@ -195,6 +195,9 @@ impl Session {
                         }
                     }
                 }
+            }
+            if let Some(bytes) = machine.take_reached() {
+                self.tell(Event::MemoryReached(Bytes { bytes }))?;
             }
         }
     }

@@ -104,7 +104,7 @@ fn build(
 ) -> Result<Built, RpcError> {
     let console_size = (request.terminal_width != 0 && request.terminal_height != 0)
         .then_some((request.terminal_width, request.terminal_height));
-    let options = CreateOptions {
+    let mut options = CreateOptions {
         console_size,
         pid_namespace: pid_namespace(pod, request)?,
         cgroup_parent: Pod::cgroup()
@@ -113,6 +113,13 @@ fn build(
         devices: passed_through(&request.device_pci_addresses)?,
     };
     let storages = storage::attach_all(&request.storages)?;
+    match storage::nodes(&request.storages) {
+        Ok(nodes) => options.devices.extend(nodes),
+        Err(error) => {
+            storage::detach_all(&storages);
+            return Err(error.into());
+        }
+    }
     match Container::create(&request.container_id, spec, options, stdio) {
         Ok((container, created)) => Ok(Built {
             container,

@@ -21,6 +21,7 @@ use nix::{
     mount::{MntFlags, umount2},
     sys::stat::{Mode, SFlag, fstat, makedev, mknod},
 };
+use oci_spec::runtime::LinuxDevice;
 use pericarp_protocol::guest::{
     BindSource, BlockDevice, Overlay, Scratch, SharedDirectory, Storage, storage::Source,
 };
@@ -129,6 +130,23 @@ pub(crate) fn detach_all(attached: &[Attached]) {
             log::warn(format_args!("{}", log::chain(&error)));
         }
     }
+}
+
+/// The nodes that containers have of raw disks.
+pub(crate) fn nodes(storages: &[Storage]) -> Result<Vec<LinuxDevice>, StorageError> {
+    let mut nodes = Vec::new();
+    for storage in storages {
+        let Some(Source::BlockDevice(device)) = &storage.source else {
+            continue;
+        };
+        if !device.raw || device.device_path.is_empty() {
+            continue;
+        }
+        let address = PciAddress::parse("pci_address", &device.pci_address)?;
+        let node = devices::block_device(&address, device.partition)?;
+        nodes.push(node.at(&device.device_path));
+    }
+    Ok(nodes)
 }
 
 /// Mounts one storage.

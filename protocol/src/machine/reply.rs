@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::device::DeviceName;
-use super::request::Nothing;
+use super::request::{Bytes, Nothing};
 use super::wire::{List, Text, wire_choice, wire_code, wire_struct};
 
 /// Longest text of an error or event in bytes; longer ones are cut.
@@ -192,6 +192,8 @@ wire_choice! {
         VcpuError(VcpuError) = 4,
         /// A device serves no more until it is reset.
         DeviceBroken(DeviceBroken) = 5,
+        /// What ResizeMemory or SetBalloon asked for is reached: the memory that the guest has now.
+        MemoryReached(Bytes) = 6,
     }
 }
 

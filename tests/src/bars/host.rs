@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::resource::{Resource, setrlimit};
 use pericarp_protocol::machine::{
     Balloon, Blk, Bytes, CacheMode, DeviceKind, Event, Fs, List, Mem, Named, Net, Pmem, RateLimit,
@@ -506,7 +506,8 @@ fn memory(setting: &Setting) -> Result<()> {
     vmm.obey("touch 400")?;
     let grown = vmm.counter("mem", "plugged_bytes")?;
     vmm.ask(&Request::ResizeMemory(Bytes { bytes: 256 * MIB }), &[])?;
-    until(|| Ok(vmm.counter("mem", "plugged_bytes")? == 0)).context("memory is unplugged")?;
+    let reached = vmm.memory_reached().context("memory is unplugged")?;
+    ensure!(reached == 256 * MIB, "{reached} bytes are left");
     let [back, _] = numbers(&vmm.obey("memory")?)?;
     until(|| Ok(resident(&mut vmm)? <= 256 * MIB)).context("the host has it back")?;
     say(format_args!(
@@ -519,7 +520,8 @@ fn inflate(vmm: &mut Vmm, bytes: u64) -> Result<()> {
     // With deflate-on-oom the guest's total stays: what is in the balloon counts as used.
     let [_, before] = numbers(&vmm.obey("memory")?)?;
     vmm.ask(&Request::SetBalloon(Bytes { bytes }), &[])?;
-    until(|| Ok(vmm.counter("balloon", "actual_bytes")? == bytes)).context("it inflates")?;
+    let reached = vmm.memory_reached().context("it inflates")?;
+    ensure!(reached == (256 << 20) - bytes, "{reached} bytes are left");
     let [_, during] = numbers(&vmm.obey("memory")?)?;
     let held = resident(vmm)?;
     if before.saturating_sub(during) < bytes * 9 / 10 || held > (256 << 20) - bytes {

@@ -233,9 +233,17 @@ impl Vmm {
                     return Ok(success);
                 }
                 (_, Message::Failure(failure)) => return Err(failure.into()),
-                (_, Message::Event(Event::Started(_))) => {}
+                (_, Message::Event(Event::Started(_) | Event::MemoryReached(_))) => {}
                 other => bail!("unexpected: {other:?}"),
             }
+        }
+    }
+
+    /// Waits for the event that memory has the size that was asked for: the size.
+    pub fn memory_reached(&mut self) -> Result<u64> {
+        match self.event()? {
+            Event::MemoryReached(reached) => Ok(reached.bytes),
+            other => bail!("unexpected: {other:?}"),
         }
     }
 

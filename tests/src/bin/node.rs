@@ -209,8 +209,8 @@ fn run(verb: Verb) -> Result<ExitCode> {
 /// Runs the cases of Kubernetes.
 fn cases(arguments: &NodeArguments, table: Option<&Path>, only: &[String]) -> Result<ExitCode> {
     deps::ensure(&[Group::Demo, Group::Kube])?;
-    judge(arguments, |node, _| {
-        kubernetes::run(node, &node.kubernetes()?, only, table)
+    judge(arguments, |node, containerd| {
+        kubernetes::run(node, (containerd, &node.kubernetes()?), only, table)
     })
 }
 

@@ -1,10 +1,12 @@
 //! etcd, API server and kubelet in the node, unmodified.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use anyhow::{Context, Result};
 
 use super::channel::{Command, Service};
 use super::deps::component;
-use super::{Containerd, Node};
+use super::{Containerd, Node, paths};
 
 /// Time that each component gets to be ready.
 const READY_TIMEOUT_S: u64 = 300;
@@ -45,6 +47,8 @@ impl Kubernetes {
         )?;
         node.shell(&format!(
             "mkdir -p {MANIFESTS}
+             # kubelet counts the node's huge pages when it starts.
+             echo 16 >/proc/sys/vm/nr_hugepages
              openssl ecparam -name prime256v1 -genkey -noout -out {FOLDER}/sa.key
              openssl ec -in {FOLDER}/sa.key -pubout -out {FOLDER}/sa.pub 2>/dev/null"
         ))?;
@@ -52,15 +56,33 @@ impl Kubernetes {
         node.write(&format!("{FOLDER}/kubelet.yaml"), &kubelet)?;
         start(node, "etcd", etcd())?;
         start(node, "kube-apiserver", api_server())?;
-        start(node, "kubelet", kubelet_command())?;
         let kubernetes = Self {};
-        let this_node = format!("node/{NODE_NAME}");
-        kubernetes.wait(node, &this_node, "create")?;
-        kubernetes.wait(node, &this_node, "condition=Ready")?;
-        for handler in ["runc", "pericarp", "pericarp-sandbox"] {
+        kubernetes.start_kubelet(node)?;
+        for handler in ["runc", "pericarp-sandbox"] {
             kubernetes.apply(node, &runtime_class(handler))?;
         }
+        let shipped = paths::checkout().join("deploy/kubernetes/runtimeclass.yaml");
+        let shipped = std::fs::read_to_string(&shipped)
+            .with_context(|| format!("cannot read {}", shipped.display()))?;
+        kubernetes.apply(node, &shipped)?;
         Ok(kubernetes)
+    }
+
+    /// Starts kubelet and waits until the node is Ready.
+    pub fn start_kubelet(&self, node: &Node) -> Result<()> {
+        // Another name each time: the watcher of a dead one may still tell its end.
+        static STARTS: AtomicU32 = AtomicU32::new(1);
+        let number = STARTS.fetch_add(1, Ordering::Relaxed);
+        start(node, &format!("kubelet-{number}"), kubelet_command())?;
+        let this_node = format!("node/{NODE_NAME}");
+        self.wait(node, &this_node, "create")?;
+        self.wait(node, &this_node, "condition=Ready")
+    }
+
+    /// Kills kubelet, as a crash would.
+    pub fn stop_kubelet(&self, node: &Node) -> Result<()> {
+        let line = "pid=$(pgrep -x kubelet); kill -9 $pid; tail -s 0.1 --pid=$pid -f /dev/null";
+        node.shell(line).map(drop).context("cannot kill kubelet")
     }
 
     /// A `kubectl` command.
@@ -120,7 +142,8 @@ fn api_server() -> Command {
             "--service-cluster-ip-range=10.0.0.0/24",
             "--service-account-issuer=https://node",
             "--authorization-mode=AlwaysAllow",
-            "--disable-admission-plugins=ServiceAccount",
+            // No controller runs that would take its finalizers away again.
+            "--disable-admission-plugins=ServiceAccount,StorageObjectInUseProtection",
             "--secure-port=6443",
             "--bind-address=127.0.0.1",
             "--advertise-address=10.77.0.1",
@@ -141,6 +164,8 @@ fn kubelet_command() -> Command {
         &format!("--kubeconfig={KUBECONFIG}"),
         &format!("--hostname-override={NODE_NAME}"),
         "--root-dir=/var/lib/kubelet",
+        // Not the address of its host name, which is the loopback: the API server asks no such one.
+        "--node-ip=10.77.0.1",
     ])
 }
 
@@ -153,6 +178,7 @@ authorization: {{mode: AlwaysAllow}}
 cgroupDriver: cgroupfs
 containerRuntimeEndpoint: unix://{socket}
 failSwapOn: false
+syncFrequency: 10s
 evictionHard:
   memory.available: 10Mi
   nodefs.available: 0%

@@ -199,6 +199,8 @@ pub(crate) struct Machine {
     passthrough: Passthrough,
     exits: Arc<Exits>,
     vcpus: Option<Vcpus>,
+    /// A new size of memory was asked for and has not been reached.
+    resizing: bool,
 }
 
 impl Machine {
@@ -262,6 +264,7 @@ impl Machine {
             passthrough: Passthrough::default(),
             exits: Arc::default(),
             vcpus: None,
+            resizing: false,
             description,
         })
     }
@@ -521,15 +524,34 @@ impl Machine {
     }
 
     /// Has a device that there is once in a machine take `bytes` as its goal.
-    fn resize(&self, device: Single, bytes: u64) -> Result<(), MachineError> {
+    fn resize(&mut self, device: Single, bytes: u64) -> Result<(), MachineError> {
         let Some(name) = self.single.get(&device) else {
             return Err(MachineError::NotFound(device.kind().to_owned()));
         };
-        self.command(name, Command::Resize(bytes))
+        self.command(name, Command::Resize(bytes))?;
+        self.resizing = true;
+        Ok(())
+    }
+
+    /// The memory that the guest has, once, when what was asked for last is reached.
+    pub(crate) fn take_reached(&mut self) -> Option<u64> {
+        if !self.resizing {
+            return None;
+        }
+        let reached = |device: Single| {
+            let Some(name) = self.single.get(&device) else {
+                return Some(0);
+            };
+            let progress = self.function(name).ok()?.device().progress()?;
+            (progress.goal_bytes == progress.actual_bytes).then_some(progress.actual_bytes)
+        };
+        let (plugged, ballooned) = (reached(Single::Mem)?, reached(Single::Balloon)?);
+        self.resizing = false;
+        Some((self.description.memory_bytes + plugged).saturating_sub(ballooned))
     }
 
     /// Memory in all.
-    pub(crate) fn resize_memory(&self, bytes: u64) -> Result<(), MachineError> {
+    pub(crate) fn resize_memory(&mut self, bytes: u64) -> Result<(), MachineError> {
         let (least, most) = (
             self.description.memory_bytes,
             self.description.memory_max_bytes,
@@ -542,7 +564,7 @@ impl Machine {
     }
 
     /// What the balloon takes.
-    pub(crate) fn set_balloon(&self, bytes: u64) -> Result<(), MachineError> {
+    pub(crate) fn set_balloon(&mut self, bytes: u64) -> Result<(), MachineError> {
         self.resize(Single::Balloon, bytes)
     }
 

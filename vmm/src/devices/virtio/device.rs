@@ -131,6 +131,15 @@ pub(crate) enum CommandError {
     },
 }
 
+/// How far a device has come that gives memory to the guest or takes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Progress {
+    /// What it shall have given or taken.
+    pub(crate) goal_bytes: u64,
+    /// What it has.
+    pub(crate) actual_bytes: u64,
+}
+
 /// A virtio device.
 pub(crate) trait VirtioDevice: Debug + Send {
     /// Device ID (virtio 1.2 §5).
@@ -200,6 +209,10 @@ pub(crate) trait VirtioDevice: Debug + Send {
     fn command(&mut self, command: Command) -> Result<(), CommandError> {
         let _ = command;
         Err(CommandError::Unsupported(self.name()))
+    }
+    /// What a device that gives or takes memory shall reach and has reached, in bytes.
+    fn progress(&self) -> Option<Progress> {
+        None
     }
     /// Counters for the statistics message, by name.
     fn counters(&self) -> Vec<(&'static str, u64)> {

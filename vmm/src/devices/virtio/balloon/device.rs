@@ -13,7 +13,7 @@ use crate::devices::virtio::{
     chain::read_config,
     device::{
         Activation, ActiveQueue, Broken, Command, CommandError, GuestMemory, Interrupt, Poller,
-        Readiness, VirtioDevice,
+        Progress, Readiness, VirtioDevice,
     },
     discard::{Discard, DiscardError},
     saved::{Kept, Position, RestoreError, Saved},
@@ -404,6 +404,19 @@ impl VirtioDevice for Balloon {
             running.interrupt.signal_config();
         }
         Ok(())
+    }
+
+    /// Counted by the queues: the driver writes its own figure into the configuration later,
+    /// without a notification.
+    fn progress(&self) -> Option<Progress> {
+        let counters = &self.counters;
+        let held_pages = counters
+            .inflated_pages
+            .saturating_sub(counters.deflated_pages);
+        Some(Progress {
+            goal_bytes: u64::from(self.goal_pages) * PAGE_BYTES,
+            actual_bytes: held_pages * PAGE_BYTES,
+        })
     }
 
     /// The driver's own figures are those of its last answer; asking for the counters asks the

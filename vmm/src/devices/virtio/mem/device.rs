@@ -11,7 +11,7 @@ use super::{
 use crate::devices::virtio::{
     chain::read_config,
     device::{
-        Activation, ActiveQueue, Broken, Command, CommandError, GuestMemory, Interrupt,
+        Activation, ActiveQueue, Broken, Command, CommandError, GuestMemory, Interrupt, Progress,
         VirtioDevice,
     },
     discard::{Discard, DiscardError},
@@ -352,6 +352,13 @@ impl VirtioDevice for Mem {
             running.interrupt.signal_config();
         }
         Ok(())
+    }
+
+    fn progress(&self) -> Option<Progress> {
+        Some(Progress {
+            goal_bytes: self.requested_bytes,
+            actual_bytes: self.blocks.plugged_bytes(),
+        })
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -7,20 +7,28 @@
 //! # item: what the table calls it
 //! # before: a line of bash before the manifest is applied
 //! # applied: a line of bash once it is
-//! # wait: what `kubectl wait --for` gets
+//! # wait: what `kubectl wait --for` gets; without it nothing is waited for
+//! # only: the RuntimeClass that alone is asked
+//! # alone: why no other case may run beside it
 //! # check: a line of bash that must succeed while the pod is there
-//! # after: a line of bash that must succeed once it is deleted
+//! # after: a line of bash that must succeed once it is deleted, and is run in any case
 //! ```
 //!
 //! In the manifest `$NAME` is the pod's name and `$CLASS` its RuntimeClass; in bash they are
 //! variables.
 
+mod scenarios;
+
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::node::{Command, Kubernetes, Node, paths};
+use crate::node::{Command, Containerd, Kubernetes, Node, paths};
+use scenarios::{SCENARIOS, Setting};
 
 /// The control and what is tested, as RuntimeClasses.
 const CLASSES: [&str; 2] = ["runc", "pericarp"];
@@ -30,6 +38,9 @@ const WAIT_S: u64 = 300;
 
 /// Time that one line of a case gets.
 const LINE_TIMEOUT_S: u64 = 360;
+
+/// Cases at once: they wait for kubelet most of the time.
+const AT_ONCE: usize = 4;
 
 /// Longest reason in the table.
 const REASON_CHARS_MAX: usize = 200;
@@ -49,6 +60,8 @@ struct Case {
     before: Vec<String>,
     applied: Vec<String>,
     wait: String,
+    only: String,
+    alone: bool,
     checks: Vec<String>,
     after: Vec<String>,
     manifest: String,
@@ -61,13 +74,27 @@ enum Verdict {
     /// Refused with the words that its design gives.
     Refused,
     Failed(String),
+    /// Not asked for of this class.
+    NotAsked,
+    /// Asked for, and not answered yet: what an interrupted run leaves.
+    NotRun,
 }
 
 impl Verdict {
+    fn failed(error: &anyhow::Error) -> Self {
+        let reason = format!("{error:#}").replace('\n', " ");
+        // The end has the reason, the beginning the step.
+        let chars: Vec<char> = reason.chars().collect();
+        let skipped = chars.len().saturating_sub(REASON_CHARS_MAX);
+        Self::Failed(chars.into_iter().skip(skipped).collect())
+    }
+
     fn cell(&self) -> String {
         match self {
             Self::Passed => "pass".to_owned(),
             Self::Refused => "refused by name".to_owned(),
+            Self::NotAsked => "–".to_owned(),
+            Self::NotRun => "not run".to_owned(),
             Self::Failed(reason) => format!("FAIL: {}", reason.replace('|', "/")),
         }
     }
@@ -77,38 +104,60 @@ impl Verdict {
 /// writes it to `file` when one is given. Whether all that passes under runc passes under Pericarp.
 pub fn run(
     node: &Node,
-    kubernetes: &Kubernetes,
+    (containerd, kubernetes): (&Containerd, &Kubernetes),
     only: &[String],
     file: Option<&Path>,
 ) -> Result<bool> {
-    let mut rows = Vec::new();
-    for case in cases()? {
-        if !only.is_empty() && !only.iter().any(|part| case.name.contains(part.as_str())) {
-            continue;
-        }
-        let verdicts = CLASSES.map(|class| {
-            let verdict = judge(node, kubernetes, &case, class);
-            eprintln!(
-                "kubernetes: {} under {class}: {}",
-                case.name,
-                verdict.cell()
-            );
-            verdict
-        });
-        rows.push((case.item, verdicts));
-    }
+    let wanted =
+        |name: &str| only.is_empty() || only.iter().any(|part| name.contains(part.as_str()));
+    let mut cases = cases()?;
+    cases.retain(|case| wanted(&case.name));
+    let scenarios: Vec<_> = SCENARIOS.iter().filter(|one| wanted(one.name)).collect();
+    let asked = cases
+        .iter()
+        .map(|case| (case.item.clone(), asked_of(&case.only)));
+    let around = scenarios.iter().map(|scenario| {
+        let only = if scenario.controlled { "" } else { CLASSES[1] };
+        (scenario.item.to_owned(), asked_of(only))
+    });
+    let rows: Vec<_> = asked.chain(around).collect();
     ensure!(!rows.is_empty(), "no case is called {}", only.join(" or "));
-    let table = table(&rows);
-    print!("{table}");
-    if let Some(file) = file {
-        std::fs::write(file, page(&table))
-            .with_context(|| format!("cannot write {}", file.display()))?;
+    let before = file.map(std::fs::read_to_string).and_then(Result::ok);
+    let report = Report {
+        rows: Mutex::new(rows),
+        others: others(&before.unwrap_or_default()),
+        file,
+    };
+    judge_all(node, kubernetes, &cases, &report);
+    for (number, scenario) in scenarios.into_iter().enumerate() {
+        for (column, class) in CLASSES.into_iter().enumerate() {
+            if class == CLASSES[0] && !scenario.controlled {
+                continue;
+            }
+            let setting = Setting {
+                node,
+                kubernetes,
+                containerd,
+                class,
+            };
+            let verdict = match (scenario.run)(&setting) {
+                Ok(()) => Verdict::Passed,
+                Err(error) => Verdict::failed(&error),
+            };
+            report.note(scenario.name, (cases.len() + number, column), verdict);
+        }
     }
+    let rows = report
+        .rows
+        .into_inner()
+        .unwrap_or_else(PoisonError::into_inner);
+    print!("{}", table(&rows));
     Ok(rows.iter().all(|(_, [control, ours])| holds(control, ours)))
 }
 
 fn holds(control: &Verdict, ours: &Verdict) -> bool {
-    *control != Verdict::Passed || !matches!(ours, Verdict::Failed(_))
+    let must = matches!(control, Verdict::Passed | Verdict::NotAsked);
+    !must || !matches!(ours, Verdict::Failed(_))
 }
 
 /// Every case, by name.
@@ -146,6 +195,8 @@ fn parse(name: &str, text: &str) -> Result<Case> {
         match key {
             "item" => case.item = value,
             "wait" => case.wait = value,
+            "only" => case.only = value,
+            "alone" => case.alone = true,
             "before" => case.before.push(value),
             "applied" => case.applied.push(value),
             "check" => case.checks.push(value),
@@ -154,10 +205,91 @@ fn parse(name: &str, text: &str) -> Result<Case> {
         }
     }
     ensure!(
-        !case.item.is_empty() && !case.wait.is_empty(),
-        "the head names no item or nothing to wait for"
+        !(case.item.is_empty() || case.wait.is_empty() && case.checks.is_empty()),
+        "the head names no item, or nothing to wait for or to check"
     );
     Ok(case)
+}
+
+/// What is not known yet of a case that is asked of one class alone, or of both.
+fn asked_of(only: &str) -> [Verdict; 2] {
+    CLASSES.map(|class| {
+        if only.is_empty() || only == class {
+            Verdict::NotRun
+        } else {
+            Verdict::NotAsked
+        }
+    })
+}
+
+/// The table as far as it is known; its file is written with every verdict, so that a run which is
+/// cut off leaves what it found.
+struct Report<'a> {
+    rows: Mutex<Vec<(String, [Verdict; 2])>>,
+    /// Lines of the page as it was, by their item: those that this run does not ask for stay.
+    others: BTreeMap<String, String>,
+    file: Option<&'a Path>,
+}
+
+fn others(page: &str) -> BTreeMap<String, String> {
+    let lines = page.lines().filter(|line| line.starts_with("| ")).skip(1);
+    let item = |line: &str| {
+        line.split(" | ")
+            .next()
+            .map(|item| item.trim_start_matches("| ").to_owned())
+    };
+    lines
+        .filter_map(|line| Some((item(line)?, line.to_owned())))
+        .collect()
+}
+
+impl Report<'_> {
+    fn note(&self, name: &str, (row, column): (usize, usize), verdict: Verdict) {
+        let class = CLASSES[column];
+        eprintln!("kubernetes: {name} under {class}: {}", verdict.cell());
+        let mut rows = self.rows.lock().unwrap_or_else(PoisonError::into_inner);
+        rows[row].1[column] = verdict;
+        let Some(file) = self.file else { return };
+        let mut lines = self.others.clone();
+        for line in table(&rows).lines().skip(2) {
+            lines.extend(others(&format!("| head\n{line}\n")));
+        }
+        let mut text = table(&[]);
+        for line in lines.values() {
+            text.push_str(line);
+            text.push('\n');
+        }
+        if let Err(error) = std::fs::write(file, page(&text)) {
+            eprintln!("kubernetes: cannot write {}: {error}", file.display());
+        }
+    }
+
+    fn is_asked(&self, (row, column): (usize, usize)) -> bool {
+        let rows = self.rows.lock().unwrap_or_else(PoisonError::into_inner);
+        rows[row].1[column] != Verdict::NotAsked
+    }
+}
+
+/// Runs all cases: those that may stand beside others at once, then the rest one after another.
+fn judge_all(node: &Node, kubernetes: &Kubernetes, cases: &[Case], report: &Report<'_>) {
+    let run = |job: (usize, usize)| {
+        let (case, class) = (&cases[job.0], CLASSES[job.1]);
+        report.note(&case.name, job, judge(node, kubernetes, case, class));
+    };
+    let jobs = (0..cases.len()).flat_map(|row| [(row, 0), (row, 1)]);
+    let jobs = jobs.filter(|job| report.is_asked(*job));
+    let (alone, beside): (Vec<_>, Vec<_>) = jobs.partition(|(row, _)| cases[*row].alone);
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..AT_ONCE {
+            scope.spawn(|| {
+                while let Some(job) = beside.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    run(*job);
+                }
+            });
+        }
+    });
+    alone.into_iter().for_each(run);
 }
 
 /// Runs one case and removes what it made, whatever its end.
@@ -177,28 +309,35 @@ fn judge(node: &Node, kubernetes: &Kubernetes, case: &Case, class: &str) -> Verd
             .with_context(|| line.clone())
     };
     let lines = |all: &[String]| all.iter().try_for_each(line);
+    let refusal = words_of_refusal(case).filter(|_| class != CLASSES[0]);
     let mut shown = lines(&case.before)
         .and_then(|()| kubernetes.apply(node, &manifest))
         .and_then(|()| lines(&case.applied))
-        .and_then(|()| waited(node, kubernetes, &name, &case.wait))
-        .and_then(|()| lines(&case.checks));
-    let refused = shown.is_err() && refused(node, kubernetes, case, &name);
+        .and_then(|()| match refusal {
+            Some(words) => told(node, kubernetes, &name, words),
+            None => waited(node, kubernetes, &name, &case.wait).and_then(|()| lines(&case.checks)),
+        });
     let deleted = deleted(node, kubernetes, &manifest);
+    // Whatever the end: what the case made for itself goes.
+    let after = lines(&case.after);
     if shown.is_ok() {
-        shown = deleted.and_then(|()| lines(&case.after));
+        shown = deleted.and(after);
     }
     match shown {
+        Ok(()) if refusal.is_some() => Verdict::Refused,
         Ok(()) => Verdict::Passed,
-        Err(_) if refused && class != CLASSES[0] => Verdict::Refused,
         Err(error) => {
-            let reason = format!("{error:#}").replace('\n', " ");
-            Verdict::Failed(reason.chars().take(REASON_CHARS_MAX).collect())
+            eprintln!("kubernetes: {name}: {error:#}");
+            Verdict::failed(&error)
         }
     }
 }
 
 /// Waits for what the case waits for; a pod that cannot become it any more fails at once.
 fn waited(node: &Node, kubernetes: &Kubernetes, name: &str, wait: &str) -> Result<()> {
+    if wait.is_empty() {
+        return Ok(());
+    }
     let line = format!(
         "kubectl wait pod/{name} --for='{wait}' --timeout={WAIT_S}s & waiter=$!
          kubectl wait pod/{name} --for='jsonpath={{.status.phase}}=Failed' --timeout={WAIT_S}s \
@@ -224,7 +363,8 @@ fn last_words(node: &Node, kubernetes: &Kubernetes, name: &str) -> String {
         "kubectl get pod {name} -o jsonpath='{{.status.phase}} {{.status.reason}} \
          {{.status.containerStatuses[*].state}}' | cut -c1-300
          kubectl get events --field-selector involvedObject.name={name},type=Warning \
-             -o jsonpath='{{range .items[*]}} {{.message}}{{end}}' | tail -c 600"
+             -o jsonpath='{{range .items[*]}} {{.message}}{{end}}' | tail -c 600
+         kubectl logs {name} --all-containers --tail=3 2>&1 | tail -c 300"
     );
     let mut command = Command::shell(line);
     command.env = kubernetes.kubectl().env;
@@ -232,10 +372,23 @@ fn last_words(node: &Node, kubernetes: &Kubernetes, name: &str) -> String {
     output.unwrap_or_default().replace('\n', " ")
 }
 
-/// Whether the pod was refused with the words of its design.
-fn refused(node: &Node, kubernetes: &Kubernetes, case: &Case, name: &str) -> bool {
-    let words = REFUSED.iter().find(|(refused, _)| *refused == case.name);
-    words.is_some_and(|(_, words)| last_words(node, kubernetes, name).contains(words))
+/// What the events of a pod say that is refused by design.
+fn words_of_refusal(case: &Case) -> Option<&'static str> {
+    let found = REFUSED.iter().find(|(name, _)| *name == case.name);
+    found.map(|(_, words)| *words)
+}
+
+/// Waits until an event of the pod says `words`.
+fn told(node: &Node, kubernetes: &Kubernetes, name: &str, words: &str) -> Result<()> {
+    let line = format!(
+        "timeout {WAIT_S} sh -c 'until kubectl get events --field-selector \
+         involvedObject.name={name} -o jsonpath={{.items[*].message}} | grep -q {words}; \
+         do sleep 1; done'"
+    );
+    let mut command = Command::shell(line).timeout_s(LINE_TIMEOUT_S);
+    command.env = kubernetes.kubectl().env;
+    let told = node.text(&command).map(|_| ());
+    told.with_context(|| last_words(node, kubernetes, name))
 }
 
 fn deleted(node: &Node, kubernetes: &Kubernetes, manifest: &str) -> Result<()> {
@@ -265,7 +418,8 @@ fn page(table: &str) -> String {
         What a pod may ask of an unmodified kubelet, under runc and under Pericarp. \
         `make kubernetes` makes\nthis page: a pod for each line, in a test node with etcd, API \
         server, kubelet and containerd\n(`tests/kubernetes/` has the pods). *Refused by name* is \
-        what no VM can give: the pod's event\nnames the field.\n\n";
+        what no VM can give: the pod's event\nnames the field. *Not run* is what no run \
+        has come to yet.\n\n";
     format!("{head}{table}")
 }
 

@@ -1,0 +1,241 @@
+//! What happens around pods: restarts of the node's daemons, ends while nobody looks, many pods at
+//! once. Each scenario is a function of the node under one RuntimeClass.
+
+use anyhow::{Context, Result, ensure};
+
+use crate::node::{Command, Containerd, Kubernetes, Node};
+use crate::pods::leftovers::Leftovers;
+
+/// A scenario.
+pub(super) struct Scenario {
+    /// By what it is picked.
+    pub(super) name: &'static str,
+    /// What the table calls it.
+    pub(super) item: &'static str,
+    /// runc shows it too.
+    pub(super) controlled: bool,
+    /// Does it and checks it.
+    pub(super) run: fn(&Setting<'_>) -> Result<()>,
+}
+
+/// Where it happens.
+pub(super) struct Setting<'a> {
+    /// The node.
+    pub(super) node: &'a Node,
+    /// Its Kubernetes.
+    pub(super) kubernetes: &'a Kubernetes,
+    /// Its containerd.
+    pub(super) containerd: &'a Containerd,
+    /// The RuntimeClass of the pods.
+    pub(super) class: &'a str,
+}
+
+/// All of them.
+pub(super) const SCENARIOS: [Scenario; 5] = [
+    Scenario {
+        name: "kubelet-restart",
+        item: "kubelet is killed and started again: the pod lives on, logs and exec work",
+        controlled: true,
+        run: kubelet_restart,
+    },
+    Scenario {
+        name: "containerd-restart",
+        item: "containerd is killed and started again: the pod lives on, logs and exec work",
+        controlled: true,
+        run: containerd_restart,
+    },
+    Scenario {
+        name: "shim-restart",
+        item: "the shim is killed: kubelet starts the pod again",
+        controlled: true,
+        run: shim_restart,
+    },
+    Scenario {
+        name: "death-unseen",
+        item: "a pod ends while kubelet is down: its state is right when kubelet returns",
+        controlled: true,
+        run: death_unseen,
+    },
+    Scenario {
+        name: "thirty-pods",
+        item: "30 pods of mixed quality of service from one apply are Ready, and leave nothing \
+               (3 rounds)",
+        controlled: false,
+        run: thirty_pods,
+    },
+];
+
+/// Pods at once, and how often.
+const PODS: usize = 30;
+const ROUNDS: usize = 3;
+
+/// Time that many pods get to be Ready or gone.
+const MANY_TIMEOUT_S: u64 = 540;
+
+/// A pod of one container that tells each turn of its loop.
+fn manifest(name: &str, class: &str, restart: &str, line: &str, resources: &str) -> String {
+    format!(
+        "apiVersion: v1
+kind: Pod
+metadata: {{name: {name}, labels: {{scenario: pods}}}}
+spec:
+  nodeName: node1
+  runtimeClassName: {class}
+  automountServiceAccountToken: false
+  terminationGracePeriodSeconds: 2
+  restartPolicy: {restart}
+  containers:
+  - name: c
+    image: docker.io/library/busybox:test
+    imagePullPolicy: IfNotPresent
+    command: [sh, -c, \"{line}\"]
+    resources: {resources}
+"
+    )
+}
+
+const TELLING: &str =
+    "trap 'exit 3' TERM; n=0; while :; do n=$((n+1)); echo turn $n; sleep 0.5; done";
+
+impl Setting<'_> {
+    fn shell(&self, line: &str) -> Result<String> {
+        let mut command = Command::shell(line).timeout_s(MANY_TIMEOUT_S);
+        command.env = self.kubernetes.kubectl().env;
+        Ok(self.node.text(&command)?.trim().to_owned())
+    }
+
+    fn pod(&self, name: &str, restart: &str) -> Result<String> {
+        let name = format!("{name}-{}", self.class);
+        let text = manifest(&name, self.class, restart, TELLING, "{}");
+        self.kubernetes.apply(self.node, &text)?;
+        self.ready(&name)?;
+        Ok(name)
+    }
+
+    fn ready(&self, name: &str) -> Result<()> {
+        let object = format!("pod/{name}");
+        self.kubernetes.wait(self.node, &object, "condition=Ready")
+    }
+
+    fn field(&self, name: &str, path: &str) -> Result<String> {
+        let path = format!("jsonpath={{{path}}}");
+        self.kubernetes
+            .text(self.node, &["get", "pod", name, "-o", &path])
+    }
+
+    fn container(&self, name: &str) -> Result<String> {
+        self.field(name, ".status.containerStatuses[0].containerID")
+    }
+
+    /// The pod's log grows and its container takes a command.
+    fn works(&self, name: &str) -> Result<()> {
+        let line = format!(
+            "kubectl exec {name} -- true
+             seen=$(kubectl logs {name} | tail -n 1)
+             timeout 60 sh -c 'until [ \"$(kubectl logs {name} | tail -n 1)\" != \"$0\" ]; \
+             do sleep 1; done' \"$seen\""
+        );
+        self.shell(&format!("set -e; {line}")).map(drop)
+    }
+
+    fn delete(&self, name: &str) -> Result<()> {
+        self.shell(&format!(
+            "kubectl delete pod {name} --wait=true --timeout=120s"
+        ))
+        .map(drop)
+    }
+}
+
+fn lives_on(at: &Setting<'_>, name: &str, restart: impl FnOnce() -> Result<()>) -> Result<()> {
+    let pod = at.pod(name, "Always")?;
+    let container = at.container(&pod)?;
+    restart()?;
+    at.works(&pod).context("after the restart")?;
+    at.ready(&pod)?;
+    let now = at.container(&pod)?;
+    ensure!(now == container, "{now} runs instead of {container}");
+    at.delete(&pod)
+}
+
+fn kubelet_restart(at: &Setting<'_>) -> Result<()> {
+    lives_on(at, "kubelet-restart", || {
+        at.kubernetes.stop_kubelet(at.node)?;
+        at.kubernetes.start_kubelet(at.node)
+    })
+}
+
+fn containerd_restart(at: &Setting<'_>) -> Result<()> {
+    lives_on(at, "containerd-restart", || at.containerd.restart(at.node))
+}
+
+fn shim_restart(at: &Setting<'_>) -> Result<()> {
+    let pod = at.pod("shim-restart", "Always")?;
+    let container = at.container(&pod)?;
+    let sandbox = at.shell(&format!("crictl pods -q --no-trunc --name {pod}"))?;
+    at.shell(&format!(
+        "kill -9 $(pgrep -f 'containerd-shim-[a-z]*-v2 .*{sandbox}')"
+    ))?;
+    at.shell(&format!(
+        "timeout 240 sh -c 'while [ \"$(kubectl get pod {pod} \
+         -o jsonpath={{.status.containerStatuses[0].containerID}})\" = {container} ]; \
+         do sleep 1; done'"
+    ))?;
+    at.ready(&pod)?;
+    at.works(&pod)?;
+    at.delete(&pod)
+}
+
+fn death_unseen(at: &Setting<'_>) -> Result<()> {
+    let pod = at.pod("death-unseen", "Never")?;
+    at.kubernetes.stop_kubelet(at.node)?;
+    let stopped = at.shell(&format!(
+        "crictl stop --timeout 30 $(crictl ps -q --label io.kubernetes.pod.name={pod})"
+    ));
+    at.kubernetes.start_kubelet(at.node)?;
+    stopped?;
+    let phase = "jsonpath={.status.phase}=Failed";
+    at.kubernetes.wait(at.node, &format!("pod/{pod}"), phase)?;
+    let code = at.field(
+        &pod,
+        ".status.containerStatuses[0].state.terminated.exitCode",
+    )?;
+    ensure!(code == "3", "the exit code is {code}");
+    at.delete(&pod)
+}
+
+fn thirty_pods(at: &Setting<'_>) -> Result<()> {
+    let kinds = [
+        "{}",
+        "{requests: {cpu: 10m, memory: 16Mi}, limits: {memory: 64Mi}}",
+        "{limits: {cpu: 20m, memory: 32Mi}}",
+    ];
+    let before = Leftovers::look(at.node)?;
+    for round in 1..=ROUNDS {
+        let pods = (0..PODS).map(|number| {
+            let name = format!("many-{}-{number}", at.class);
+            manifest(
+                &name,
+                at.class,
+                "Always",
+                "exec sleep 3600",
+                kinds[number % kinds.len()],
+            )
+        });
+        let text: Vec<String> = pods.collect();
+        at.kubernetes.apply(at.node, &text.join("---\n"))?;
+        at.shell(&format!(
+            "kubectl wait pod -l scenario=pods --for=condition=Ready --timeout={MANY_TIMEOUT_S}s"
+        ))
+        .with_context(|| format!("round {round}: not all are Ready"))?;
+        at.shell(&format!(
+            "kubectl delete pod -l scenario=pods --wait=true --timeout={MANY_TIMEOUT_S}s"
+        ))?;
+        at.shell(
+            "timeout 300 sh -c \
+             'while [ -n \"$(crictl pods -q --label scenario=pods)\" ]; do sleep 1; done'",
+        )
+        .context("kubelet has not removed every sandbox")?;
+        Leftovers::nothing_since(at.node, &before).with_context(|| format!("round {round}"))?;
+    }
+    Ok(())
+}
