@@ -38,6 +38,7 @@ use tokio::{
     io::AsyncReadExt,
     net::{UnixStream, unix::pipe},
     sync::watch,
+    time::timeout,
 };
 use tracing::{debug, info, warn};
 
@@ -67,6 +68,10 @@ use crate::{
 
 /// Bytes of the guest's log that are kept for a diagnosis.
 const GUEST_LOG_BYTES_MAX: u64 = 1 << 20;
+
+/// Time in which a VMM whose guest has hung up ends: the connection's end is the first sign of it,
+/// and not its reason.
+const LAST_WORDS_MAX: Duration = Duration::from_secs(2);
 
 /// What a pod is made from.
 #[derive(Debug, Clone, Default)]
@@ -343,10 +348,16 @@ async fn greet(
 ) -> Result<Agent, CallError> {
     let ready = Duration::from_millis(settings.timeouts.agent_ready_ms);
     let call = Duration::from_millis(settings.timeouts.rpc_ms);
-    let (agent, hello) = tokio::select! {
-        greeted = Agent::greet(connection, vsock, ready, call) => greeted?,
+    let greeted = tokio::select! {
+        greeted = Agent::greet(connection, vsock, ready, call) => greeted,
         how = process.ended() => return Err(vmm_failed(state, &machine.ended().await, &how)),
     };
+    if let Err(CallError::Gone(_)) = greeted
+        && let Ok(how) = timeout(LAST_WORDS_MAX, process.ended()).await
+    {
+        return Err(vmm_failed(state, &machine.ended().await, &how));
+    }
+    let (agent, hello) = greeted?;
     info!(
         kernel = hello.kernel_release,
         agent = hello.agent_version,

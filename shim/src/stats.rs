@@ -64,11 +64,12 @@ impl Sample {
     }
 }
 
-/// Whether counters of that age hold when the VM has used that much since: next to nothing, or no
-/// more than it takes to ask again.
+/// Whether counters of that age hold when the VM has used that much since: next to nothing, beside
+/// what it takes to ask again. A question keeps the guest awake a little longer than its answer, and
+/// were that to make the answer stale, a guest that only answers would never count as idle.
 fn holds(age: Duration, used_us: u64, question_us: u64) -> bool {
-    let idle = u128::from(used_us) * 1000 <= age.as_micros() * IDLE_PER_MILLE;
-    age < SAMPLE_AGE_MAX && (idle || used_us <= question_us)
+    let own_us = u128::from(used_us.saturating_sub(question_us));
+    age < SAMPLE_AGE_MAX && own_us * 1000 <= age.as_micros() * IDLE_PER_MILLE
 }
 
 /// What containerd looks up to decode the value.
@@ -259,7 +260,8 @@ mod tests {
         assert!(holds(second, 0, 0));
         assert!(holds(second, 10_000, 0));
         assert!(!holds(second, 10_001, 0));
-        assert!(holds(second, 10_001, 10_001));
+        assert!(holds(second, 20_001, 10_001));
+        assert!(!holds(second, 20_002, 10_001));
         assert!(holds(9 * second, 90_000, 0));
         assert!(!holds(10 * second, 0, 0));
     }
