@@ -113,7 +113,7 @@ settings! {
         max_vcpus: u32 = integer("", 0, VCPUS_MAX), "0", node;
         /// vCPUs that a pod can be given beyond those that it starts with, by resizing it in place.
         /// Each costs the guest some memory, used or not.
-        spare_vcpus: u32 = integer("", 0, VCPUS_MAX), "3", pod;
+        spare_vcpus: u32 = integer("", 0, VCPUS_MAX), "0", pod;
         /// Memory for the containers of a pod without a memory limit.
         default_memory_mib: u64 = integer("MiB", 1, MEMORY_MIB_MAX), "512", pod;
         /// Most memory of one VM; a pod that asks for more is refused. 0 means the host's memory,

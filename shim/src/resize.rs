@@ -137,6 +137,12 @@ impl Wanted {
         self
     }
 
+    /// What they want by their limits alone.
+    fn limited(mut self) -> Self {
+        self.unlimited = false;
+        self
+    }
+
     fn joined(mut self, limits: Limits) -> Self {
         self.unlimited |= limits.memory_bytes.is_none();
         self
@@ -352,8 +358,10 @@ impl Owner {
             Step::Settle => self.wanted,
         };
         let (vm, host) = (&self.parts.vm, self.parts.plan.host);
-        let target = wanted.sizing(vm, host)?;
-        self.check(target)?;
+        self.check(wanted.limited().sizing(vm, host)?)?;
+        // A container without a limit may use what can be had.
+        let mut target = wanted.sizing(vm, host)?;
+        target.memory_bytes = target.memory_bytes.min(self.parts.plan.most.memory_bytes);
         let (vcpus, memory_bytes) = match step {
             Step::Settle => (target.vcpus, target.memory_bytes),
             _ => (
