@@ -88,8 +88,10 @@ fn code(line: &str) -> &str {
     line.split("//").next().unwrap_or("")
 }
 
+/// The checkout whose tests run: not that of the build, which may be another's in a shared cache.
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
+    let tests = std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo runs the tests");
+    Path::new(&tests)
         .parent()
         .expect("the tests are a folder of the workspace")
         .to_path_buf()
