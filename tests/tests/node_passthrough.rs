@@ -51,10 +51,6 @@ fn sleeper(name: &str, functions: &[&Function]) -> Value {
     config
 }
 
-fn shell(node: &Node, containerd: &Containerd, container: &str, line: &str) -> Result<String> {
-    containerd.crictl_text(node, &["exec", container, "sh", "-c", line])
-}
-
 fn remove(node: &Node, containerd: &Containerd, container: &str) -> Result<()> {
     containerd.crictl_text(node, &["stop", "--timeout", "0", container])?;
     containerd.crictl_text(node, &["rm", container]).map(drop)
@@ -105,7 +101,7 @@ fn disk_travels(node: &Node) -> Result<()> {
     let other = containerd.run_container(node, &pod, &sleeper("other", &[]))?;
     ensure!(locked_kib(node)? == 0, "memory is locked without a device");
     let first = containerd.run_container(node, &pod, &sleeper("first", &[disk]))?;
-    let in_guest = |line: &str| shell(node, &containerd, &first, line);
+    let in_guest = |line: &str| containerd.exec_shell(node, &first, line);
     let nodes = in_guest("cd /dev; ls -d vd* vfio 2>/dev/null; true")?;
     ensure!(
         nodes.starts_with("vd") && !nodes.contains("vfio"),
@@ -129,7 +125,7 @@ fn disk_travels(node: &Node) -> Result<()> {
     );
     remove(node, &containerd, &first)?;
     ensure!(locked_kib(node)? == 0, "memory stays pinned");
-    let gone = shell(node, &containerd, &other, "ls /sys/class/block")?;
+    let gone = containerd.exec_shell(node, &other, "ls /sys/class/block")?;
     ensure!(!gone.contains(&nodes), "the guest keeps the disk: {gone}");
     // Hot-plugged once more, into another container of the living pod.
     // This time by the name of a CDI device, which containerd turns into the same node.
@@ -144,7 +140,7 @@ fn disk_travels(node: &Node) -> Result<()> {
     config["CDI_devices"] = json!([{"name": "pericarp.dev/function=disk"}]);
     let second = containerd.run_container(node, &pod, &config)?;
     let line = format!("dd if=$(ls /dev/vd*) bs=1M count={mib} 2>/dev/null | md5sum");
-    let again = shell(node, &containerd, &second, &line)?;
+    let again = containerd.exec_shell(node, &second, &line)?;
     ensure!(again.starts_with(&sum), "{again}, not {sum}");
     node.shell("rm /etc/cdi/pericarp.json")?;
     containerd.remove_pod(node, &pod)?;
@@ -213,19 +209,16 @@ fn disk_and_display(node: &Node) -> Result<()> {
     let container = containerd.run_container(node, &pod, &container)?;
     let mib = if pericarp::full_sizes() { 256 } else { 8 };
     let line = format!("d=/dev/nvme0n1\n{}", fill(mib));
-    let sum = shell(node, &containerd, &container, &line)?;
+    let sum = containerd.exec_shell(node, &container, &line)?;
     let interrupts = "awk '/nvme0q/ { n += $2 } END { print n + 0 }' /proc/interrupts";
-    let counted: u64 = shell(node, &containerd, &container, interrupts)?.parse()?;
+    let counted: u64 = containerd
+        .exec_shell(node, &container, interrupts)?
+        .parse()?;
     ensure!(counted > 0, "no interrupt of the NVMe disk was counted");
     // A second function into the living pod, for another container.
     let drawing = with_host_programs("draw", &[display]);
     let drawing = containerd.run_container(node, &pod, &drawing)?;
-    let nodes = shell(
-        node,
-        &containerd,
-        &drawing,
-        "cd /dev; ls -d nvme* dri/*; true",
-    )?;
+    let nodes = containerd.exec_shell(node, &drawing, "cd /dev; ls -d nvme* dri/*; true")?;
     ensure!(
         nodes.contains("dri/card0") && !nodes.contains("nvme"),
         "/dev has {nodes}"
@@ -236,7 +229,7 @@ fn disk_and_display(node: &Node) -> Result<()> {
          {lib}/ld-linux-x86-64.so.2 --library-path {lib} /host/usr/bin/perl \
          -I{lib}/perl-base /tmp/draw"
     );
-    let drawn = shell(node, &containerd, &drawing, &line)?;
+    let drawn = containerd.exec_shell(node, &drawing, &line)?;
     ensure!(drawn.starts_with("drawn "), "{drawn}");
     containerd.remove_pod(node, &pod)?;
     Leftovers::nothing_since(node, &before)?;
@@ -376,12 +369,12 @@ fn pods_share_the_node(node: &Node) -> Result<()> {
         let container = containerd.run_container(node, &pod, &sleeper("c", &[disk]))?;
         let line = format!("echo pod-{index} | dd of=/dev/vda bs=512 conv=sync,fsync 2>/dev/null");
         let line = line.replace("/dev/vda", "$(ls /dev/vd*)");
-        shell(node, &containerd, &container, &line)?;
+        containerd.exec_shell(node, &container, &line)?;
         pods.push((pod, container));
     }
     let read = "head -c 5 $(ls /dev/vd*)";
     for (index, (pod, container)) in pods.iter().enumerate() {
-        let seen = shell(node, &containerd, container, read)?;
+        let seen = containerd.exec_shell(node, container, read)?;
         ensure!(seen == format!("pod-{index}"), "pod {index} reads {seen}");
         containerd.remove_pod(node, pod)?;
     }
@@ -390,7 +383,7 @@ fn pods_share_the_node(node: &Node) -> Result<()> {
         let pod = containerd.run_pod(node, HANDLER, &pod_config(&format!("turn-{turn}")))?;
         let container = sleeper("c", &[&functions[0]]);
         let container = containerd.run_container(node, &pod, &container)?;
-        let seen = shell(node, &containerd, &container, read)?;
+        let seen = containerd.exec_shell(node, &container, read)?;
         ensure!(seen == "pod-0", "turn {turn} reads {seen}");
         containerd.remove_pod(node, &pod)?;
     }

@@ -36,10 +36,6 @@ fn no_disk_is_left(node: &Session) -> Result<()> {
     wait_until(node, &format!("[ -z \"$({DISKS})\" ]"))
 }
 
-fn shell(node: &Session, containerd: &Containerd, container: &str, line: &str) -> Result<String> {
-    containerd.crictl_text(node, &["exec", container, "sh", "-c", line])
-}
-
 fn pod(node: &Session, containerd: &Containerd, name: &str) -> Result<Pod> {
     containerd.run_pod(node, HANDLER, &pod_config(name))
 }
@@ -53,7 +49,7 @@ fn writes_are_on_a_disk(node: &Session, version: Version) -> Result<()> {
     let container = containerd.run_container(node, &pod, &config)?;
     let written =
         "rm /bin/true && echo kept > /kept && dd if=/dev/zero of=/big bs=1M count=32 && sync";
-    shell(node, &containerd, &container, written)?;
+    containerd.exec_shell(node, &container, written)?;
     assert!(disk_bytes(node)? > 32 << 20);
     // The kubelet's figure for ephemeral storage is containerd's of the snapshot.
     let usage = containerd
@@ -67,16 +63,23 @@ fn writes_are_on_a_disk(node: &Session, version: Version) -> Result<()> {
     let bytes: u64 = bytes.context("no usage")?.parse()?;
     assert!(bytes > 32 << 20, "{usage}");
     // The host gets back what is deleted.
-    shell(node, &containerd, &container, "rm /big && sync")?;
+    containerd.exec_shell(node, &container, "rm /big && sync")?;
     wait_until(node, &format!("[ $(stat -c %b $({DISKS})) -lt 8192 ]"))?;
-    assert_eq!(shell(node, &containerd, &container, "cat /kept")?, "kept");
+    assert_eq!(
+        containerd.exec_shell(node, &container, "cat /kept")?,
+        "kept"
+    );
 
     // Another container of the same image has its own, and the layers are as they were.
     containerd.crictl_text(node, &["rm", "-f", &container])?;
     no_disk_is_left(node)?;
     let second = containerd.run_container(node, &pod, &config)?;
-    assert!(shell(node, &containerd, &second, "test -e /kept").is_err());
-    shell(node, &containerd, &second, "/bin/true")?;
+    assert!(
+        containerd
+            .exec_shell(node, &second, "test -e /kept")
+            .is_err()
+    );
+    containerd.exec_shell(node, &second, "/bin/true")?;
     containerd.remove_pod(node, &pod)?;
     no_disk_is_left(node)?;
     Leftovers::nothing_since(node, &before)?;
@@ -113,7 +116,7 @@ fn a_read_only_root_needs_no_disk() {
     config["linux"] = json!({"security_context": {"readonly_rootfs": true}});
     config["mounts"] = json!([{"host_path": "/run/volume", "container_path": "/not/in/image"}]);
     let container = containerd.run_container(&node, &pod, &config).unwrap();
-    let inside = |line: &str| shell(&node, &containerd, &container, line);
+    let inside = |line: &str| containerd.exec_shell(&node, &container, line);
     assert_eq!(inside("cat /not/in/image/file").unwrap(), "volume");
     let error = format!("{:#}", inside("touch /x").unwrap_err());
     assert!(error.contains("Read-only file system"), "{error}");
@@ -191,7 +194,7 @@ fn a_pod_has_users_of_its_own() {
     config["mounts"] = json!([{"host_path": "/run/users", "container_path": "/volume",
                                "uidMappings": map, "gidMappings": map}]);
     let container = containerd.run_container(&node, &pod, &config).unwrap();
-    let inside = |line: &str| shell(&node, &containerd, &container, line).unwrap();
+    let inside = |line: &str| containerd.exec_shell(&node, &container, line).unwrap();
     let ids = inside("tr -s ' ' </proc/self/uid_map; tr -s ' ' </proc/self/gid_map; id -u");
     assert_eq!(ids, "0 65536 65536\n 0 65536 65536\n0");
     let owners = inside("touch /new; stat -c %u:%g / /bin/busybox /new /volume/old");

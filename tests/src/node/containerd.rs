@@ -212,6 +212,11 @@ impl Containerd {
         Ok(id)
     }
 
+    /// Runs a line of shell in a container, and returns what it printed.
+    pub fn exec_shell(&self, node: &Node, container: &str, line: &str) -> Result<String> {
+        self.crictl_text(node, &["exec", container, "sh", "-c", line])
+    }
+
     /// Runs bash with crictl's environment, and returns what it printed.
     pub fn script(&self, node: &Node, timeout_s: u64, text: &str) -> Result<String> {
         let mut command = Command::shell(text).timeout_s(timeout_s);
