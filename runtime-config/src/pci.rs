@@ -23,6 +23,13 @@ pub enum PciSelector {
     },
 }
 
+/// Whether a driver of the host, by its name, is there to pass its functions through. Vendors have
+/// their own beside vfio-pci: mlx5_vfio_pci, nvgrace_gpu_vfio_pci.
+#[must_use]
+pub fn is_vfio_driver(name: &str) -> bool {
+    name.replace('_', "-").ends_with("vfio-pci")
+}
+
 impl PciSelector {
     /// Reads `0000:3b:00.0` or `10de:2331` (lower-case hexadecimal, all digits written).
     #[must_use]

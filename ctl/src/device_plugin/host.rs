@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use pericarp_runtime_config::{DeviceResource, PciSelector};
+use pericarp_runtime_config::{DeviceResource, PciSelector, is_vfio_driver};
 
 /// Functions of a host: four segments full of them.
 const FUNCTIONS_MAX: usize = 4 * 65536;
@@ -69,7 +69,7 @@ fn offer(
     let group = name_of("iommu_group").and_then(|name| name.parse().ok());
     let numa_node = fs::read_to_string(device.join("numa_node")).ok();
     let driver = name_of("driver").unwrap_or_default();
-    let ready = driver.replace('_', "-").ends_with("vfio-pci");
+    let ready = is_vfio_driver(&driver);
     let is_allowed = |selector: &PciSelector| selector.names(&address, vendor, model);
     Some(Offer {
         group,

@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use pericarp_runtime_config::PciSelector;
+use pericarp_runtime_config::{PciSelector, is_vfio_driver};
 
 use crate::errors::CallError;
 
@@ -151,8 +151,7 @@ impl Host {
         let driver = fs::read_link(self.device(address).join("driver")).ok();
         let driver = driver.as_deref().and_then(Path::file_name);
         let driver = driver.map_or("none".into(), std::ffi::OsStr::to_string_lossy);
-        // Vendors have their own beside vfio-pci: mlx5_vfio_pci, nvgrace_gpu_vfio_pci.
-        if !driver.replace('_', "-").ends_with("vfio-pci") {
+        if !is_vfio_driver(&driver) {
             return Err(refuse(
                 group,
                 format_args!(
