@@ -8,14 +8,10 @@
 use std::{
     fs::File,
     io,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::fs::OpenOptionsExt,
-    },
+    os::fd::{AsFd, OwnedFd},
     path::Path,
 };
 
-use nix::fcntl::OFlag;
 use oci_spec::runtime::LinuxIdMapping;
 use pericarp_sys::{fscontext::DetachedMount, mount_tree, user_namespace};
 
@@ -64,10 +60,17 @@ impl IdMap {
         })
     }
 
-    fn user_namespace(&self) -> io::Result<OwnedFd> {
-        user_namespace::with_maps(&self.uids, &self.gids)
+    /// What maps owners so.
+    pub(crate) fn mapper(&self) -> io::Result<Mapper> {
+        user_namespace::with_maps(&self.uids, &self.gids).map(Mapper)
     }
+}
 
+/// Mounts with mapped owners.
+#[derive(Debug)]
+pub(crate) struct Mapper(OwnedFd);
+
+impl Mapper {
     /// Mounts the file or directory `source` on `target` with mapped owners; what is mounted
     /// beneath comes along as it is when `recursive`, and mapped too when `all`.
     pub(crate) fn bind(
@@ -77,9 +80,8 @@ impl IdMap {
         recursive: bool,
         all: bool,
     ) -> io::Result<()> {
-        let namespace = self.user_namespace()?;
-        let tree = DetachedMount::clone_of(open_path(source)?.as_fd(), recursive)?;
-        mount_tree::map_ids(tree.as_fd(), namespace.as_fd(), all).map_err(|error| {
+        let tree = DetachedMount::clone_at(source, recursive)?;
+        mount_tree::map_ids(tree.as_fd(), self.0.as_fd(), all).map_err(|error| {
             let reason = format!(
                 "the file system of {} cannot map owners ({error}): its pods cannot have a user \
                  namespace of their own",
@@ -87,15 +89,8 @@ impl IdMap {
             );
             io::Error::new(error.kind(), reason)
         })?;
-        tree.attach(open_path(target)?.as_fd())
+        tree.attach(File::open(target)?.as_fd())
     }
-}
-
-fn open_path(path: &Path) -> io::Result<File> {
-    File::options()
-        .read(true)
-        .custom_flags((OFlag::O_PATH | OFlag::O_CLOEXEC).bits())
-        .open(path)
 }
 
 #[cfg(test)]

@@ -87,7 +87,7 @@ impl SharedDirectory {
         let mut all = layers.above(&self.path.with_file_name("mask"))?;
         if let (true, [layer]) = (all.is_empty(), layers.lower.as_slice()) {
             match &layers.id_map {
-                Some(map) => map.bind(layer, target, false, false)?,
+                Some(map) => map.mapper()?.bind(layer, target, false, false)?,
                 None => bind(layer, target, false)?,
             }
             return make_read_only(target);
@@ -112,11 +112,12 @@ impl SharedDirectory {
         let Some(map) = &layers.id_map else {
             return Ok(Vec::new());
         };
+        let mapper = map.mapper()?;
         let numbered = layers.lower.iter().enumerate();
         let mount = |(number, layer): (usize, &PathBuf)| {
             let path = self.container(id).join(format!("layer-{number}"));
             fs::create_dir_all(&path)?;
-            map.bind(layer, &path, false, false)?;
+            mapper.bind(layer, &path, false, false)?;
             make_read_only(&path)?;
             Ok(path)
         };
@@ -166,7 +167,10 @@ impl SharedDirectory {
             File::create(&target)?;
         }
         match &share.id_map {
-            Some((map, all)) => map.bind(&share.source, &target, share.recursive, *all)?,
+            Some((map, all)) => {
+                let mapper = map.mapper()?;
+                mapper.bind(&share.source, &target, share.recursive, *all)?;
+            }
             None => bind(&share.source, &target, share.recursive)?,
         }
         // Mounts that appear in the source later come along, and nothing goes back.

@@ -7,8 +7,13 @@
 
 use std::{
     ffi::{CStr, CString},
+    fs::File,
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::fs::OpenOptionsExt,
+    },
+    path::Path,
     ptr,
 };
 
@@ -142,6 +147,18 @@ impl DetachedMount {
         let result =
             unsafe { libc::syscall(libc::SYS_open_tree, path.as_raw_fd(), c"".as_ptr(), flags) };
         Ok(Self(owned(result)?))
+    }
+
+    /// Clones the mount of the file or directory at `path`, which is followed if it is a link.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn clone_at(path: &Path, recursive: bool) -> io::Result<Self> {
+        let place = File::options()
+            .read(true)
+            .custom_flags(libc::O_PATH)
+            .open(path)?;
+        Self::clone_of(place.as_fd(), recursive)
     }
 
     /// Sets and clears `MOUNT_ATTR_*` of this mount, and of those beneath it when `recursive`.

@@ -10,6 +10,8 @@ use std::{
     },
 };
 
+use nix::{errno::Errno, sys::wait::waitpid, unistd::Pid};
+
 /// Makes a user namespace with these maps, lines of `<id inside> <id outside> <count>` as
 /// user_namespaces(7) has them. It needs a process to be made in, which has ended on return.
 ///
@@ -56,13 +58,9 @@ fn fork_into_user_namespace(end: &UnixStream) -> io::Result<i32> {
 
 fn collect(child: i32) -> io::Result<()> {
     loop {
-        // SAFETY: asks for no status, and the number is of a child that nobody else waits for.
-        if unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) } >= 0 {
-            return Ok(());
-        }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
+        match waitpid(Pid::from_raw(child), None) {
+            Err(Errno::EINTR) => {}
+            result => return Ok(result.map(drop)?),
         }
     }
 }

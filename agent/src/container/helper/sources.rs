@@ -9,7 +9,7 @@ use std::{
     fs::File,
     os::{
         fd::{AsFd, OwnedFd},
-        unix::{fs::OpenOptionsExt, net::UnixStream},
+        unix::net::UnixStream,
     },
     path::Path,
 };
@@ -58,7 +58,7 @@ pub(super) struct Sources {
 impl Sources {
     /// Opens what `plan` names.
     pub(super) fn open(plan: &ContainerPlan) -> Result<Self, ContainerError> {
-        let rootfs = clone_tree(&plan.rootfs, true)
+        let rootfs = DetachedMount::clone_at(&plan.rootfs, true)
             .step("open", format!("root.path {}", plan.rootfs.display()))?;
         let mut binds = BTreeMap::new();
         for (index, mount) in plan.mounts.iter().enumerate() {
@@ -66,7 +66,8 @@ impl Sources {
                 binds.insert(index, bind(plan, mount, path, *recursive)?);
             }
         }
-        let null = clone_tree(Path::new("/dev/null"), false).step("open", "/dev/null")?;
+        let null =
+            DetachedMount::clone_at(Path::new("/dev/null"), false).step("open", "/dev/null")?;
         let user = plan.namespaces.has_user_namespace();
         // Last: it hides the guest's /dev from here on.
         let devices = if user {
@@ -115,14 +116,6 @@ impl Sources {
     }
 }
 
-fn clone_tree(path: &Path, recursive: bool) -> std::io::Result<DetachedMount> {
-    let place = File::options()
-        .read(true)
-        .custom_flags(libc::O_PATH)
-        .open(path)?;
-    DetachedMount::clone_of(place.as_fd(), recursive)
-}
-
 fn bind(
     plan: &ContainerPlan,
     mount: &MountPlan,
@@ -130,7 +123,7 @@ fn bind(
     recursive: bool,
 ) -> Result<DetachedMount, ContainerError> {
     let object = || format!("{}.source {path}", mount.field);
-    let tree = clone_tree(Path::new(path), recursive).step("open", object())?;
+    let tree = DetachedMount::clone_at(Path::new(path), recursive).step("open", object())?;
     if let Some(id_map) = &mount.id_map {
         let namespace = mapped_namespace(plan, id_map)?;
         mount_tree::map_ids(tree.as_fd(), namespace.as_fd(), id_map.recursive)
