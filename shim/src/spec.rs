@@ -11,7 +11,7 @@
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
-    LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxIdMapping, LinuxNamespace,
+    Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxIdMapping, LinuxNamespace,
     LinuxNamespaceType, Mount, Spec,
 };
 
@@ -143,7 +143,10 @@ pub(crate) fn translate(
     spec.set_mounts(Some(kept));
     spec.set_hooks(None);
     spec.set_annotations(None);
-    let groups = take_groups(&mut spec)?;
+    let groups = match spec.linux_mut() {
+        Some(linux) => take_groups(linux)?,
+        None => Vec::new(),
+    };
     let (pid_namespace, disks) = translate_linux(&mut spec)?;
     translate_process(&mut spec);
     Ok(Translated {
@@ -357,62 +360,63 @@ fn translate_linux(spec: &mut Spec) -> Result<(Option<PathBuf>, Vec<BlockVolume>
     Ok((pid_namespace, disks))
 }
 
+/// Takes devices out of the specification, with the rules about them, which come along: their
+/// numbers are other devices' in the guest.
+fn take_devices(
+    linux: &mut Linux,
+    wanted: impl Fn(&LinuxDevice) -> bool,
+) -> (Vec<LinuxDevice>, Vec<LinuxDeviceCgroup>) {
+    let devices = linux.devices().clone().unwrap_or_default();
+    let (taken, kept): (Vec<_>, Vec<_>) = devices.into_iter().partition(wanted);
+    if taken.is_empty() {
+        return (taken, Vec::new());
+    }
+    linux.set_devices(Some(kept));
+    let rules = linux
+        .resources_mut()
+        .as_mut()
+        .and_then(|resources| resources.devices_mut().as_mut());
+    let Some(rules) = rules else {
+        return (taken, Vec::new());
+    };
+    let (about, others) = std::mem::take(rules)
+        .into_iter()
+        .partition(|rule| taken.iter().any(|device| is_about(rule, device)));
+    *rules = others;
+    (taken, about)
+}
+
+fn is_about(rule: &LinuxDeviceCgroup, device: &LinuxDevice) -> bool {
+    (rule.major(), rule.minor()) == (Some(device.major()), Some(device.minor()))
+}
+
 /// Takes the block devices that have a path of their own in the container: kubelet gives volumes
 /// so. A container that is given the host's devices, as a privileged one under runc, has them where
 /// the host has them, and they stay.
-fn take_disks(linux: &mut oci_spec::runtime::Linux) -> Vec<BlockVolume> {
-    let devices = linux.devices().clone().unwrap_or_default();
-    let is_volume =
-        |device: &LinuxDevice| device.typ() == LinuxDeviceType::B && !device.path().exists();
-    let (volumes, others): (Vec<_>, Vec<_>) = devices.into_iter().partition(is_volume);
-    if volumes.is_empty() {
-        return Vec::new();
-    }
-    linux.set_devices(Some(others));
-    let numbers = |device: &LinuxDevice| (device.major(), device.minor());
-    let mut rules = Vec::new();
-    if let Some(resources) = linux.resources_mut() {
-        rules = resources.devices().clone().unwrap_or_default();
-        let is_rule_of = |rule: &oci_spec::runtime::LinuxDeviceCgroup, volume: &LinuxDevice| {
-            (rule.major(), rule.minor()) == (Some(volume.major()), Some(volume.minor()))
-        };
-        // The guest's disk has another number.
-        let kept = rules
-            .iter()
-            .filter(|rule| !volumes.iter().any(|volume| is_rule_of(rule, volume)));
-        let kept = kept.cloned().collect();
-        resources.set_devices(Some(kept));
-    }
-    let may_write = |volume: &LinuxDevice| {
-        rules.iter().any(|rule| {
-            (rule.major(), rule.minor()) == (Some(volume.major()), Some(volume.minor()))
-                && rule
-                    .access()
-                    .as_deref()
-                    .is_some_and(|access| access.contains('w'))
-        })
+fn take_disks(linux: &mut Linux) -> Vec<BlockVolume> {
+    let (volumes, rules) = take_devices(linux, |device| {
+        device.typ() == LinuxDeviceType::B && !device.path().exists()
+    });
+    let lets_write = |rule: &LinuxDeviceCgroup| {
+        let access = rule.access().as_deref();
+        access.is_some_and(|access| access.contains('w'))
     };
     let volume = |device: &LinuxDevice| BlockVolume {
         path: device.path().clone(),
-        number: numbers(device),
-        read_only: !may_write(device),
+        number: (device.major(), device.minor()),
+        read_only: !rules
+            .iter()
+            .any(|rule| is_about(rule, device) && lets_write(rule)),
     };
     volumes.iter().map(volume).collect()
 }
 
-/// Takes VFIO's nodes of the host out of the specification, with the rules about them: their
-/// numbers are other devices' in the guest. The agent puts what the functions are there in their
-/// place.
-fn take_groups(spec: &mut Spec) -> Result<Vec<u32>, CallError> {
-    let Some(linux) = spec.linux_mut() else {
-        return Ok(Vec::new());
-    };
-    let devices = linux.devices().clone().unwrap_or_default();
-    let (vfio, kept): (Vec<_>, Vec<_>) = devices
-        .into_iter()
-        .partition(|device| VfioPath::of(device.path()).is_some());
+/// Takes VFIO's nodes of the host out of the specification. The agent puts what the functions are
+/// there in their place.
+fn take_groups(linux: &mut Linux) -> Result<Vec<u32>, CallError> {
+    let (nodes, _) = take_devices(linux, |device| VfioPath::of(device.path()).is_some());
     let mut groups = Vec::new();
-    for device in &vfio {
+    for device in &nodes {
         match VfioPath::of(device.path()) {
             Some(VfioPath::Group(group)) if !groups.contains(&group) => groups.push(group),
             Some(VfioPath::Other) => {
@@ -424,18 +428,6 @@ fn take_groups(spec: &mut Spec) -> Result<Vec<u32>, CallError> {
             _ => {}
         }
     }
-    if !vfio.is_empty()
-        && let Some(resources) = linux.resources_mut()
-        && let Some(rules) = resources.devices_mut()
-    {
-        let is_about = |rule: &LinuxDeviceCgroup| {
-            vfio.iter().any(|device| {
-                rule.major() == Some(device.major()) && rule.minor() == Some(device.minor())
-            })
-        };
-        rules.retain(|rule| !is_about(rule));
-    }
-    linux.set_devices(Some(kept));
     Ok(groups)
 }
 
