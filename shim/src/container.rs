@@ -600,8 +600,12 @@ fn exited_at(nanoseconds: i64) -> SystemTime {
         .map_or(now, |at| at.min(now))
 }
 
-/// `Delete`, of a container or an exec. The answer is how it had ended.
-pub(crate) async fn delete(pod: &Arc<Pod>, id: &str, exec_id: &str) -> Result<Exit, CallError> {
+/// `Delete`, of a container or an exec. The answer is its PID and how it had ended.
+pub(crate) async fn delete(
+    pod: &Arc<Pod>,
+    id: &str,
+    exec_id: &str,
+) -> Result<(u32, Exit), CallError> {
     let container = pod.container(id)?;
     let process = container.process(exec_id)?;
     let exit = process.begin_delete()?;
@@ -625,7 +629,7 @@ pub(crate) async fn delete(pod: &Arc<Pod>, id: &str, exec_id: &str) -> Result<Ex
     } else {
         container.execs().remove(exec_id);
     }
-    Ok(exit)
+    Ok((process.pid, exit))
 }
 
 async fn delete_claimed(

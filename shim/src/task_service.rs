@@ -85,14 +85,13 @@ impl Task for TaskService {
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Answer<DeleteResponse> {
         let pod = self.0.pod_of(&request.id).await?;
-        let pid = pod.container(&request.id)?.init.pid;
         let daemon = Arc::clone(&self.0);
         let work = async move {
             let deleted = container::delete(&pod, &request.id, &request.exec_id).await;
             daemon.shut_down_if_wanted().await;
             deleted
         };
-        let exit = to_the_end(work).await?;
+        let (pid, exit) = to_the_end(work).await?;
         Ok(DeleteResponse {
             pid,
             exit_status: exit.status,
