@@ -34,12 +34,7 @@ use pericarp_runtime_config::{
     Storage as StorageSettings,
 };
 use serde::Serialize;
-use tokio::{
-    io::AsyncReadExt,
-    net::{UnixStream, unix::pipe},
-    sync::watch,
-    time::timeout,
-};
+use tokio::{io::AsyncReadExt, net::unix::pipe, sync::watch, time::timeout};
 use tracing::{debug, info, warn};
 
 use crate::{
@@ -53,7 +48,7 @@ use crate::{
     events::Publisher,
     guest_panic,
     journal::{self, Entry, Journal},
-    launch::{Launch, entropy, launch},
+    launch::{Launch, Launched, entropy, launch},
     machine_client::Machine,
     network,
     passthrough::Passthrough,
@@ -185,12 +180,8 @@ impl Pod {
             &mut journal,
         );
         let launched = launched.await?;
-        let (machine, process) = (launched.machine, launched.process);
-        let log = settings.log.guest_kernel.then(|| state.join("guest.log"));
-        tokio::spawn(keep_guest_log(launched.console, log));
-        tokio::spawn(end_without_files(daemon, process.clone()));
-        let met = (launched.agent, launched.vsock);
-        let agent = greet(met, settings, state, (&machine, &process)).await?;
+        tokio::spawn(end_without_files(daemon, launched.process.clone()));
+        let (machine, process, agent) = greet(launched, settings, state).await?;
         write_state(request, state, plan.boot, process.pid).map_err(failed)?;
         place.settle(None);
         let size = follow(settings, plan, state, (&machine, &agent));
@@ -202,6 +193,11 @@ impl Pod {
             agent,
             vmm: process,
             meter,
+            passthrough: Passthrough::new(
+                &settings.security.passthrough_devices,
+                plan.boot.memory_bytes,
+                place.directory(),
+            ),
             place,
             size,
             shared,
@@ -213,7 +209,6 @@ impl Pod {
             storage: settings.storage.clone(),
             stand_in: stand_in(request.network_namespace.as_deref())?,
             network_namespace: request.network_namespace.clone(),
-            passthrough: passthrough(request, settings, plan.boot),
             exit: watch::Sender::new(None),
             next_stream: AtomicU64::new(1),
             next_disk: AtomicU64::new(1),
@@ -339,17 +334,20 @@ impl Pod {
     }
 }
 
-/// Waits for the agent's first word, or for the end of the VM that would have brought it.
+/// Waits for the agent's first word, or for the end of the VM that would have brought it. What the
+/// guest's kernel says is kept from here on.
 async fn greet(
-    (connection, vsock): (UnixStream, PathBuf),
+    launched: Launched,
     settings: &Settings,
     state: &Path,
-    (machine, process): (&Machine, &Watched),
-) -> Result<Agent, CallError> {
+) -> Result<(Machine, Watched, Agent), CallError> {
+    let (machine, process) = (launched.machine, launched.process);
+    let log = settings.log.guest_kernel.then(|| state.join("guest.log"));
+    tokio::spawn(keep_guest_log(launched.console, log));
     let ready = Duration::from_millis(settings.timeouts.agent_ready_ms);
     let call = Duration::from_millis(settings.timeouts.rpc_ms);
     let greeted = tokio::select! {
-        greeted = Agent::greet(connection, vsock, ready, call) => greeted,
+        greeted = Agent::greet(launched.agent, launched.vsock, ready, call) => greeted,
         how = process.ended() => return Err(vmm_failed(state, &machine.ended().await, &how)),
     };
     if let Err(CallError::Gone(_)) = greeted
@@ -364,7 +362,7 @@ async fn greet(
         boot_us = hello.ready_us,
         "the guest is ready"
     );
-    Ok(agent)
+    Ok((machine, process, agent))
 }
 
 /// What `pericarp list` shows of a pod.
@@ -506,21 +504,10 @@ fn host_memory() -> u64 {
         .unwrap_or(u64::MAX)
 }
 
-fn passthrough(request: &Request, settings: &Settings, sizing: Sizing) -> Passthrough {
-    let allowed = settings.security.passthrough_devices.clone();
-    let cgroup = cgroup_of(request).into_iter().next();
-    Passthrough::new(allowed, sizing.memory_bytes, cgroup)
-}
-
 /// The path of the sandbox's cgroup, as its specification has it.
 fn cgroups_path(request: &Request) -> Option<PathBuf> {
     let bundle = request.bundle.as_ref()?;
     bundle.spec.linux().as_ref()?.cgroups_path().clone()
-}
-
-/// The directories of the sandbox's cgroup.
-fn cgroup_of(request: &Request) -> Vec<PathBuf> {
-    cgroups_path(request).map_or_else(Vec::new, |path| cgroup::directories(&path))
 }
 
 /// The sandbox's cgroups: the files that take processes, the counter of their time, and what else

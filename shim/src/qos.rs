@@ -74,6 +74,11 @@ impl Place {
         }
     }
 
+    /// The pod's cgroup; of one hierarchy, where there are several.
+    pub(crate) fn directory(&self) -> Option<&Path> {
+        self.directories.first().map(PathBuf::as_path)
+    }
+
     /// Sets what the pod's containers want together.
     pub(crate) fn settle_for(&self, pod: &Pod) {
         let wishes = pod

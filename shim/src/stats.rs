@@ -65,8 +65,8 @@ impl Sample {
 }
 
 /// Whether counters of that age hold when the VM has used that much since: next to nothing, beside
-/// what it takes to ask again. A question keeps the guest awake a little longer than its answer, and
-/// were that to make the answer stale, a guest that only answers would never count as idle.
+/// what it takes to ask again. A question keeps the guest awake a little longer than its answer,
+/// and were that to make the answer stale, a guest that only answers would never count as idle.
 fn holds(age: Duration, used_us: u64, question_us: u64) -> bool {
     let own_us = u128::from(used_us.saturating_sub(question_us));
     age < SAMPLE_AGE_MAX && own_us * 1000 <= age.as_micros() * IDLE_PER_MILLE

@@ -93,15 +93,11 @@ struct Opened {
 
 impl Passthrough {
     /// For a pod whose VM has `memory_bytes` and lives in `cgroup`.
-    pub(crate) fn new(
-        allowed: Vec<PciSelector>,
-        memory_bytes: u64,
-        cgroup: Option<std::path::PathBuf>,
-    ) -> Self {
+    pub(crate) fn new(allowed: &[PciSelector], memory_bytes: u64, cgroup: Option<&Path>) -> Self {
         Self {
-            allowed,
+            allowed: allowed.to_vec(),
             memory_bytes,
-            cgroup,
+            cgroup: cgroup.map(Path::to_owned),
             container: Mutex::default(),
         }
     }
@@ -353,7 +349,7 @@ mod tests {
         assert_eq!((limit, place), (256 << 20, pod.join("memory.max")));
         // The root of real cgroups has no such file.
         std::fs::remove_file(root.path().join("memory.max")).unwrap();
-        let passthrough = |mib: u64| Passthrough::new(Vec::new(), mib << 20, Some(sandbox.clone()));
+        let passthrough = |mib: u64| Passthrough::new(&[], mib << 20, Some(&sandbox));
         assert!(passthrough(240).limit_below().is_none());
         let error = passthrough(241).limit_below().unwrap();
         assert!(
