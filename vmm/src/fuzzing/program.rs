@@ -13,7 +13,7 @@ use vm_memory::{Bytes as _, FileOffset, GuestAddress, GuestMemoryMmap};
 use super::bytes::Choices;
 use crate::devices::virtio::{
     device::{Command, GuestMemory, VirtioDevice},
-    driver::{BUFFERS, Driver, F_INDIRECT, F_NEXT, F_WRITE},
+    driver::{BUFFERS, Driver, EVENT_IDX, F_INDIRECT, F_NEXT, F_WRITE},
     rate_limiter::{Rate, Rates},
 };
 
@@ -57,9 +57,6 @@ const ADDRESSES: [u64; 6] = [
     u64::MAX - 15,
     1 << 32,
 ];
-
-/// Ring features that the transport offers every driver: event indices, indirect tables.
-const EVENT_IDX: u64 = 1 << 29;
 
 /// Guest memory as the machine has it, on a file, so that parts of it can be given back.
 pub(super) fn memory() -> GuestMemory {
@@ -167,12 +164,9 @@ impl Player<'_> {
         let sizes: Vec<u16> = self.driver.queues.iter().map(|queue| queue.size).collect();
         // The same memory: what a driver left in the rings is what the next one finds.
         self.driver = Driver::with_memory(self.driver.memory.clone(), &sizes);
-        let mut activation = self.driver.activation(features & self.device.features());
-        if features & EVENT_IDX != 0 {
-            for queue in &mut activation.queues {
-                virtio_queue::QueueT::set_event_idx(&mut queue.queue, true);
-            }
-        }
+        // The transport offers event indices for every device.
+        let offered = self.device.features() | EVENT_IDX;
+        let mut activation = self.driver.activation(features & offered);
         // A driver may leave queues out.
         let absent = features >> 60;
         activation

@@ -40,6 +40,8 @@ pub(crate) const MEMORY_BYTES: u64 = 64 << 20;
 pub(crate) const BUFFERS: u64 = 1 << 20;
 
 const DESCRIPTOR_BYTES: u64 = 16;
+/// `VIRTIO_F_EVENT_IDX`
+pub(crate) const EVENT_IDX: u64 = 1 << 29;
 /// `VIRTQ_DESC_F_NEXT`
 pub(crate) const F_NEXT: u16 = 1;
 /// `VIRTQ_DESC_F_WRITE`
@@ -168,6 +170,13 @@ impl DriverQueue {
         self.chains.insert(head, indices);
         self.publish(head);
         Some(head)
+    }
+
+    /// Whether the device asked to be notified of the next chain, with `VIRTIO_F_EVENT_IDX`.
+    pub(crate) fn wants_notification(&self) -> bool {
+        let at = self.used() + 4 + 8 * u64::from(self.size);
+        let event: u16 = self.memory.read_obj(GuestAddress(at)).unwrap();
+        event == self.next_available
     }
 
     /// Takes one chain that the device has used: its head and the count of bytes written.
@@ -317,16 +326,19 @@ impl Driver {
     /// What the transport hands to the device.
     pub(crate) fn activation(&self, features: u64) -> Activation {
         let queues = self.queues.iter().zip(&self.kicks).enumerate();
+        let active = |(index, (driver_queue, kick)): (usize, (&DriverQueue, &EventFd))| {
+            let mut queue = driver_queue.queue();
+            queue.set_event_idx(features & EVENT_IDX != 0);
+            ActiveQueue {
+                index: u16::try_from(index).unwrap(),
+                queue,
+                kick: kick.try_clone().unwrap(),
+            }
+        };
         Activation {
             memory: self.memory.clone(),
             features,
-            queues: queues
-                .map(|(index, (queue, kick))| ActiveQueue {
-                    index: u16::try_from(index).unwrap(),
-                    queue: queue.queue(),
-                    kick: kick.try_clone().unwrap(),
-                })
-                .collect(),
+            queues: queues.map(active).collect(),
             interrupt: self.signals.clone(),
             poller: self.poller.clone(),
         }

@@ -29,7 +29,7 @@ pub(crate) fn serve(
     };
     let queue = &mut found.queue;
     let wrong = |error: virtio_queue::Error| error.to_string();
-    let mut used_any = false;
+    let (mut used_any, mut more) = (false, true);
     for _ in 0..chains_max {
         let popped = chain::pop(queue, &memory).map_err(|error| error.to_string())?;
         let Some(mut chain) = popped else {
@@ -37,6 +37,7 @@ pub(crate) fn serve(
             if queue.enable_notification(&*memory).map_err(wrong)? {
                 continue;
             }
+            more = false;
             break;
         };
         let written = answer(&mut chain)?;
@@ -47,7 +48,8 @@ pub(crate) fn serve(
     if used_any && queue.needs_notification(&*memory).map_err(wrong)? {
         activation.interrupt.signal_queue(index);
     }
-    if chain::is_waiting(queue, &memory).map_err(|error| error.to_string())? {
+    // After a whole turn, even if it emptied the queue: the driver was not asked to notify.
+    if more {
         activation.kick_again(index);
     }
     Ok(())

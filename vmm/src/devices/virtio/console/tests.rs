@@ -7,7 +7,7 @@ use std::{
 
 use super::super::{
     device::VirtioDevice,
-    driver::{BUFFERS, Driver, Part, assert_hostile_chains_break},
+    driver::{BUFFERS, Driver, EVENT_IDX, Part, assert_hostile_chains_break},
 };
 use super::*;
 
@@ -83,6 +83,19 @@ fn more_than_a_turns_share_waits_for_the_next_turn() {
     assert_eq!(used, device::CHAINS_PER_TURN_MAX);
     assert!(driver.turn(&mut console, 0).unwrap());
     assert!(driver.queues[1].take_used().is_some());
+}
+
+#[test]
+fn a_whole_turn_that_empties_the_queue_leaves_no_driver_unheard() {
+    let (mut console, _reader) = console();
+    let mut driver = Driver::new(&[8, 512]);
+    console.activate(driver.activation(EVENT_IDX)).unwrap();
+    for _ in 0..device::CHAINS_PER_TURN_MAX {
+        driver.queues[1].offer(&[Part::Read(BUFFERS, 1)]).unwrap();
+    }
+    console.queue_kicked(1).unwrap();
+    while driver.turn(&mut console, 0).unwrap() {}
+    assert!(driver.queues[1].wants_notification());
 }
 
 #[test]

@@ -18,7 +18,7 @@ use super::{
         driver::{BUFFERS, Part},
         saved::Saved,
     },
-    device::{Error, Parameters, Vsock},
+    device::{Error, PACKETS_PER_TURN_MAX, Parameters, Vsock},
     packet::{Operation, SHUTDOWN_RECEIVE, SHUTDOWN_SEND},
     table::room_bytes,
 };
@@ -321,6 +321,20 @@ fn a_guest_without_buffers_delays_and_does_not_spin() {
     guest.device.queue_kicked(0).unwrap();
     guest.run();
     assert!(guest.sockets[&ports].read == data[..written]);
+}
+
+#[test]
+fn a_whole_turn_that_empties_the_queue_leaves_no_driver_unheard() {
+    let (mut guest, _) = Guest::new(&[]);
+    let header = guest.header((1, 2), Operation::Reset);
+    guest.driver.put(BUFFERS + 0x10_0000, &header.to_bytes());
+    for _ in 0..PACKETS_PER_TURN_MAX {
+        let part = Part::Read(BUFFERS + 0x10_0000, 44);
+        guest.driver.queues[1].offer(&[part]).unwrap();
+    }
+    guest.device.queue_kicked(1).unwrap();
+    while guest.driver.turn(&mut guest.device, 0).unwrap() {}
+    assert!(guest.driver.queues[1].wants_notification());
 }
 
 #[test]

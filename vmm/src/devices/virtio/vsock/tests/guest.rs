@@ -11,7 +11,7 @@ use std::{
 use super::super::{
     super::{
         device::VirtioDevice,
-        driver::{BUFFERS, Driver, Part},
+        driver::{BUFFERS, Driver, EVENT_IDX, Part},
     },
     Parameters, Vsock,
     packet::{HEADER_BYTES, HOST_CID, Header, Operation, TYPE_STREAM},
@@ -118,7 +118,9 @@ impl Guest {
         self.free_transmit = (0..u64::from(QUEUE_SIZE) / 2)
             .map(|slot| TRANSMIT_BUFFERS + slot * TRANSMIT_STRIDE)
             .collect();
-        self.device.activate(self.driver.activation(0)).unwrap();
+        self.device
+            .activate(self.driver.activation(EVENT_IDX))
+            .unwrap();
         if self.refills {
             self.refill();
         }
