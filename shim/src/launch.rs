@@ -263,9 +263,11 @@ fn command_line(settings: &Settings, sizing: Sizing, most: Most) -> String {
     let online = format!("maxcpus={}", sizing.vcpus);
     let mut words = vec![
         "quiet panic=-1 pci=noearly 8250.nr_uarts=0 console=hvc0",
-        // An idle guest sleeps: kcompactd would look for work each half second, and kvm-clock would
-        // watch over the TSC, which the host already does.
-        "sysctl.vm.compaction_proactiveness=0 tsc=nowatchdog",
+        // An idle guest sleeps: kcompactd would look for work each half second, kvm-clock would
+        // watch over the TSC, which the host already does, and the counters of memory would be
+        // summed up each second that the guest is awake in. That makes a thread run, for which the
+        // scheduler's fair server sets its timer, which wakes the guest in the next second.
+        "sysctl.vm.compaction_proactiveness=0 sysctl.vm.stat_interval=60 tsc=nowatchdog",
         // Chunks of per-CPU memory of their natural size: one of 2 MiB takes 4 MiB for its
         // accounting alone, as soon as the first disk is mounted.
         "percpu_alloc=page",
