@@ -52,6 +52,10 @@ const HOST_CID: u32 = 2;
 /// are counted by `STREAMS_PENDING_MAX` and the number of processes.
 const STREAM_TASKS_MAX: usize = 1024;
 
+/// How long the host may take to answer the dial. It has a deadline of its own
+/// (`timeouts.agent_ready_ms`) and ends the VM then; on a busy node two seconds pass soon.
+const DIAL_MAX: Duration = Duration::from_secs(3600);
+
 /// How long the answer to a power-off may travel.
 const ANSWER_WAIT: Duration = Duration::from_millis(200);
 
@@ -137,7 +141,8 @@ fn dial(options: &Options) -> Result<UnixStream, ConnectionError> {
     let (address, stream) = match options {
         Options::Guest => (
             format!("vsock {HOST_CID}:{AGENT_PORT}"),
-            pericarp_sys::vsock::connect_to(HOST_CID, AGENT_PORT).map(StdUnixStream::from),
+            pericarp_sys::vsock::connect_to(HOST_CID, AGENT_PORT, DIAL_MAX)
+                .map(StdUnixStream::from),
         ),
         Options::Developer { socket, .. } => {
             (socket.display().to_string(), StdUnixStream::connect(socket))

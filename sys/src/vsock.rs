@@ -6,6 +6,7 @@
 use std::{
     io,
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    time::Duration,
 };
 
 use nix::sys::socket::{
@@ -16,12 +17,35 @@ use nix::sys::socket::{
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 128;
 
-/// Connects to `port` of context `cid`, and waits for the answer.
+/// `SO_VM_SOCKETS_CONNECT_TIMEOUT_OLD` of linux/vm_sockets.h, which takes a `timeval`.
+const CONNECT_TIMEOUT: libc::c_int = 6;
+
+/// Connects to `port` of context `cid`, and waits for the answer; `patience` is in the place of the
+/// two seconds that vsock(7) has.
 ///
 /// # Errors
-/// The kernel's: `ECONNRESET` when nobody listens there, `ENODEV` without a vsock device.
-pub fn connect_to(cid: u32, port: u32) -> io::Result<OwnedFd> {
+/// The kernel's: `ECONNRESET` when nobody listens there, `ENODEV` without a vsock device,
+/// `ETIMEDOUT` without an answer.
+pub fn connect_to(cid: u32, port: u32, patience: Duration) -> io::Result<OwnedFd> {
     let socket = new(SockFlag::empty())?;
+    let time = libc::timeval {
+        tv_sec: i64::try_from(patience.as_secs()).map_err(io::Error::other)?,
+        tv_usec: i64::from(patience.subsec_micros()),
+    };
+    let size = libc::socklen_t::try_from(size_of_val(&time)).map_err(io::Error::other)?;
+    // SAFETY: the option reads `size` bytes, which `time` has.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::AF_VSOCK,
+            CONNECT_TIMEOUT,
+            (&raw const time).cast(),
+            size,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
     connect(socket.as_raw_fd(), &VsockAddr::new(cid, port))?;
     Ok(socket)
 }

@@ -30,6 +30,9 @@ const HOST_CID: u32 = 2;
 /// Descriptors of this process: a thousand connections and some.
 const DESCRIPTORS_MAX: u64 = 4096;
 
+/// The host answers soon, on a busy computer later.
+const DIAL_MAX: Duration = Duration::from_secs(60);
+
 /// A socket that takes nothing for so long is full.
 const FULL_AFTER_MS: u16 = 2000;
 
@@ -62,7 +65,7 @@ fn live() -> Result<()> {
         .with_context(|| format!("cannot mount {place}"))?;
     }
     setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS_MAX, DESCRIPTORS_MAX)?;
-    let host = UnixStream::from(vsock::connect_to(HOST_CID, ORDERS_PORT)?);
+    let host = UnixStream::from(vsock::connect_to(HOST_CID, ORDERS_PORT, DIAL_MAX)?);
     let mut answers = host.try_clone()?;
     for line in BufReader::new(host).lines() {
         let line = line?;
