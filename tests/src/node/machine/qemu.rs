@@ -5,11 +5,11 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use super::{Kept, Machine, Started};
 use crate::node::boot::BootFiles;
@@ -51,9 +51,28 @@ impl Drop for Qemu {
     }
 }
 
+/// The emulator: `$PERICARP_QEMU`, else the one that its recipe keeps in the cache.
+fn emulator() -> Result<String> {
+    if let Ok(program) = std::env::var("PERICARP_QEMU") {
+        return Ok(program);
+    }
+    let recipe = paths::checkout().join("tests/qemu/build");
+    let status = Command::new(&recipe)
+        .stdout(std::io::stderr())
+        .status()
+        .with_context(|| format!("cannot run {}", recipe.display()))?;
+    ensure!(
+        status.success(),
+        "{} failed: see above, or set PERICARP_QEMU to a QEMU that is sound",
+        recipe.display()
+    );
+    let program = paths::cache()?.join("qemu/qemu-system-x86_64");
+    Ok(program.display().to_string())
+}
+
 /// Starts QEMU for a node.
 pub fn start(builder: &Builder, boot: &BootFiles, results: &Path) -> Result<Started> {
-    let mut command = tools::child("qemu-system-x86_64", "KILL");
+    let mut command = tools::child(&emulator()?, "KILL");
     command.args(arguments(builder, boot, results)?);
     let text = format!("{command:?}\n");
     std::fs::write(results.join(COMMAND_FILE), text).context("cannot write QEMU's command line")?;
@@ -95,6 +114,21 @@ fn explain(kept: &Kept, results: &Path) -> String {
     format!("the node ended ({status}): {said}: see {}", log.display())
 }
 
+/// What is the same for each node; the firmware is that of Debian's packages.
+const FIXED: &[&str] = &[
+    "-nodefaults",
+    "-no-user-config",
+    "-display",
+    "none",
+    "-no-reboot",
+    "-L",
+    "/usr/share/qemu",
+    "-L",
+    "/usr/share/seabios",
+    "-L",
+    "/usr/lib/ipxe/qemu",
+];
+
 fn arguments(builder: &Builder, boot: &BootFiles, results: &Path) -> Result<Vec<String>> {
     let mut all: Vec<String> = Vec::new();
     let mut add = |words: &[&str]| all.extend(words.iter().map(|word| (*word).to_owned()));
@@ -129,6 +163,14 @@ fn arguments(builder: &Builder, boot: &BootFiles, results: &Path) -> Result<Vec<
         "none",
         "-no-reboot",
     ]);
+    // The firmware of Debian's packages.
+    for folder in [
+        "/usr/share/qemu",
+        "/usr/share/seabios",
+        "/usr/lib/ipxe/qemu",
+    ] {
+        add(&["-L", folder]);
+    }
     // A processor that gives up (triple fault) leaves its state here; nothing else does.
     let processor_log = results.join(PROCESSOR_LOG).display().to_string();
     add(&["-d", "cpu_reset", "-D", &processor_log]);
