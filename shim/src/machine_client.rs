@@ -15,7 +15,7 @@ use std::{
 use nix::sys::socket::{ControlMessage, MsgFlags, recv, sendmsg};
 use pericarp_protocol::machine::{
     self, Device, DeviceName, Event, MESSAGE_BYTES, Message, Named, Nothing, PciAddress, Request,
-    Success,
+    ShutdownKind, Success,
 };
 use tokio::{
     io::Interest,
@@ -287,10 +287,13 @@ impl Owner {
     fn note(&mut self, event: &Event) {
         match event {
             Event::Started(_) => debug!("the guest runs"),
-            Event::GuestShutdown(_) if self.last_words.is_none() => {
-                self.last_words = Some("the guest switched itself off".to_owned());
+            Event::GuestShutdown(shutdown) => {
+                let words = match shutdown.kind {
+                    ShutdownKind::PowerOff => "the guest switched itself off",
+                    ShutdownKind::Reset => "the guest restarted itself",
+                };
+                self.last_words.get_or_insert_with(|| words.to_owned());
             }
-            Event::GuestShutdown(_) => {}
             Event::GuestPanicked(_) => {
                 warn!("the guest's kernel panicked");
                 self.last_words = Some("the guest's kernel panicked".to_owned());

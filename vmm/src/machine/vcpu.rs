@@ -248,10 +248,8 @@ fn step(vcpu: &mut VcpuFd, context: &Context) -> Result<Step, String> {
         }
         VcpuExit::MmioRead(address, data) => bus.read_memory(address, data),
         VcpuExit::MmioWrite(address, data) => bus.write_memory(address, data),
-        VcpuExit::Shutdown => {
-            context.doorbell.end(End::Reset);
-            return Ok(Step::Stop);
-        }
+        // An exception while one was delivered whose delivery had failed.
+        VcpuExit::Shutdown => return Err("triple fault".to_owned()),
         VcpuExit::FailEntry(reason, _) => return Err(format!("entry failed: {reason:#x}")),
         other => return Err(format!("unexpected exit: {other:?}")),
     }

@@ -48,6 +48,19 @@ fn a_guest_resets() {
 }
 
 #[test]
+fn a_triple_fault_is_told_as_what_it_is() {
+    need_kvm!();
+    // UD2, and no interrupt descriptor table.
+    let mut vmm = Vmm::running(&[0x0f, 0x0b]);
+    let event = vmm.event();
+    let Event::VcpuError(error) = event else {
+        panic!("{event:?}");
+    };
+    assert_eq!((error.vcpu, error.reason.as_str()), (0, "triple fault"));
+    assert!(vmm.wait().success());
+}
+
+#[test]
 fn a_panic_is_an_event() {
     need_kvm!();
     let mut vmm = Vmm::running(&out(0x505, 1));
