@@ -156,21 +156,7 @@ fn arguments(builder: &Builder, boot: &BootFiles, results: &Path) -> Result<Vec<
     let cpus = if builder.icount { 1 } else { builder.cpus };
     add(&["-cpu", "EPYC,+svm,+npt", "-smp", &cpus.to_string()]);
     add(&["-m", &format!("{}M", builder.memory_mib)]);
-    add(&[
-        "-nodefaults",
-        "-no-user-config",
-        "-display",
-        "none",
-        "-no-reboot",
-    ]);
-    // The firmware of Debian's packages.
-    for folder in [
-        "/usr/share/qemu",
-        "/usr/share/seabios",
-        "/usr/lib/ipxe/qemu",
-    ] {
-        add(&["-L", folder]);
-    }
+    add(FIXED);
     // A processor that gives up (triple fault) leaves its state here; nothing else does.
     let processor_log = results.join(PROCESSOR_LOG).display().to_string();
     add(&["-d", "cpu_reset", "-D", &processor_log]);
