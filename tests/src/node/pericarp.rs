@@ -30,7 +30,7 @@ pub const SHARE_FOLDER: &str = "/usr/share/pericarp";
 /// Drop-in of Pericarp's configuration that an emulated node needs.
 pub(super) const EMULATED_CONFIG_FILE: &str = "/etc/pericarp/config.d/50-test-node.toml";
 
-/// Its content. The SVM that QEMU 7.2 emulates does not intercept XSETBV, so guests must not see
+/// Its content. The SVM that QEMU 7.2 emulated did not intercept XSETBV, so guests must not see
 /// XSAVE; and emulation is many times slower than a processor, most of all on a busy computer.
 pub(super) const EMULATED_CONFIG: &str = "[vm]
 cpu_features = ['-xsave']
