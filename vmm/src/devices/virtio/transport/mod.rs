@@ -540,7 +540,11 @@ impl PciFunction for VirtioFunction {
         data.fill(0);
         match offset {
             0..ISR => lock(&self.registers).read(offset, data),
-            ISR => data[0] = self.vectors.take_isr(),
+            ISR => {
+                if let Some(first) = data.first_mut() {
+                    *first = self.vectors.take_isr();
+                }
+            }
             DEVICE..NOTIFY => lock(&self.device).read_config(offset - DEVICE, data),
             TABLE..PENDING => self.msix.read_table(offset - TABLE, data),
             PENDING..BAR_BYTES => self.msix.read_pending(offset - PENDING, data),
