@@ -80,17 +80,19 @@ pub(crate) fn pop<'m>(
     };
     let head = descriptors.head_index();
     let (mut readable, mut writable) = (Buffers::default(), Buffers::default());
-    let mut complete = false;
+    let (mut complete, mut writes) = (false, false);
     for (count, descriptor) in descriptors.enumerate() {
         if count >= chain_descriptors_max {
             return Err(ChainError::TooLong { head });
         }
+        // Not by the ranges: a descriptor of no bytes has none.
         let (buffers, access) = if descriptor.is_write_only() {
+            writes = true;
             (&mut writable, Permissions::Write)
-        } else if writable.ranges.is_empty() {
-            (&mut readable, Permissions::Read)
-        } else {
+        } else if writes {
             return Err(ChainError::Order { head });
+        } else {
+            (&mut readable, Permissions::Read)
         };
         let len = usize::try_from(descriptor.len()).map_err(|_| ChainError::Outside { head })?;
         let slices = memory

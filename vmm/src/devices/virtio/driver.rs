@@ -440,6 +440,11 @@ pub(crate) const HOSTILE_CHAINS: &[(&str, Hostility)] = &[
         queue.write_descriptor(1, BUFFERS, 64, 0, 0);
         queue.publish(0);
     }),
+    ("readable behind a writable one of no bytes", |queue| {
+        queue.write_descriptor(0, BUFFERS, 0, F_NEXT | F_WRITE, 1);
+        queue.write_descriptor(1, BUFFERS, 64, 0, 0);
+        queue.publish(0);
+    }),
     ("available index far ahead", |queue| {
         queue.set_available_index(0x7fff)
     }),
