@@ -27,10 +27,10 @@ use protobuf::MessageField;
 const SAMPLE_AGE_MAX: Duration = Duration::from_secs(10);
 
 /// Share of one processor, in thousandths, up to which a VM counts as idle.
-const IDLE_PER_MILLE: u128 = 10;
+const IDLE_PER_MILLE: u128 = 20;
 
 /// Most that one question may be taken to cost: what counters may fall short by.
-pub(crate) const QUESTION_US_MAX: u64 = 50_000;
+pub(crate) const QUESTION_US_MAX: u64 = 100_000;
 
 /// Counters of a container and what its VM had used when they were taken.
 #[derive(Debug)]
@@ -258,11 +258,11 @@ mod tests {
     fn counters_hold_while_the_vm_is_idle_and_they_are_young() {
         let second = Duration::from_secs(1);
         assert!(holds(second, 0, 0));
-        assert!(holds(second, 10_000, 0));
-        assert!(!holds(second, 10_001, 0));
-        assert!(holds(second, 20_001, 10_001));
-        assert!(!holds(second, 20_002, 10_001));
-        assert!(holds(9 * second, 90_000, 0));
+        assert!(holds(second, 20_000, 0));
+        assert!(!holds(second, 20_001, 0));
+        assert!(holds(second, 30_001, 10_001));
+        assert!(!holds(second, 30_002, 10_001));
+        assert!(holds(9 * second, 180_000, 0));
         assert!(!holds(10 * second, 0, 0));
     }
 
