@@ -7,7 +7,7 @@
 //! in the guest.
 //!
 //! `cgroupsPath` has two forms: a path beneath the mount (cgroupfs driver), and `slice:prefix:name`
-//! (systemd driver).
+//! (systemd driver). The latter is a scope, of which systemd must hear ([`crate::scope`]).
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -183,18 +183,19 @@ fn wait_empty(directory: &Path, events: &File, deadline: Instant) -> io::Result<
 
 fn relative(cgroups_path: &Path) -> PathBuf {
     let text = cgroups_path.to_string_lossy();
-    let parts: Vec<&str> = text.split(':').collect();
+    match slice_and_scope(&text) {
+        Some((slice, scope)) => slice_path(slice).join(scope),
+        None => text.trim_start_matches('/').into(),
+    }
+}
+
+/// The units that a path of the systemd driver names.
+pub(crate) fn slice_and_scope(cgroups_path: &str) -> Option<(&str, String)> {
+    let parts: Vec<&str> = cgroups_path.split(':').collect();
     match parts.as_slice() {
-        [slice, prefix, name] => {
-            let mut path = slice_path(slice);
-            path.push(if prefix.is_empty() {
-                format!("{name}.scope")
-            } else {
-                format!("{prefix}-{name}.scope")
-            });
-            path
-        }
-        _ => text.trim_start_matches('/').into(),
+        [slice, "", name] => Some((slice, format!("{name}.scope"))),
+        [slice, prefix, name] => Some((slice, format!("{prefix}-{name}.scope"))),
+        _ => None,
     }
 }
 

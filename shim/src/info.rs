@@ -50,7 +50,7 @@ fn features() -> Any {
         "mountOptions": MOUNT_OPTIONS,
         "linux": {
             "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"],
-            "cgroup": {"v1": false, "v2": true, "systemd": false, "rdma": true},
+            "cgroup": {"v1": false, "v2": true, "systemd": true, "rdma": true},
             "seccomp": {"enabled": true},
             "apparmor": {"enabled": false},
             "selinux": {"enabled": false},

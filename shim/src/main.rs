@@ -35,6 +35,7 @@ mod qos;
 mod resize;
 mod rootfs;
 mod sandbox_service;
+mod scope;
 mod share;
 mod spec;
 mod stand_in;

@@ -56,6 +56,7 @@ use crate::{
     process::{Exit, LOST_STATUS},
     qos::Place,
     resize::{self, Plan, Size},
+    scope::Scope,
     share::{self, SharedDirectory},
     spec,
     stand_in::StandIn,
@@ -179,7 +180,8 @@ impl Pod {
             },
             &mut journal,
         );
-        let launched = launched.await?;
+        let scope = start_scope(request, daemon.pid);
+        let (launched, ()) = tokio::try_join!(launched, scope)?;
         tokio::spawn(end_without_files(daemon, launched.process.clone()));
         let (machine, process, agent) = greet(launched, settings, state).await?;
         write_state(request, state, plan.boot, process.pid).map_err(failed)?;
@@ -534,6 +536,16 @@ fn make_cgroups(request: &Request, journal: &mut Journal) -> Result<Cgroups, Cal
         meter = meter.or_else(|| Meter::open(directory));
     }
     Ok((Arc::new(files), meter, Place::new(&path, directories)))
+}
+
+/// Tells systemd of the sandbox's cgroup, where the pod comes by the systemd driver. `pid` is in it.
+async fn start_scope(request: &Request, pid: i32) -> Result<(), CallError> {
+    let Some(scope) = cgroups_path(request).and_then(|path| Scope::of(&path)) else {
+        return Ok(());
+    };
+    tokio::task::spawn_blocking(move || scope.start(pid))
+        .await
+        .map_err(|error| CallError::host("systemd scope", error))?
 }
 
 /// A VMM that ends before the agent speaks has said why on its own stderr or in its last words.

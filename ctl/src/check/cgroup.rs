@@ -81,7 +81,7 @@ fn judge(version: u32, controllers: &[&str], report: &mut Report) {
         report.warn(
             "cgroup",
             "version 1",
-            "it works; version 2 (systemd.unified_cgroup_hierarchy=1) accounts better",
+            "nothing was ever run on it: boot with systemd.unified_cgroup_hierarchy=1",
         );
     } else {
         report.ok(

@@ -49,6 +49,7 @@ pub(super) fn check(host: Host<'_>, config: &Config, named: Option<&Path>, repor
     let file = named
         .or(daemon.config.as_deref())
         .unwrap_or(Path::new(DEFAULT_CONFIG));
+    scopes(host, &daemon, report);
     match read_config(&daemon.program, file) {
         Err(error) => {
             let action = "correct it, or name the right file with --containerd-config";
@@ -193,6 +194,25 @@ fn socket(path: &str, report: &mut Report) {
     }
 }
 
+/// Where systemd runs, the shim has it make a scope for each pod of kubelet's systemd cgroup driver
+/// (sd_booted(3) for the folder).
+fn scopes(host: Host<'_>, daemon: &Daemon, report: &mut Report) {
+    if !host.path("/run/systemd/system").is_dir() {
+        return;
+    }
+    match find_program(&daemon.search_path, "busctl") {
+        Some(program) => report.ok("containerd.systemd", program.display().to_string()),
+        None => report.fail(
+            "containerd.systemd",
+            format!(
+                "busctl is not in containerd's PATH ({})",
+                daemon.search_path
+            ),
+            "install systemd's tools, or no pod of kubelet's systemd cgroup driver starts",
+        ),
+    }
+}
+
 fn shim(daemon: &Daemon, runtime_path: Option<&str>, report: &mut Report) {
     let check = "containerd.shim";
     // containerd looks in its PATH and then beside its own program
@@ -332,6 +352,30 @@ mod tests {
             }),
             None
         );
+    }
+
+    #[test]
+    fn systemds_tool_is_looked_for_where_systemd_runs() {
+        let folder = tempfile::tempdir().unwrap();
+        let host = Host {
+            root: folder.path(),
+        };
+        let level = |search_path: &str| {
+            let daemon = Daemon {
+                search_path: search_path.to_owned(),
+                ..Daemon::default()
+            };
+            let mut report = Report::default();
+            scopes(host, &daemon, &mut report);
+            report.findings.first().map(|finding| finding.level)
+        };
+        assert_eq!(level("/nowhere"), None);
+        std::fs::create_dir_all(folder.path().join("run/systemd/system")).unwrap();
+        assert_eq!(level("/nowhere"), Some(Level::Fail));
+        let program = folder.path().join("busctl");
+        std::fs::write(&program, "").unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        assert_eq!(level(&folder.path().to_string_lossy()), Some(Level::Ok));
     }
 
     #[test]
