@@ -268,8 +268,8 @@ fn command_line(settings: &Settings, sizing: Sizing, most: Most) -> String {
         // summed up each second that the guest is awake in. That makes a thread run, for which the
         // scheduler's fair server sets its timer, which wakes the guest in the next second.
         "sysctl.vm.compaction_proactiveness=0 sysctl.vm.stat_interval=60 tsc=nowatchdog",
-        // Nor are there neighbours that the kernel is told to keep (NTF_MANAGED), for which it looks
-        // each 5 s all the same.
+        // Nor are there neighbours that the kernel is told to keep (NTF_MANAGED), for which it
+        // looks each 5 s all the same.
         "sysctl.net.ipv4.neigh.default.interval_probe_time_ms=3600000",
         "sysctl.net.ipv6.neigh.default.interval_probe_time_ms=3600000",
         // Chunks of per-CPU memory of their natural size: one of 2 MiB takes 4 MiB for its

@@ -180,8 +180,7 @@ impl Pod {
             },
             &mut journal,
         );
-        let scope = start_scope(request, daemon.pid);
-        let (launched, ()) = tokio::try_join!(launched, scope)?;
+        let (launched, ()) = tokio::try_join!(launched, start_scope(request, daemon.pid))?;
         tokio::spawn(end_without_files(daemon, launched.process.clone()));
         let (machine, process, agent) = greet(launched, settings, state).await?;
         write_state(request, state, plan.boot, process.pid).map_err(failed)?;
@@ -538,7 +537,8 @@ fn make_cgroups(request: &Request, journal: &mut Journal) -> Result<Cgroups, Cal
     Ok((Arc::new(files), meter, Place::new(&path, directories)))
 }
 
-/// Tells systemd of the sandbox's cgroup, where the pod comes by the systemd driver. `pid` is in it.
+/// Tells systemd of the sandbox's cgroup, where the pod comes by the systemd driver. `pid` is in
+/// it.
 async fn start_scope(request: &Request, pid: i32) -> Result<(), CallError> {
     let Some(scope) = cgroups_path(request).and_then(|path| Scope::of(&path)) else {
         return Ok(());

@@ -1,10 +1,11 @@
-//! The scope of a sandbox under the systemd cgroup driver: systemd is told that the sandbox's cgroup
-//! is in use and whose it is. A cgroup that systemd does not know loses its controllers, and with
-//! them its limits, as soon as systemd arranges the slice above it anew ("The Cgroup Delegation APIs",
-//! systemd.io/CGROUP_DELEGATION).
+//! The scope of a sandbox under the systemd cgroup driver: systemd is told that the sandbox's
+//! cgroup is in use and whose it is. A cgroup that systemd does not know loses its controllers, and
+//! with them its limits, as soon as systemd arranges the slice above it anew (CGROUP_DELEGATION of
+//! systemd's documentation).
 //!
-//! The cgroup is made before, so that the first process is in it from its first instruction; systemd
-//! takes over the directory that is there. The scope ends by itself when its cgroup is empty.
+//! The cgroup is made before, so that the first process is in it from its first instruction;
+//! systemd takes over the directory that is there. The scope ends by itself when its cgroup is
+//! empty.
 //!
 //! systemd's own `busctl` makes the one call there is to make (D21).
 
@@ -56,8 +57,8 @@ impl Scope {
             .map_err(|error| CallError::host(format!("systemd scope {}", self.unit), error))
     }
 
-    /// `StartTransientUnit(name, mode, properties, aux)` (org.freedesktop.systemd1(5)) in the words of
-    /// busctl(1): `a(sv)` is a count, and a name, a type and a value each.
+    /// `StartTransientUnit(name, mode, properties, aux)` (org.freedesktop.systemd1(5)) in the words
+    /// of busctl(1): `a(sv)` is a count, and a name, a type and a value each.
     fn arguments(&self, pid: i32) -> Vec<String> {
         let pid = pid.to_string();
         let call = [
