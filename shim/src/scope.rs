@@ -7,7 +7,7 @@
 //! systemd takes over the directory that is there. The scope ends by itself when its cgroup is
 //! empty.
 //!
-//! systemd's own `busctl` makes the one call there is to make (D21).
+//! systemd's own `busctl` makes the one call there is to make (D22).
 
 use std::{
     io,
