@@ -102,6 +102,7 @@ pub(crate) fn check(spec: &Spec) -> Result<(), CallError> {
             ));
         }
     }
+    root_is_mapped(spec)?;
     if let Some(hooks) = spec.hooks() {
         let host_hooks = [
             (
@@ -120,6 +121,24 @@ pub(crate) fn check(spec: &Spec) -> Result<(), CallError> {
                     "hooks on the host cannot reach a container in a VM",
                 ));
             }
+        }
+    }
+    Ok(())
+}
+
+/// A container is built by the root of its user namespace: nobody could, without one.
+fn root_is_mapped(spec: &Spec) -> Result<(), CallError> {
+    let Some(linux) = spec.linux() else {
+        return Ok(());
+    };
+    for (field, mappings) in [
+        ("linux.uidMappings", linux.uid_mappings()),
+        ("linux.gidMappings", linux.gid_mappings()),
+    ] {
+        let mappings = mappings.as_deref().unwrap_or_default();
+        let root = |mapping: &LinuxIdMapping| mapping.container_id() == 0 && mapping.size() > 0;
+        if !mappings.is_empty() && !mappings.iter().any(root) {
+            return Err(invalid(field, "id 0 of the user namespace must be mapped"));
         }
     }
     Ok(())
@@ -668,6 +687,13 @@ mod tests {
             ))
             .unwrap_err();
             assert!(error.to_string().contains(text), "{error}");
+        }
+        for field in ["uidMappings", "gidMappings"] {
+            let rootless = json!([{"containerID": 1, "hostID": 1000, "size": 100_000}]);
+            let error = check(&spec(json!({"ociVersion": "1.2.0",
+                "linux": {"namespaces": namespaces(), field: rootless}})))
+            .unwrap_err();
+            assert!(error.to_string().contains(field), "{error}");
         }
         let device = json!([
             {"destination": "/dev/kvm", "type": "bind", "source": "/dev/kvm", "options": ["bind"]}
