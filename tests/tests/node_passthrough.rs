@@ -17,7 +17,12 @@ const HANDLER: &str = "pericarp";
 /// Driver of the host for functions that are passed through.
 const VFIO: &str = "vfio-pci";
 
-/// The node with two disks, an NVMe disk and a display; None when what it needs is not built.
+/// Where the function is whose interrupts are MSI, and the one that has none but its pin.
+const EDU: usize = 4;
+const PIN_ONLY: usize = 5;
+
+/// The node with two disks, an NVMe disk, a display, QEMU's teaching device and a disk without
+/// messages; None when what it needs is not built.
 fn node(test: &str) -> Option<Session> {
     let builder = || {
         let devices = [
@@ -25,6 +30,8 @@ fn node(test: &str) -> Option<Session> {
             Device::VirtioBlk,
             Device::Nvme,
             Device::VirtioGpu,
+            Device::Edu,
+            Device::PinOnly,
         ];
         let builder = Builder::default().name("passthrough").memory_mib(4096);
         devices.into_iter().fold(builder, Builder::device)
@@ -32,10 +39,10 @@ fn node(test: &str) -> Option<Session> {
     pericarp::session(test, builder)
 }
 
-/// The node's functions, all with vfio-pci and allowed: two disks, the NVMe disk, the display.
+/// The node's functions, all with vfio-pci and allowed, in the order of [`node`].
 fn functions(node: &Node) -> Result<Vec<Function>> {
     let functions = Function::all(node)?;
-    ensure!(functions.len() == 4, "{functions:?}");
+    ensure!(functions.len() == 6, "{functions:?}");
     for function in functions.iter().filter(|one| one.driver != VFIO) {
         function.bind(node, VFIO)?;
     }
@@ -321,6 +328,8 @@ fn refusals(node: &Node) -> Result<()> {
     )];
     let error = refusal(node, &containerd, &pod, "no-driver", &functions[2])?;
     seen.push((error, "FLAVOUR=passthrough"));
+    let error = refusal(node, &containerd, &pod, "pin", &functions[PIN_ONLY])?;
+    seen.push((error, "interrupts by its pin alone"));
     // The settings are those of the pod's start.
     allow(node, &functions[..1])?;
     let denied = containerd.run_pod(node, HANDLER, &pod_config("denied"))?;
@@ -449,4 +458,83 @@ fn whoever_is_killed_the_next_pod_has_the_function() {
         return;
     };
     kills(&node).unwrap();
+}
+
+/// Faults of the IOMMU that the node's kernel counts against a function.
+fn iommu_faults(node: &Node, function: &Function) -> Result<u64> {
+    // The kernel names a function without its segment in some lines and with it in others.
+    let short = function.address.trim_start_matches("0000:");
+    let line = format!("dmesg | grep 'DMAR:.*fault addr' | grep -c '{short}' || true");
+    node.shell(&line)?.trim().parse().context("faults")
+}
+
+/// What the kernel says when it is hurt.
+fn kernel_is_sound(node: &Node) -> Result<()> {
+    let line = "dmesg | grep -E 'BUG:|Oops|WARNING: CPU|general protection|soft lockup' || true";
+    let said = node.shell(line)?;
+    ensure!(said.is_empty(), "the node's kernel: {said}");
+    Ok(())
+}
+
+/// A pod with every right in its VM, and in it a container with `function` and the program that
+/// misuses it. Gives the pod, the container, the program's line and the function's address there.
+fn hostile_pod(
+    node: &Node,
+    containerd: &Containerd,
+    name: &str,
+    function: &Function,
+) -> Result<(Pod, String, String, String)> {
+    let rights = json!({"security_context": {"privileged": true}});
+    let mut config = pod_config(name);
+    config["linux"] = rights.clone();
+    let pod = containerd.run_pod(node, HANDLER, &config)?;
+    let mut config = with_host_programs("c", &[function]);
+    config["linux"] = rights;
+    let program = env!("CARGO_BIN_EXE_hostile-guest");
+    if let Some(mounts) = config["mounts"].as_array_mut() {
+        mounts.push(json!(
+            {"host_path": program, "container_path": "/hostile-guest", "readonly": true}
+        ));
+    }
+    let container = containerd.run_container(node, &pod, &config)?;
+    let lib = "/host/usr/lib/x86_64-linux-gnu";
+    let line = format!("{lib}/ld-linux-x86-64.so.2 --library-path {lib} /hostile-guest");
+    // It came last.
+    let find = "cd /sys/bus/pci/devices; ls -d * | tail -n 1";
+    let address = containerd.exec_shell(node, &container, find)?;
+    Ok((pod, container, line, address.trim().to_owned()))
+}
+
+/// Interrupts by MSI arrive, each of them; memory of the guest is reached and no other.
+fn messages_and_memory(node: &Node) -> Result<()> {
+    let containerd = node.containerd(Version::V23)?;
+    let functions = functions(node)?;
+    let edu = &functions[EDU];
+    let before = Leftovers::look(node)?;
+    let (pod, container, program, address) = hostile_pod(node, &containerd, "edu", edu)?;
+    let run = |words: &str| {
+        let line = format!("{program} {words}");
+        containerd.exec_shell(node, &container, &line)
+    };
+    let said = run(&format!("msi {address} 50"))?;
+    ensure!(said == "50 interrupts", "{said}");
+    let faults = iommu_faults(node, edu)?;
+    let said = run(&format!("dma {address}"))?;
+    ensure!(said.ends_with("not our memory: tried"), "{said}");
+    let seen = iommu_faults(node, edu)?;
+    ensure!(seen > faults, "the IOMMU has let everything through");
+    // The guest goes on.
+    containerd.exec_shell(node, &container, "true")?;
+    containerd.remove_pod(node, &pod)?;
+    kernel_is_sound(node)?;
+    Leftovers::nothing_since(node, &before)?;
+    Ok(())
+}
+
+#[test]
+fn messages_arrive_and_other_memory_is_out_of_reach() {
+    let Some(node) = node("passthrough-edu") else {
+        return;
+    };
+    messages_and_memory(&node).unwrap();
 }

@@ -208,7 +208,7 @@ fn device_arguments(index: usize, device: Device, results: &Path) -> Result<Vec<
         ),
     ];
     let disk = results.join(format!("disk{index}.img"));
-    if device != Device::VirtioGpu {
+    if !matches!(device, Device::VirtioGpu | Device::Edu) {
         let file = File::create(&disk).context("cannot make a disk for the node")?;
         file.set_len(DISK_BYTES)
             .context("cannot size a disk for the node")?;
@@ -220,7 +220,12 @@ fn device_arguments(index: usize, device: Device, results: &Path) -> Result<Vec<
         Device::VirtioBlk => {
             format!("virtio-blk-pci,drive=disk{index},iommu_platform=on,disable-legacy=on")
         }
+        Device::PinOnly => {
+            let options = "iommu_platform=on,disable-legacy=on,vectors=0";
+            format!("virtio-blk-pci,drive=disk{index},{options}")
+        }
         Device::VirtioGpu => "virtio-gpu-pci,iommu_platform=on".to_owned(),
+        Device::Edu => "edu,dma_mask=0xffffffffffffffff".to_owned(),
     };
     words.extend([
         "-device".to_owned(),
