@@ -40,7 +40,7 @@ use crate::{
     cri,
     disk::{self, Disk},
     errors::CallError,
-    passthrough::{self, Plugged},
+    passthrough::{self, Plugged, group::Wanted},
     pod::Pod,
     process::{Exit, LOST_STATUS, Process},
     qos::Wish,
@@ -365,17 +365,23 @@ async fn build(
     Ok(())
 }
 
-/// Plugs the functions of `groups` in for a container, which has them from then on.
+/// Plugs the functions of `groups` in for a container, which has them from then on. Gives them with
+/// those that are the whole pod's.
 async fn plug(
     pod: &Arc<Pod>,
     container: &Container,
     groups: Vec<u32>,
 ) -> Result<Vec<Plugged>, CallError> {
+    let mut all = pod.passthrough.of_pod();
     for group in groups {
-        let plugged = passthrough::plug(pod, group).await?;
+        if all.iter().any(|function| function.is_of(group)) {
+            continue;
+        }
+        let plugged = passthrough::plug(pod, &Wanted::by_device(group)).await?;
         container.functions().extend(plugged);
     }
-    Ok(container.functions().clone())
+    all.extend(container.functions().iter().cloned());
+    Ok(all)
 }
 
 fn encode(spec: &oci_spec::runtime::Spec) -> Result<Vec<u8>, CallError> {

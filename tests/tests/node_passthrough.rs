@@ -538,3 +538,66 @@ fn messages_arrive_and_other_memory_is_out_of_reach() {
     };
     messages_and_memory(&node).unwrap();
 }
+
+/// Drop-in of the configuration that lets pods name functions.
+const NAMING: &str = "/etc/pericarp/config.d/61-naming.toml";
+
+fn naming(name: &str, function: &Function) -> Value {
+    let mut config = pod_config(name);
+    config["annotations"] = json!({"pericarp.dev/devices.functions": function.address});
+    config
+}
+
+/// A pod that names a function has it from its start to its end, each of its containers.
+fn pods_name_functions(node: &Node) -> Result<()> {
+    let containerd = node.containerd(Version::V23)?;
+    let functions = functions(node)?;
+    let disk = &functions[0];
+    let before = Leftovers::look(node)?;
+    let refused = |config: &Value| -> Result<String> {
+        let error = containerd.run_pod(node, HANDLER, config).err();
+        Ok(format!("{:#}", error.context("it was accepted")?))
+    };
+    let error = refused(&naming("not-allowed", disk))?;
+    ensure!(error.contains("security.allowed_annotations"), "{error}");
+    node.write(
+        NAMING,
+        "[security]\nallowed_annotations = ['devices.functions']\n",
+    )?;
+    allow(node, &functions[1..])?;
+    let error = refused(&naming("not-for-pods", disk))?;
+    let words = ["devices.functions[0000:", "security.passthrough_devices"];
+    ensure!(words.iter().all(|word| error.contains(word)), "{error}");
+    allow(node, &functions)?;
+    let error = refused(&naming("pin", &functions[PIN_ONLY]))?;
+    ensure!(error.contains("interrupts by its pin alone"), "{error}");
+    Leftovers::nothing_since(node, &before)?;
+    let pod = containerd.run_pod(node, HANDLER, &naming("naming", disk))?;
+    ensure!(
+        locked_kib(node)? > 0,
+        "the function is not there before a container is"
+    );
+    let first = containerd.run_container(node, &pod, &sleeper("first", &[]))?;
+    let line = "echo named | dd of=$(ls /dev/vd*) bs=512 conv=sync,fsync 2>/dev/null";
+    containerd.exec_shell(node, &first, line)?;
+    // Asked for again by its group, it is the one that the pod has.
+    let second = containerd.run_container(node, &pod, &sleeper("second", &[disk]))?;
+    for container in [&second, &first] {
+        let seen = containerd.exec_shell(node, container, "head -c 5 $(ls /dev/vd*)")?;
+        ensure!(seen == "named", "{seen}");
+        remove(node, &containerd, container)?;
+        ensure!(locked_kib(node)? > 0, "it went with a container");
+    }
+    containerd.remove_pod(node, &pod)?;
+    node.shell(&format!("rm {NAMING}"))?;
+    Leftovers::nothing_since(node, &before)?;
+    Ok(())
+}
+
+#[test]
+fn a_pod_that_names_a_function_has_it_for_all_its_containers() {
+    let Some(node) = node("passthrough-naming") else {
+        return;
+    };
+    pods_name_functions(&node).unwrap();
+}

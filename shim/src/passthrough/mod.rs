@@ -1,5 +1,5 @@
-//! PCI functions of the host for one container: from the group that its specification names to the
-//! function in the guest, and back.
+//! PCI functions of the host for one container, or for all of a pod: from the group that its
+//! specification names, or the pod's settings, to the function in the guest, and back.
 //!
 //! ```text
 //! /dev/vfio/7 --check--> open group, container, functions --AddDevice--> in the guest, by address
@@ -22,15 +22,15 @@ use std::{
 };
 
 use pericarp_protocol::{
-    guest::RemoveDeviceRequest,
+    guest::{Empty, RemoveDeviceRequest},
     limits::DRIVER_SECONDS_MAX,
     machine::{Descriptor, Device, DeviceKind, FieldError, Function, Text},
 };
-use pericarp_runtime_config::PciSelector;
+use pericarp_runtime_config::{PciSelector, keys::Settings};
 use pericarp_sys::vfio::{Container, Group};
 use tracing::{info, warn};
 
-use self::group::{Host, HostFunction};
+use self::group::{Host, HostFunction, Wanted};
 use crate::{
     agent_client::{Agent, agent_call},
     errors::CallError,
@@ -52,14 +52,16 @@ pub(crate) struct Passthrough {
     cgroup: Option<std::path::PathBuf>,
     /// The view of memory that all functions of the VM share, open from the first on.
     container: Mutex<Option<Arc<Container>>>,
+    /// Functions that are the whole pod's, until its end.
+    of_pod: Mutex<Vec<Plugged>>,
 }
 
 /// A function in the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Plugged {
     name: String,
-    /// Its address on the host, and its group.
-    host: (String, u32),
+    /// Its address on the host, and what asked for its group.
+    host: (String, Wanted),
     /// Where the guest finds it.
     pub(crate) address: String,
 }
@@ -81,8 +83,8 @@ pub(crate) fn explain(error: CallError, functions: &[Plugged]) -> CallError {
     let Some(Plugged { host, .. }) = named else {
         return CallError::Agent(code, reason);
     };
-    let field = group::field(host.1);
-    CallError::Agent(code, format!("{field}: function {}: {reason}", host.0))
+    let (address, Wanted { field, .. }) = host;
+    CallError::Agent(code, format!("{field}: function {address}: {reason}"))
 }
 
 /// A function that is open.
@@ -99,7 +101,20 @@ impl Passthrough {
             memory_bytes,
             cgroup: cgroup.map(Path::to_owned),
             container: Mutex::default(),
+            of_pod: Mutex::default(),
         }
+    }
+
+    /// Functions that every container of the pod has.
+    pub(crate) fn of_pod(&self) -> Vec<Plugged> {
+        let functions = self.of_pod.lock();
+        functions.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn keep(&self, functions: Vec<Plugged>) {
+        let kept = self.of_pod.lock();
+        kept.unwrap_or_else(PoisonError::into_inner)
+            .extend(functions);
     }
 
     fn container(&self) -> Result<Arc<Container>, CallError> {
@@ -118,17 +133,14 @@ impl Passthrough {
     }
 
     /// Opens every function of `number` after all that could be against it has been looked at.
-    fn open(&self, number: u32) -> Result<Vec<Opened>, CallError> {
-        let functions = Host::default().functions(number, &self.allowed)?;
+    fn open(&self, wanted: &Wanted) -> Result<Vec<Opened>, CallError> {
+        let functions = Host::default().functions(wanted, &self.allowed)?;
         let first = functions.first().map_or("", |one| one.address.as_str());
-        let refuse = |reason: String| {
-            let field = group::field(number);
-            CallError::Invalid(format!("{field}: function {first}: {reason}"))
-        };
+        let refuse = |reason: String| wanted.refuse(format_args!("function {first}: {reason}"));
         if let Some(limit) = self.limit_below() {
             return Err(refuse(limit));
         }
-        let path = format!("/dev/vfio/{number}");
+        let path = format!("/dev/vfio/{}", wanted.group);
         let opened = open(&path).map_err(|error| match error.raw_os_error() {
             Some(libc::EBUSY) => refuse(
                 "it is in use by another pod or process: a function belongs to one at a time"
@@ -221,15 +233,43 @@ fn open(path: &str) -> io::Result<OwnedFd> {
     file.map(|file: File| file.into())
 }
 
+/// The groups of the functions that the pod's settings name, each once, all of which it may have.
+pub(crate) fn wanted(settings: &Settings) -> Result<Vec<Wanted>, CallError> {
+    let host = Host::default();
+    let mut groups: Vec<Wanted> = Vec::new();
+    for address in &settings.devices.functions {
+        let wanted = host.group_of(address)?;
+        host.functions(&wanted, &settings.security.passthrough_devices)?;
+        if groups.iter().all(|other| other.group != wanted.group) {
+            groups.push(wanted);
+        }
+    }
+    Ok(groups)
+}
+
+/// Gives a pod that has no container yet the functions of its settings, for all of them.
+pub(crate) async fn plug_for_pod(pod: &Arc<Pod>, groups: &[Wanted]) -> Result<(), CallError> {
+    for wanted in groups {
+        let plugged = plug(pod, wanted).await?;
+        pod.passthrough.keep(plugged);
+    }
+    if !groups.is_empty() {
+        // Drivers begin now, not with the first container.
+        let agent = patient(&pod.agent, &pod.passthrough.of_pod());
+        agent_call!(agent, rescan_devices, &Empty::new())?;
+    }
+    Ok(())
+}
+
 /// Gives the guest every function of a group. On failure it has none of them.
-pub(crate) async fn plug(pod: &Arc<Pod>, number: u32) -> Result<Vec<Plugged>, CallError> {
-    let opener = Arc::clone(pod);
+pub(crate) async fn plug(pod: &Arc<Pod>, wanted: &Wanted) -> Result<Vec<Plugged>, CallError> {
+    let (opener, asked) = (Arc::clone(pod), wanted.clone());
     // Opening resets the functions, which takes its time.
-    let opened = tokio::task::spawn_blocking(move || opener.passthrough.open(number)).await;
-    let opened = opened.map_err(|error| CallError::host(group::field(number), error))??;
+    let opened = tokio::task::spawn_blocking(move || opener.passthrough.open(&asked)).await;
+    let opened = opened.map_err(|error| CallError::host(&wanted.field, error))??;
     let mut plugged = Vec::new();
     for one in opened {
-        match plug_one(pod, number, one).await {
+        match plug_one(pod, wanted, one).await {
             Ok(function) => plugged.push(function),
             Err(error) => {
                 for function in &plugged {
@@ -242,18 +282,15 @@ pub(crate) async fn plug(pod: &Arc<Pod>, number: u32) -> Result<Vec<Plugged>, Ca
     Ok(plugged)
 }
 
-async fn plug_one(pod: &Arc<Pod>, number: u32, opened: Opened) -> Result<Plugged, CallError> {
+async fn plug_one(pod: &Arc<Pod>, wanted: &Wanted, opened: Opened) -> Result<Plugged, CallError> {
     let host_address = &opened.function.address;
     let name = device_name(host_address);
-    let device = describe(&name, number)
+    let device = describe(&name, wanted.group)
         .map_err(|error| CallError::Host(format!("function {host_address}: {error}")))?;
     let machine = pod.machine.with_more_time(pod.passthrough.pinning());
     let added = machine.add_device(device, opened.descriptors.into());
     let address = added.await.map_err(|error| match error {
-        CallError::Host(reason) => {
-            let field = group::field(number);
-            CallError::Invalid(format!("{field}: function {host_address}: {reason}"))
-        }
+        CallError::Host(reason) => wanted.refuse(format_args!("function {host_address}: {reason}")),
         other => other,
     })?;
     let address = address.to_string();
@@ -263,12 +300,17 @@ async fn plug_one(pod: &Arc<Pod>, number: u32, opened: Opened) -> Result<Plugged
     );
     Ok(Plugged {
         name,
-        host: (host_address.clone(), number),
+        host: (host_address.clone(), wanted.clone()),
         address,
     })
 }
 
 impl Plugged {
+    /// Whether it came with this group.
+    pub(crate) fn is_of(&self, group: u32) -> bool {
+        self.host.1.group == group
+    }
+
     /// Takes the function back. What the guest does not let go of goes with the VM.
     pub(crate) async fn unplug(&self, pod: &Arc<Pod>) {
         let request = RemoveDeviceRequest {
@@ -323,7 +365,7 @@ mod tests {
     fn the_guests_addresses_become_the_hosts() {
         let plugged = Plugged {
             name: "pci-0000-3b-00.0".to_owned(),
-            host: ("0000:3b:00.0".to_owned(), 7),
+            host: ("0000:3b:00.0".to_owned(), Wanted::by_device(7)),
             address: "0000:00:09.0".to_owned(),
         };
         let error = |reason: &str| CallError::Agent(ttrpc::Code::INTERNAL, reason.to_owned());
