@@ -40,7 +40,7 @@ use crate::{
     cri,
     disk::{self, Disk},
     errors::CallError,
-    passthrough::{self, Plugged, group::Wanted},
+    passthrough::{self, Plugged},
     pod::Pod,
     process::{Exit, LOST_STATUS, Process},
     qos::Wish,
@@ -119,7 +119,7 @@ impl Container {
         self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn functions(&self) -> MutexGuard<'_, Vec<Plugged>> {
+    pub(crate) fn functions(&self) -> MutexGuard<'_, Vec<Plugged>> {
         self.functions
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -328,7 +328,7 @@ async fn build(
     *container.disk() = attached.disk;
     let mut storages = attached.storages;
     storages.extend(disk::plug_volumes(pod, container, &translated.disks).await?);
-    let functions = plug(pod, container, translated.groups).await?;
+    let functions = passthrough::plug_for_container(pod, container, translated.functions).await?;
     if let Some(root) = translated.spec.root_mut() {
         root.set_path(attached.path);
     }
@@ -363,25 +363,6 @@ async fn build(
         .init
         .created(Some(Copying::start(ends, opened.ends)));
     Ok(())
-}
-
-/// Plugs the functions of `groups` in for a container, which has them from then on. Gives them with
-/// those that are the whole pod's.
-async fn plug(
-    pod: &Arc<Pod>,
-    container: &Container,
-    groups: Vec<u32>,
-) -> Result<Vec<Plugged>, CallError> {
-    let mut all = pod.passthrough.of_pod();
-    for group in groups {
-        if all.iter().any(|function| function.is_of(group)) {
-            continue;
-        }
-        let plugged = passthrough::plug(pod, &Wanted::by_device(group)).await?;
-        container.functions().extend(plugged);
-    }
-    all.extend(container.functions().iter().cloned());
-    Ok(all)
 }
 
 fn encode(spec: &oci_spec::runtime::Spec) -> Result<Vec<u8>, CallError> {

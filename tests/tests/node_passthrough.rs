@@ -63,12 +63,12 @@ fn remove(node: &Node, containerd: &Containerd, container: &str) -> Result<()> {
     containerd.crictl_text(node, &["rm", container]).map(drop)
 }
 
-/// Memory that the VMMs of the node have locked.
+/// Memory that the VMMs of the node have locked or, by iommufd, pinned.
 fn locked_kib(node: &Node) -> Result<u64> {
-    let line =
-        "for pid in $(pgrep -f '^[^ ]*pericarp-vmm'); do grep VmLck /proc/$pid/status; done |
+    let line = "for pid in $(pgrep -f '^[^ ]*pericarp-vmm'); do
+            grep -E 'Vm(Lck|Pin)' /proc/$pid/status; done |
         awk '{ sum += $2 } END { print sum + 0 }'";
-    node.shell(line)?.trim().parse().context("VmLck")
+    node.shell(line)?.trim().parse().context("VmLck, VmPin")
 }
 
 /// Writes `mib` to a disk in the container and reads them back, past the page cache; gives their

@@ -25,13 +25,18 @@ pub(crate) struct HostFunction {
     pub(crate) address: String,
 }
 
+/// Node of the host that gives functions memory without groups, where the kernel has it.
+pub(crate) const IOMMUFD: &str = "/dev/iommu";
+
 /// Whether a device's path is one of VFIO's, and its group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum VfioPath {
-    /// `/dev/vfio/vfio`, which comes along with every group and says nothing.
+    /// `/dev/vfio/vfio` or `/dev/iommu`, which come along with functions and say nothing.
     Container,
     /// `/dev/vfio/<group>`.
     Group(u32),
+    /// `/dev/vfio/devices/vfio<number>`, a function's own.
+    Device(u32),
     /// `/dev/vfio/noiommu-<group>` and whatever else may come.
     Other,
 }
@@ -39,9 +44,14 @@ pub(crate) enum VfioPath {
 impl VfioPath {
     /// Reads a path; `None` when it has nothing to do with VFIO.
     pub(crate) fn of(path: &Path) -> Option<Self> {
+        if path == Path::new(IOMMUFD) {
+            return Some(Self::Container);
+        }
         let name = path.strip_prefix("/dev/vfio").ok()?.to_str()?;
-        Some(match name {
-            "vfio" => Self::Container,
+        let device = name.strip_prefix("devices/vfio").map(str::parse);
+        Some(match (name, device) {
+            ("vfio", _) => Self::Container,
+            (_, Some(Ok(number))) => Self::Device(number),
             _ => name.parse().map_or(Self::Other, Self::Group),
         })
     }
@@ -70,7 +80,7 @@ pub(crate) struct Wanted {
 }
 
 impl Wanted {
-    /// By a device of a container's specification.
+    /// By the node of a group in a container's specification.
     pub(crate) fn by_device(group: u32) -> Self {
         Self {
             group,
@@ -85,6 +95,35 @@ impl Wanted {
 }
 
 impl Host {
+    /// The group that a node in a container's specification means.
+    pub(crate) fn wanted(&self, path: VfioPath) -> Result<Wanted, CallError> {
+        let number = match path {
+            VfioPath::Device(number) => number,
+            VfioPath::Group(group) => return Ok(Wanted::by_device(group)),
+            VfioPath::Container | VfioPath::Other => {
+                let reason = "linux.devices: a node of VFIO that means no function";
+                return Err(CallError::Invalid(reason.to_owned()));
+            }
+        };
+        let field = format!("linux.devices[/dev/vfio/devices/vfio{number}]");
+        let device = self.sys.join(format!("class/vfio-dev/vfio{number}/device"));
+        match group_at(&device) {
+            Some(group) => Ok(Wanted { group, field }),
+            None => Err(CallError::Invalid(format!(
+                "{field}: the host has no function of this number"
+            ))),
+        }
+    }
+
+    /// The node of a function's own, where the kernel makes one.
+    pub(crate) fn own_node(&self, address: &str) -> Option<PathBuf> {
+        let entries = fs::read_dir(self.device(address).join("vfio-dev")).ok()?;
+        let name = entries
+            .take(1)
+            .find_map(|entry| Some(entry.ok()?.file_name()))?;
+        Some(Path::new("/dev/vfio/devices").join(name))
+    }
+
     /// The group of the function at `address`, for pods that name it.
     pub(crate) fn group_of(&self, address: &PciAddress) -> Result<Wanted, CallError> {
         let address = address.as_str();
@@ -94,9 +133,7 @@ impl Host {
         if !device.exists() {
             return refuse("the host has no PCI function at this address");
         }
-        let link = fs::read_link(device.join("iommu_group")).unwrap_or_default();
-        let name = link.file_name().and_then(std::ffi::OsStr::to_str);
-        match name.and_then(|name| name.parse().ok()) {
+        match group_at(&device) {
             Some(group) => Ok(Wanted { group, field }),
             None => refuse(NO_IOMMU),
         }
@@ -184,6 +221,12 @@ impl Host {
 /// The remedy for a host without an IOMMU.
 const NO_IOMMU: &str = "the host has no IOMMU, or it is off: switch VT-d or AMD-Vi on in the \
     firmware, and with an Intel processor boot the kernel with intel_iommu=on";
+
+/// The IOMMU group of a device's folder.
+fn group_at(device: &Path) -> Option<u32> {
+    let link = fs::read_link(device.join("iommu_group")).ok()?;
+    link.file_name()?.to_str()?.parse().ok()
+}
 
 fn no_group(wanted: &Wanted, folder: &Path) -> CallError {
     let any = fs::read_dir(folder).is_ok_and(|mut groups| groups.next().is_some());
@@ -299,12 +342,37 @@ mod tests {
     }
 
     #[test]
+    fn a_function_is_known_by_its_own_node_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let host = host(folder.path());
+        let device = folder.path().join("bus/pci/devices/0000:3b:00.0");
+        assert_eq!(host.own_node("0000:3b:00.0"), None);
+        let own = device.join("vfio-dev/vfio3");
+        fs::create_dir_all(&own).unwrap();
+        let node = host.own_node("0000:3b:00.0");
+        assert_eq!(node.as_deref(), Some(Path::new("/dev/vfio/devices/vfio3")));
+        let class = folder.path().join("class/vfio-dev");
+        fs::create_dir_all(&class).unwrap();
+        symlink(&own, class.join("vfio3")).unwrap();
+        symlink(&device, own.join("device")).unwrap();
+        symlink("../../../kernel/iommu_groups/7", device.join("iommu_group")).unwrap();
+        let wanted = host.wanted(VfioPath::Device(3)).unwrap();
+        assert_eq!(wanted.group, 7);
+        let error = wanted.refuse("no").to_string();
+        assert_eq!(error, "linux.devices[/dev/vfio/devices/vfio3]: no");
+        assert!(host.wanted(VfioPath::Device(4)).is_err());
+        assert!(host.wanted(VfioPath::Container).is_err());
+    }
+
+    #[test]
     fn paths_of_vfio_are_known() {
         let of = |path: &str| VfioPath::of(Path::new(path));
         assert_eq!(of("/dev/vfio/vfio"), Some(VfioPath::Container));
         assert_eq!(of("/dev/vfio/12"), Some(VfioPath::Group(12)));
         assert_eq!(of("/dev/vfio/noiommu-0"), Some(VfioPath::Other));
-        assert_eq!(of("/dev/vfio/devices/vfio0"), Some(VfioPath::Other));
+        assert_eq!(of("/dev/vfio/devices/vfio0"), Some(VfioPath::Device(0)));
+        assert_eq!(of("/dev/vfio/devices/noiommu-vfio0"), Some(VfioPath::Other));
+        assert_eq!(of("/dev/iommu"), Some(VfioPath::Container));
         assert_eq!(of("/dev/vfiox"), None);
         assert_eq!(of("/dev/null"), None);
     }
