@@ -647,14 +647,16 @@ async fn delete_claimed(
 
 /// Takes back what of the host the container had; the guest has let go of it.
 async fn release(pod: &Arc<Pod>, container: &Container) -> Result<(), CallError> {
+    // A guest that does not let go of one device lets go of none: its kernel takes them one by one.
+    let mut lets_go = true;
     let functions = std::mem::take(&mut *container.functions());
     for function in functions {
-        function.unplug(pod).await;
+        lets_go = function.unplug(pod, lets_go).await;
     }
     let disk = container.disk().take();
     let volumes = std::mem::take(&mut *container.volumes());
     for disk in disk.into_iter().chain(volumes) {
-        disk.unplug(pod).await;
+        lets_go = disk.unplug(pod, lets_go).await;
     }
     let shared = pod.shared.clone();
     let id = container.id.clone();

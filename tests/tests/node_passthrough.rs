@@ -505,6 +505,23 @@ fn hostile_pod(
     Ok((pod, container, line, address.trim().to_owned()))
 }
 
+/// Runs a line in a container whose guest may die of it: what it printed.
+fn misuse(node: &Node, containerd: &Containerd, container: &str, line: &str) -> Result<String> {
+    const SECONDS: u64 = 60;
+    let line = format!("timeout {SECONDS} crictl exec {container} {line} 2>&1 || true");
+    containerd.script(node, 2 * SECONDS, &line)
+}
+
+/// Removes a pod whose guest may not let go of its disk: containerd's patience with a container may
+/// end before ours with the guest does, and a kubelet asks again.
+fn remove_broken(node: &Node, containerd: &Containerd, pod: &Pod) -> Result<()> {
+    const ATTEMPTS: usize = 4;
+    let attempt = |_| containerd.remove_pod(node, pod);
+    let mut attempts = (0..ATTEMPTS).map(attempt);
+    let removed = attempts.find(Result::is_ok);
+    removed.with_context(|| format!("no removal of {ATTEMPTS} ended"))?
+}
+
 /// Interrupts by MSI arrive, each of them; memory of the guest is reached and no other.
 fn messages_and_memory(node: &Node) -> Result<()> {
     let containerd = node.containerd(Version::V23)?;
@@ -537,6 +554,54 @@ fn messages_arrive_and_other_memory_is_out_of_reach() {
         return;
     };
     messages_and_memory(&node).unwrap();
+}
+
+/// A guest that does all it can to its function suffers alone.
+fn hostile_guests(node: &Node) -> Result<()> {
+    let containerd = node.containerd(Version::V23)?;
+    let functions = functions(node)?;
+    let disk = &functions[0];
+    let before = Leftovers::look(node)?;
+    let neighbour = containerd.run_pod(node, HANDLER, &pod_config("neighbour"))?;
+    let bystander = containerd.run_container(node, &neighbour, &sleeper("c", &[&functions[1]]))?;
+    let load = "while :; do dd if=/dev/vdX of=/dev/null bs=4k count=512 iflag=direct; done \
+                >/dev/null 2>&1 &";
+    for (turn, (work, written)) in [
+        ("scribble ADDRESS 11 400", "BARs: written"),
+        ("table ADDRESS 12 4000", ""),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let name = format!("hostile-{turn}");
+        let (pod, container, program, address) = hostile_pod(node, &containerd, &name, disk)?;
+        let start = load.replace("/dev/vdX", "$(ls /dev/vd*)");
+        containerd.exec_shell(node, &container, &start)?;
+        let line = format!("{program} {}", work.replace("ADDRESS", &address));
+        let said = misuse(node, &containerd, &container, &line)?;
+        ensure!(said.contains(written), "{work}: {said}");
+        containerd.exec_shell(node, &bystander, "head -c 512 $(ls /dev/vd*) | wc -c")?;
+        remove_broken(node, &containerd, &pod)?;
+        let next = containerd.run_pod(node, HANDLER, &pod_config(&format!("after-{turn}")))?;
+        let container = containerd.run_container(node, &next, &sleeper("c", &[disk]))?;
+        let read = "dd if=$(ls /dev/vd*) bs=64k count=16 2>/dev/null | wc -c";
+        let seen = containerd.exec_shell(node, &container, read)?;
+        ensure!(seen == (1 << 20).to_string(), "the next pod reads {seen}");
+        containerd.remove_pod(node, &next)?;
+        kernel_is_sound(node)?;
+    }
+    containerd.remove_pod(node, &neighbour)?;
+    ensure!(locked_kib(node)? == 0, "memory stays pinned");
+    Leftovers::nothing_since(node, &before)?;
+    Ok(())
+}
+
+#[test]
+fn a_hostile_guest_suffers_alone() {
+    let Some(node) = node("passthrough-hostile") else {
+        return;
+    };
+    hostile_guests(&node).unwrap();
 }
 
 /// Drop-in of the configuration that lets pods name functions.

@@ -338,8 +338,9 @@ async fn plug(pod: &Arc<Pod>, wanted: &Wanted) -> Result<Vec<Plugged>, CallError
         match plug_one(pod, wanted, one).await {
             Ok(function) => plugged.push(function),
             Err(error) => {
+                let mut lets_go = true;
                 for function in &plugged {
-                    function.unplug(pod).await;
+                    lets_go = function.unplug(pod, lets_go).await;
                 }
                 return Err(error);
             }
@@ -378,23 +379,33 @@ impl Plugged {
         self.host.1.group == group
     }
 
-    /// Takes the function back. What the guest does not let go of goes with the VM.
-    pub(crate) async fn unplug(&self, pod: &Arc<Pod>) {
+    /// Takes the function back, also from a guest that does not let go. False when the guest did
+    /// not answer; then it is not asked again.
+    pub(crate) async fn unplug(&self, pod: &Arc<Pod>, lets_go: bool) -> bool {
+        let lets_go = lets_go && self.ask(pod).await;
+        match pod.machine.remove_device(&self.name).await {
+            Ok(()) => info!(function = self.name, "a function is the host's again"),
+            Err(CallError::Gone(_)) => {}
+            Err(error) => warn!(function = self.name, %error, "a function stays until the VM ends"),
+        }
+        lets_go
+    }
+
+    /// Asks the guest to let go; false when it did not answer.
+    async fn ask(&self, pod: &Arc<Pod>) -> bool {
         let request = RemoveDeviceRequest {
             pci_address: self.address.clone(),
             ..Default::default()
         };
         match agent_call!(pod.agent, remove_device, &request) {
-            Ok(_) | Err(CallError::Gone(_)) => {}
+            Ok(_) | Err(CallError::Gone(_)) => true,
             // A guest that never looked has nothing to let go of.
-            Err(error) if error.is_not_found() => {}
+            Err(error) if error.is_not_found() => true,
             // It is taken all the same: the function is the host's.
-            Err(error) => warn!(function = self.name, %error, "the guest keeps a function"),
-        }
-        match pod.machine.remove_device(&self.name).await {
-            Ok(()) => info!(function = self.name, "a function is the host's again"),
-            Err(CallError::Gone(_)) => {}
-            Err(error) => warn!(function = self.name, %error, "a function stays until the VM ends"),
+            Err(error) => {
+                warn!(function = self.name, %error, "the guest keeps a function");
+                !error.is_deadline()
+            }
         }
     }
 }
