@@ -666,3 +666,40 @@ fn a_pod_that_names_a_function_has_it_for_all_its_containers() {
     };
     pods_name_functions(&node).unwrap();
 }
+
+/// Memory and processors of a VM with a function are those that the container may use.
+fn near_the_function(node: &Node) -> Result<()> {
+    let containerd = node.containerd(Version::V23)?;
+    let functions = functions(node)?;
+    let before = Leftovers::look(node)?;
+    node.shell(
+        "mkdir -p /sys/fs/cgroup/near; echo +cpuset >/sys/fs/cgroup/cgroup.subtree_control
+         echo +cpuset >/sys/fs/cgroup/near/cgroup.subtree_control",
+    )?;
+    for near in ["0", "1"] {
+        let mut config = pod_config(&format!("near-{near}"));
+        config["linux"] = json!({"cgroup_parent": "/near"});
+        let pod = containerd.run_pod(node, HANDLER, &config)?;
+        let mut config = sleeper("c", &[&functions[0]]);
+        config["linux"] = json!({"resources": {"cpuset_cpus": near, "cpuset_mems": near}});
+        containerd.run_container(node, &pod, &config)?;
+        let line = "cd /proc/$(pgrep -f '^[^ ]*pericarp-vmm')
+             grep memfd numa_maps | grep -o 'N[01]=' | sort -u
+             cat task/*/status | grep Cpus_allowed_list | awk '{ print $2 }' | sort -u";
+        let seen = node.shell(line)?;
+        let seen: Vec<&str> = seen.split_whitespace().collect();
+        ensure!(seen == [&format!("N{near}="), near], "{near}: {seen:?}");
+        containerd.remove_pod(node, &pod)?;
+    }
+    node.shell("rmdir /sys/fs/cgroup/near")?;
+    Leftovers::nothing_since(node, &before)?;
+    Ok(())
+}
+
+#[test]
+fn the_guest_is_where_the_container_may_be() {
+    let Some(node) = node("passthrough-near") else {
+        return;
+    };
+    near_the_function(&node).unwrap();
+}

@@ -152,6 +152,11 @@ fn arguments(builder: &Builder, boot: &BootFiles, results: &Path) -> Result<Vec<
             "intel-iommu,intremap=on,caching-mode=off",
         ]);
         kernel_line.push_str(" intel_iommu=on iommu=pt");
+        if !builder.icount && builder.cpus == 2 {
+            add(&two_numa_nodes(builder.memory_mib)
+                .each_ref()
+                .map(String::as_str));
+        }
     }
     let cpus = if builder.icount { 1 } else { builder.cpus };
     add(&["-cpu", "EPYC,+svm,+npt", "-smp", &cpus.to_string()]);
@@ -191,6 +196,25 @@ fn arguments(builder: &Builder, boot: &BootFiles, results: &Path) -> Result<Vec<
         all.extend(device_arguments(index, *device, results)?);
     }
     Ok(all)
+}
+
+/// Half of the memory and one processor each: what is near a device, and what is not.
+fn two_numa_nodes(memory_mib: u32) -> [String; 8] {
+    let half = memory_mib / 2;
+    let backend = |node| format!("memory-backend-ram,id=near{node},size={half}M");
+    let node = |node| format!("node,nodeid={node},cpus={node},memdev=near{node}");
+    let object = || "-object".to_owned();
+    let numa = || "-numa".to_owned();
+    [
+        object(),
+        backend(0),
+        object(),
+        backend(1),
+        numa(),
+        node(0),
+        numa(),
+        node(1),
+    ]
 }
 
 /// Size of the disks that are added for passthrough.
