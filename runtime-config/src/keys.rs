@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use crate::choice::{CpuModel, HugePages, LogLevel, VirtiofsCache};
 use crate::kind::{CpuFeature, Item, Kind, Setting, Value};
 use crate::nearest::nearest;
-use crate::pci::{DeviceResource, PciSelector};
+use crate::pci::{DeviceResource, PciAddress, PciSelector};
 use crate::table::{pod, settings};
 
 /// Most vCPUs of one VM. KVM allows more, but each is a thread, a stack and a row in the guest's
@@ -170,6 +170,10 @@ settings! {
         /// What `pericarp device-plugin` offers to the kubelet: a name and the functions that are
         /// meant. Pods ask for it as `pericarp.dev/<name>`.
         resources: Vec<DeviceResource> = list(Item::DeviceResource, 64), "", node;
+        /// Functions that a pod has in its VM from before its first container until its end, for
+        /// all of its containers. Those of their IOMMU groups come along, and
+        /// `security.passthrough_devices` must name each.
+        functions: Vec<PciAddress> = list(Item::PciAddress, 16), "", pod;
     }
 
     /// How long to wait before a pod is declared broken.

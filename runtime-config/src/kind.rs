@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::choice::{CpuModel, HugePages, LogLevel, VirtiofsCache};
 use crate::keys;
-use crate::pci::{DeviceResource, PciSelector};
+use crate::pci::{DeviceResource, PciAddress, PciSelector};
 
 /// Longest text of one value in bytes, a path included (Linux's PATH_MAX).
 pub const TEXT_BYTES_MAX: usize = 4096;
@@ -54,6 +54,8 @@ pub enum Item {
     CpuFeature,
     /// A PCI address or a vendor and device id.
     PciDevice,
+    /// A PCI address.
+    PciAddress,
     /// Functions that the device plugin offers under a name.
     DeviceResource,
     /// A key that a pod may override.
@@ -167,6 +169,7 @@ fn check_list(kind: Kind, item: Item, items_max: usize, items: &[String]) -> Res
         let good = match item {
             Item::CpuFeature => CpuFeature::parse(text).is_some(),
             Item::PciDevice => PciSelector::parse(text).is_some(),
+            Item::PciAddress => PciAddress::parse(text).is_some(),
             Item::DeviceResource => DeviceResource::parse(text).is_some(),
             Item::Overridable => keys::key(text).is_some_and(|key| key.pod_may_override),
         };
@@ -227,6 +230,7 @@ impl fmt::Display for Item {
             Self::PciDevice => {
                 "PCI devices, each \"0000:3b:00.0\" (address) or \"10de:2331\" (vendor:device)"
             }
+            Self::PciAddress => "PCI addresses, each \"0000:3b:00.0\"",
             Self::DeviceResource => {
                 "resources, each \"gpu=class:03\" (class), \"gpu=vendor:10de\" (vendor), \
                  \"gpu=10de:2331\" (vendor:device) or \"gpu=0000:3b:00.0\" (address)"
@@ -317,6 +321,9 @@ setting!(Vec<CpuFeature>, Value::List(values) => {
 });
 setting!(Vec<PciSelector>, Value::List(values) => {
     values.iter().map(|text| PciSelector::parse(text)).collect()
+});
+setting!(Vec<PciAddress>, Value::List(values) => {
+    values.iter().map(|text| PciAddress::parse(text)).collect()
 });
 setting!(Vec<DeviceResource>, Value::List(values) => {
     values.iter().map(|text| DeviceResource::parse(text)).collect()

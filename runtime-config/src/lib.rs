@@ -36,7 +36,7 @@ pub use keys::{KEYS, Settings, Storage, Vm};
 pub use kind::CpuFeature;
 pub use load::LoadError;
 pub use options::RuntimeOptions;
-pub use pci::{DeviceResource, PciSelector, is_vfio_driver};
+pub use pci::{DeviceResource, PciAddress, PciSelector, is_vfio_driver};
 pub use sizing::{
     CPU_PERIOD_ANNOTATION, CPU_QUOTA_ANNOTATION, CPU_SHARES_ANNOTATION, Demand, HostCapacity,
     MEMORY_ANNOTATION, Sizing, SizingError,

@@ -74,6 +74,25 @@ impl PciSelector {
     }
 }
 
+/// The address of one function.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PciAddress(String);
+
+impl PciAddress {
+    /// Reads `0000:3b:00.0`, as [`PciSelector::parse`] does.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let is_address = matches!(PciSelector::parse(text), Some(PciSelector::Address { .. }));
+        is_address.then(|| Self(text.to_owned()))
+    }
+
+    /// As sysfs writes it.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
 /// Functions of the host that are alike to those who ask for one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceSelector {
@@ -159,6 +178,17 @@ fn hex(text: &str, digits: usize) -> Option<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_is_one_function() {
+        assert_eq!(
+            PciAddress::parse("0000:3b:00.0").unwrap().as_str(),
+            "0000:3b:00.0"
+        );
+        for text in ["10de:2331", "3b:00.0", "0000:3b:20.0", "../0000:00.0", ""] {
+            assert!(PciAddress::parse(text).is_none(), "{text:?}");
+        }
+    }
 
     #[test]
     fn resources_name_functions_in_five_ways() {

@@ -119,7 +119,7 @@ impl Container {
         self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn functions(&self) -> MutexGuard<'_, Vec<Plugged>> {
+    pub(crate) fn functions(&self) -> MutexGuard<'_, Vec<Plugged>> {
         self.functions
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -328,7 +328,7 @@ async fn build(
     *container.disk() = attached.disk;
     let mut storages = attached.storages;
     storages.extend(disk::plug_volumes(pod, container, &translated.disks).await?);
-    let functions = plug(pod, container, translated.groups).await?;
+    let functions = passthrough::plug_for_container(pod, container, translated.functions).await?;
     if let Some(root) = translated.spec.root_mut() {
         root.set_path(attached.path);
     }
@@ -363,19 +363,6 @@ async fn build(
         .init
         .created(Some(Copying::start(ends, opened.ends)));
     Ok(())
-}
-
-/// Plugs the functions of `groups` in for a container, which has them from then on.
-async fn plug(
-    pod: &Arc<Pod>,
-    container: &Container,
-    groups: Vec<u32>,
-) -> Result<Vec<Plugged>, CallError> {
-    for group in groups {
-        let plugged = passthrough::plug(pod, group).await?;
-        container.functions().extend(plugged);
-    }
-    Ok(container.functions().clone())
 }
 
 fn encode(spec: &oci_spec::runtime::Spec) -> Result<Vec<u8>, CallError> {
@@ -660,14 +647,16 @@ async fn delete_claimed(
 
 /// Takes back what of the host the container had; the guest has let go of it.
 async fn release(pod: &Arc<Pod>, container: &Container) -> Result<(), CallError> {
+    // A guest that does not let go of one device lets go of none: its kernel takes them one by one.
+    let mut lets_go = true;
     let functions = std::mem::take(&mut *container.functions());
     for function in functions {
-        function.unplug(pod).await;
+        lets_go = function.unplug(pod, lets_go).await;
     }
     let disk = container.disk().take();
     let volumes = std::mem::take(&mut *container.volumes());
     for disk in disk.into_iter().chain(volumes) {
-        disk.unplug(pod).await;
+        lets_go = disk.unplug(pod, lets_go).await;
     }
     let shared = pod.shared.clone();
     let id = container.id.clone();

@@ -106,8 +106,12 @@ impl Disk {
         })
     }
 
-    /// Takes the disk back. What is left of it goes with the VM.
-    pub(crate) async fn unplug(&self, pod: &Arc<Pod>) {
+    /// Takes the disk back from a guest that lets go. What is left of it goes with the VM. False
+    /// when the guest did not answer.
+    pub(crate) async fn unplug(&self, pod: &Arc<Pod>, lets_go: bool) -> bool {
+        if !lets_go {
+            return false;
+        }
         let request = RemoveDeviceRequest {
             pci_address: self.address.clone(),
             ..Default::default()
@@ -121,10 +125,12 @@ impl Disk {
             Ok(()) => pod.machine.remove_device(&self.name).await,
             Err(error) => Err(error),
         };
+        let lets_go = !removed.as_ref().is_err_and(CallError::is_deadline);
         match removed {
             Ok(()) | Err(CallError::Gone(_)) => {}
             Err(error) => warn!(disk = self.name, %error, "a disk stays until the VM ends"),
         }
+        lets_go
     }
 }
 

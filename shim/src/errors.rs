@@ -64,6 +64,11 @@ impl CallError {
         }
     }
 
+    /// True when the peer let its time pass.
+    pub(crate) fn is_deadline(&self) -> bool {
+        matches!(self, Self::Deadline { .. })
+    }
+
     /// True when the object is not there (any more).
     pub(crate) fn is_not_found(&self) -> bool {
         self.code() == Code::NOT_FOUND

@@ -51,7 +51,7 @@ use crate::{
     launch::{Launch, Launched, entropy, launch},
     machine_client::Machine,
     network,
-    passthrough::Passthrough,
+    passthrough::{self, Passthrough, group::Wanted},
     port_forward,
     process::{Exit, LOST_STATUS},
     qos::Place,
@@ -157,6 +157,7 @@ impl Pod {
     ) -> Result<Arc<Self>, CallError> {
         let settings = &config.settings;
         let plan = Plan::of(settings, demand(request)?, host_capacity())?;
+        let functions = passthrough::wanted(settings)?;
         let failed = |error| CallError::host(state.display(), error);
         fs::create_dir_all(state).map_err(failed)?;
         let mut journal = Journal::open(state).map_err(failed)?;
@@ -214,10 +215,21 @@ impl Pod {
             next_stream: AtomicU64::new(1),
             next_disk: AtomicU64::new(1),
         });
-        let sandbox = pod.sandbox_request(request, attached.guest)?;
-        agent_call!(pod.agent, configure_sandbox, &sandbox)?;
+        pod.configure(request, attached.guest, &functions).await?;
         pod.start_tasks(request);
         Ok(pod)
+    }
+
+    /// Makes the guest the pod's: its sandbox, and the functions of the host that it names.
+    async fn configure(
+        self: &Arc<Self>,
+        request: &Request,
+        network: network::GuestNetwork,
+        functions: &[Wanted],
+    ) -> Result<(), CallError> {
+        let sandbox = self.sandbox_request(request, network)?;
+        agent_call!(self.agent, configure_sandbox, &sandbox)?;
+        passthrough::plug_for_pod(self, functions).await
     }
 
     /// What goes on beside the calls, as long as the VM lives.

@@ -59,8 +59,8 @@ pub(crate) struct Translated {
     /// The PID namespace of the host's that the container would join: it stands for the pod's, or
     /// for another container's.
     pub(crate) pid_namespace: Option<PathBuf>,
-    /// IOMMU groups of the host whose functions are for this container.
-    pub(crate) groups: Vec<u32>,
+    /// Nodes of the host's functions that are for this container.
+    pub(crate) functions: Vec<VfioPath>,
     /// Block devices of the host that the container gets as disks (`volumeDevices`).
     pub(crate) disks: Vec<BlockVolume>,
 }
@@ -162,8 +162,8 @@ pub(crate) fn translate(
     spec.set_mounts(Some(kept));
     spec.set_hooks(None);
     spec.set_annotations(None);
-    let groups = match spec.linux_mut() {
-        Some(linux) => take_groups(linux)?,
+    let functions = match spec.linux_mut() {
+        Some(linux) => take_functions(linux)?,
         None => Vec::new(),
     };
     let (pid_namespace, disks) = translate_linux(&mut spec)?;
@@ -173,7 +173,7 @@ pub(crate) fn translate(
         shares,
         pid_namespace,
         disks,
-        groups,
+        functions,
     })
 }
 
@@ -432,22 +432,24 @@ fn take_disks(linux: &mut Linux) -> Vec<BlockVolume> {
 
 /// Takes VFIO's nodes of the host out of the specification. The agent puts what the functions are
 /// there in their place.
-fn take_groups(linux: &mut Linux) -> Result<Vec<u32>, CallError> {
+fn take_functions(linux: &mut Linux) -> Result<Vec<VfioPath>, CallError> {
     let (nodes, _) = take_devices(linux, |device| VfioPath::of(device.path()).is_some());
-    let mut groups = Vec::new();
+    let mut functions = Vec::new();
     for device in &nodes {
         match VfioPath::of(device.path()) {
-            Some(VfioPath::Group(group)) if !groups.contains(&group) => groups.push(group),
             Some(VfioPath::Other) => {
                 return Err(invalid(
                     &format!("linux.devices[{}]", device.path().display()),
-                    "only groups behind an IOMMU are passed through, by /dev/vfio/<group>",
+                    "only functions behind an IOMMU are passed through, by /dev/vfio/<group> or \
+                        /dev/vfio/devices/vfio<number>",
                 ));
             }
-            _ => {}
+            Some(VfioPath::Container) | None => {}
+            Some(path) if functions.contains(&path) => {}
+            Some(path) => functions.push(path),
         }
     }
-    Ok(groups)
+    Ok(functions)
 }
 
 fn check_device(device: &LinuxDevice) -> Result<(), CallError> {
@@ -633,16 +635,20 @@ mod tests {
                 node("/dev/vfio/vfio", 10, 196),
                 node("/dev/vfio/7", 240, 0),
                 node("/dev/fuse", 10, 229),
+                node("/dev/iommu", 10, 125),
+                node("/dev/vfio/devices/vfio0", 241, 0),
                 node("/dev/vfio/7", 240, 0)
             ]))
             .unwrap(),
         );
         let resources = json!({"devices": [
-            {"allow": false, "access": "rwm"}, rule(10, 196), rule(240, 0), rule(10, 229)
+            {"allow": false, "access": "rwm"}, rule(10, 196), rule(240, 0), rule(10, 229),
+            rule(10, 125), rule(241, 0)
         ]});
         linux.set_resources(serde_json::from_value(resources).unwrap());
         let result = translate(asked, "c", |_| SourceKind::Missing).unwrap();
-        assert_eq!(result.groups, [7]);
+        let wanted = [VfioPath::Group(7), VfioPath::Device(0)];
+        assert_eq!(result.functions, wanted);
         let linux = result.spec.linux().as_ref().unwrap();
         let paths: Vec<_> = linux
             .devices()

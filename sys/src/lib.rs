@@ -20,6 +20,7 @@ pub mod capabilities;
 pub mod children;
 pub mod clone;
 pub mod descriptors;
+pub mod iommufd;
 pub mod kvm;
 pub mod loopback;
 pub mod mapping;

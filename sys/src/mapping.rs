@@ -124,7 +124,8 @@ impl FileMapping {
     }
 }
 
-/// Registers of a device, mapped as they are. This process never looks at them.
+/// Registers of a device, mapped as they are. The VMM never looks at them; a test plays the driver
+/// by them.
 #[derive(Debug)]
 pub struct DeviceMapping(Reservation);
 
@@ -145,7 +146,57 @@ impl DeviceMapping {
         place.map(0, length, protection, libc::MAP_SHARED, source)?;
         Ok(Self(place))
     }
+
+    fn place<T>(&self, offset: usize) -> Option<*mut Unaligned<T>> {
+        let end = offset.checked_add(size_of::<T>())?;
+        let start = self.0.start.as_ptr();
+        (end <= self.0.length).then(|| start.wrapping_add(offset).cast())
+    }
+
+    fn get<T: Copy>(&self, offset: usize) -> Option<T> {
+        // SAFETY: the place lies in the mapping, which is readable, and its type needs no
+        // alignment. What is there changes by itself, as a volatile access expects.
+        self.place::<T>(offset)
+            .map(|place| unsafe { place.read_volatile() }.0)
+    }
+
+    fn set<T: Copy>(&self, offset: usize, value: T) -> Option<()> {
+        // SAFETY: as above; the mapping is writable, and nobody has a reference to it.
+        self.place::<T>(offset)
+            .map(|place| unsafe { place.write_volatile(Unaligned(value)) })
+    }
+
+    /// Loads `size` bytes (1, 2, 4 or 8) from `offset`, which need not be aligned. `None` beyond
+    /// the mapping and for other sizes.
+    #[must_use]
+    pub fn load(&self, offset: usize, size: usize) -> Option<u64> {
+        match size {
+            1 => self.get::<u8>(offset).map(u64::from),
+            2 => self.get::<u16>(offset).map(u64::from),
+            4 => self.get::<u32>(offset).map(u64::from),
+            8 => self.get::<u64>(offset),
+            _ => None,
+        }
+    }
+
+    /// Stores the lower `size` bytes (1, 2, 4 or 8) of `value` at `offset`, which need not be
+    /// aligned. `None` beyond the mapping and for other sizes.
+    pub fn store(&self, offset: usize, size: usize, value: u64) -> Option<()> {
+        let [a, b, c, d, ..] = value.to_le_bytes();
+        match size {
+            1 => self.set(offset, a),
+            2 => self.set(offset, u16::from_le_bytes([a, b])),
+            4 => self.set(offset, u32::from_le_bytes([a, b, c, d])),
+            8 => self.set(offset, value),
+            _ => None,
+        }
+    }
 }
+
+/// A value at an address of any alignment.
+#[derive(Clone, Copy)]
+#[repr(C, packed)]
+struct Unaligned<T>(T);
 
 /// What a slot of KVM's memory map shows to the guest.
 #[derive(Debug, Clone)]
@@ -311,6 +362,18 @@ mod tests {
         assert_eq!(words[7].load(Ordering::Relaxed), 0);
         words[7].store(9, Ordering::Relaxed);
         assert_eq!(words[7].load(Ordering::Relaxed), 9);
+    }
+
+    #[test]
+    fn registers_are_reached_whole_at_any_alignment_and_not_beyond() {
+        let file = memfd(b"", 4096);
+        let registers = DeviceMapping::new(file.as_fd(), 0, 4096).unwrap();
+        registers.store(1, 4, 0xffff_ffff_0403_0201).unwrap();
+        assert_eq!(registers.load(0, 8), Some(0x04_0302_0100));
+        assert_eq!(registers.load(3, 2), Some(0x0403));
+        assert_eq!(registers.load(4095, 1), Some(0));
+        assert!(registers.load(4095, 2).is_none() && registers.load(0, 3).is_none());
+        assert!(registers.store(usize::MAX, 8, 0).is_none());
     }
 
     #[test]

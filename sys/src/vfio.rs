@@ -1,6 +1,8 @@
 //! VFIO (Documentation/driver-api/vfio.rst, uapi/linux/vfio.h): groups of PCI functions, the
 //! container that is their view of memory, and the functions themselves.
 //!
+//! A newer kernel does without groups and containers: [`crate::iommufd`].
+//!
 //! The shim opens groups and containers and takes functions from them; the VMM gets all three as
 //! descriptors. What the kernel writes into its structures is a peer's word: lists are bounded and
 //! read by the offsets it gives only within the bytes it was given.
@@ -21,7 +23,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRe
 use crate::mapping::DeviceMapping;
 
 /// `_IO(';', 100 + n)`: every request of VFIO.
-const fn request(number: u32) -> u32 {
+pub(crate) const fn request(number: u32) -> u32 {
     0x3b64 + number
 }
 
@@ -66,7 +68,7 @@ const AREAS_MAX: usize = 64;
 /// Bytes of a region's description with its lists.
 const REGION_INFO_BYTES: usize = 4096;
 
-fn ioctl(fd: BorrowedFd<'_>, request: u32, argument: usize) -> io::Result<i32> {
+pub(crate) fn ioctl(fd: BorrowedFd<'_>, request: u32, argument: usize) -> io::Result<i32> {
     // SAFETY: callers pass a number, or the address of a live structure of the size that the
     // request is defined with (its `argsz` says so).
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), request as _, argument) };
@@ -76,12 +78,25 @@ fn ioctl(fd: BorrowedFd<'_>, request: u32, argument: usize) -> io::Result<i32> {
     Ok(result)
 }
 
-fn address_of<T>(value: &mut T) -> usize {
+pub(crate) fn address_of<T>(value: &mut T) -> usize {
     std::ptr::from_mut(value).expose_provenance()
 }
 
-fn size_of_u32<T>() -> u32 {
+pub(crate) fn size_of_u32<T>() -> u32 {
     u32::try_from(size_of::<T>()).expect("a small structure")
+}
+
+/// Where `length` bytes of guest memory at `address`, in one region, lie in this process.
+pub(crate) fn address_of_memory(
+    memory: &GuestMemoryMmap,
+    address: u64,
+    length: u64,
+) -> io::Result<u64> {
+    let found = memory.to_region_addr(GuestAddress(address));
+    let (region, offset) = found
+        .filter(|(region, offset)| length <= region.len() - offset.0)
+        .ok_or_else(|| io::Error::from_raw_os_error(libc::EFAULT))?;
+    Ok(region.as_ptr().expose_provenance() as u64 + offset.0)
 }
 
 /// A view of memory that functions share.
@@ -150,14 +165,10 @@ impl Container {
             size: u64,
         }
         const READ_WRITE: u32 = 1 | 2;
-        let found = memory.to_region_addr(GuestAddress(address));
-        let (region, offset) = found
-            .filter(|(region, offset)| length <= region.len() - offset.0)
-            .ok_or_else(|| io::Error::from_raw_os_error(libc::EFAULT))?;
         let mut map = Map {
             argsz: size_of_u32::<Map>(),
             flags: READ_WRITE,
-            vaddr: region.as_ptr().expose_provenance() as u64 + offset.0,
+            vaddr: address_of_memory(memory, address, length)?,
             iova: address,
             size: length,
         };

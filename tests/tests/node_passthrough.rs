@@ -17,7 +17,12 @@ const HANDLER: &str = "pericarp";
 /// Driver of the host for functions that are passed through.
 const VFIO: &str = "vfio-pci";
 
-/// The node with two disks, an NVMe disk and a display; None when what it needs is not built.
+/// Where the function is whose interrupts are MSI, and the one that has none but its pin.
+const EDU: usize = 4;
+const PIN_ONLY: usize = 5;
+
+/// The node with two disks, an NVMe disk, a display, QEMU's teaching device and a disk without
+/// messages; None when what it needs is not built.
 fn node(test: &str) -> Option<Session> {
     let builder = || {
         let devices = [
@@ -25,6 +30,8 @@ fn node(test: &str) -> Option<Session> {
             Device::VirtioBlk,
             Device::Nvme,
             Device::VirtioGpu,
+            Device::Edu,
+            Device::PinOnly,
         ];
         let builder = Builder::default().name("passthrough").memory_mib(4096);
         devices.into_iter().fold(builder, Builder::device)
@@ -32,10 +39,10 @@ fn node(test: &str) -> Option<Session> {
     pericarp::session(test, builder)
 }
 
-/// The node's functions, all with vfio-pci and allowed: two disks, the NVMe disk, the display.
+/// The node's functions, all with vfio-pci and allowed, in the order of [`node`].
 fn functions(node: &Node) -> Result<Vec<Function>> {
     let functions = Function::all(node)?;
-    ensure!(functions.len() == 4, "{functions:?}");
+    ensure!(functions.len() == 6, "{functions:?}");
     for function in functions.iter().filter(|one| one.driver != VFIO) {
         function.bind(node, VFIO)?;
     }
@@ -56,12 +63,12 @@ fn remove(node: &Node, containerd: &Containerd, container: &str) -> Result<()> {
     containerd.crictl_text(node, &["rm", container]).map(drop)
 }
 
-/// Memory that the VMMs of the node have locked.
+/// Memory that the VMMs of the node have locked or, by iommufd, pinned.
 fn locked_kib(node: &Node) -> Result<u64> {
-    let line =
-        "for pid in $(pgrep -f '^[^ ]*pericarp-vmm'); do grep VmLck /proc/$pid/status; done |
+    let line = "for pid in $(pgrep -f '^[^ ]*pericarp-vmm'); do
+            grep -E 'Vm(Lck|Pin)' /proc/$pid/status; done |
         awk '{ sum += $2 } END { print sum + 0 }'";
-    node.shell(line)?.trim().parse().context("VmLck")
+    node.shell(line)?.trim().parse().context("VmLck, VmPin")
 }
 
 /// Writes `mib` to a disk in the container and reads them back, past the page cache; gives their
@@ -321,6 +328,8 @@ fn refusals(node: &Node) -> Result<()> {
     )];
     let error = refusal(node, &containerd, &pod, "no-driver", &functions[2])?;
     seen.push((error, "FLAVOUR=passthrough"));
+    let error = refusal(node, &containerd, &pod, "pin", &functions[PIN_ONLY])?;
+    seen.push((error, "interrupts by its pin alone"));
     // The settings are those of the pod's start.
     allow(node, &functions[..1])?;
     let denied = containerd.run_pod(node, HANDLER, &pod_config("denied"))?;
@@ -449,4 +458,248 @@ fn whoever_is_killed_the_next_pod_has_the_function() {
         return;
     };
     kills(&node).unwrap();
+}
+
+/// Faults of the IOMMU that the node's kernel counts against a function.
+fn iommu_faults(node: &Node, function: &Function) -> Result<u64> {
+    // The kernel names a function without its segment in some lines and with it in others.
+    let short = function.address.trim_start_matches("0000:");
+    let line = format!("dmesg | grep 'DMAR:.*fault addr' | grep -c '{short}' || true");
+    node.shell(&line)?.trim().parse().context("faults")
+}
+
+/// What the kernel says when it is hurt.
+fn kernel_is_sound(node: &Node) -> Result<()> {
+    let line = "dmesg | grep -E 'BUG:|Oops|WARNING: CPU|general protection|soft lockup' || true";
+    let said = node.shell(line)?;
+    ensure!(said.is_empty(), "the node's kernel: {said}");
+    Ok(())
+}
+
+/// A pod with every right in its VM, and in it a container with `function` and the program that
+/// misuses it. Gives the pod, the container, the program's line and the function's address there.
+fn hostile_pod(
+    node: &Node,
+    containerd: &Containerd,
+    name: &str,
+    function: &Function,
+) -> Result<(Pod, String, String, String)> {
+    let rights = json!({"security_context": {"privileged": true}});
+    let mut config = pod_config(name);
+    config["linux"] = rights.clone();
+    let pod = containerd.run_pod(node, HANDLER, &config)?;
+    let mut config = with_host_programs("c", &[function]);
+    config["linux"] = rights;
+    let program = env!("CARGO_BIN_EXE_hostile-guest");
+    if let Some(mounts) = config["mounts"].as_array_mut() {
+        mounts.push(json!(
+            {"host_path": program, "container_path": "/hostile-guest", "readonly": true}
+        ));
+    }
+    let container = containerd.run_container(node, &pod, &config)?;
+    let lib = "/host/usr/lib/x86_64-linux-gnu";
+    let line = format!("{lib}/ld-linux-x86-64.so.2 --library-path {lib} /hostile-guest");
+    // It came last.
+    let find = "cd /sys/bus/pci/devices; ls -d * | tail -n 1";
+    let address = containerd.exec_shell(node, &container, find)?;
+    Ok((pod, container, line, address.trim().to_owned()))
+}
+
+/// Runs a line in a container whose guest may die of it: what it printed.
+fn misuse(node: &Node, containerd: &Containerd, container: &str, line: &str) -> Result<String> {
+    const SECONDS: u64 = 60;
+    let line = format!("timeout {SECONDS} crictl exec {container} {line} 2>&1 || true");
+    containerd.script(node, 2 * SECONDS, &line)
+}
+
+/// Removes a pod whose guest may not let go of its disk: containerd's patience with a container may
+/// end before ours with the guest does, and a kubelet asks again.
+fn remove_broken(node: &Node, containerd: &Containerd, pod: &Pod) -> Result<()> {
+    const ATTEMPTS: usize = 4;
+    let attempt = |_| containerd.remove_pod(node, pod);
+    let mut attempts = (0..ATTEMPTS).map(attempt);
+    let removed = attempts.find(Result::is_ok);
+    removed.with_context(|| format!("no removal of {ATTEMPTS} ended"))?
+}
+
+/// Interrupts by MSI arrive, each of them; memory of the guest is reached and no other.
+fn messages_and_memory(node: &Node) -> Result<()> {
+    let containerd = node.containerd(Version::V23)?;
+    let functions = functions(node)?;
+    let edu = &functions[EDU];
+    let before = Leftovers::look(node)?;
+    let (pod, container, program, address) = hostile_pod(node, &containerd, "edu", edu)?;
+    let run = |words: &str| {
+        let line = format!("{program} {words}");
+        containerd.exec_shell(node, &container, &line)
+    };
+    let said = run(&format!("msi {address} 50"))?;
+    ensure!(said == "50 interrupts", "{said}");
+    let faults = iommu_faults(node, edu)?;
+    let said = run(&format!("dma {address}"))?;
+    ensure!(said.ends_with("not our memory: tried"), "{said}");
+    let seen = iommu_faults(node, edu)?;
+    ensure!(seen > faults, "the IOMMU has let everything through");
+    // The guest goes on.
+    containerd.exec_shell(node, &container, "true")?;
+    containerd.remove_pod(node, &pod)?;
+    kernel_is_sound(node)?;
+    Leftovers::nothing_since(node, &before)?;
+    Ok(())
+}
+
+#[test]
+fn messages_arrive_and_other_memory_is_out_of_reach() {
+    let Some(node) = node("passthrough-edu") else {
+        return;
+    };
+    messages_and_memory(&node).unwrap();
+}
+
+/// A guest that does all it can to its function suffers alone.
+fn hostile_guests(node: &Node) -> Result<()> {
+    let containerd = node.containerd(Version::V23)?;
+    let functions = functions(node)?;
+    let disk = &functions[0];
+    let before = Leftovers::look(node)?;
+    let neighbour = containerd.run_pod(node, HANDLER, &pod_config("neighbour"))?;
+    let bystander = containerd.run_container(node, &neighbour, &sleeper("c", &[&functions[1]]))?;
+    let load = "while :; do dd if=/dev/vdX of=/dev/null bs=4k count=512 iflag=direct; done \
+                >/dev/null 2>&1 &";
+    for (turn, (work, written)) in [
+        ("scribble ADDRESS 11 400", "BARs: written"),
+        ("table ADDRESS 12 4000", ""),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let name = format!("hostile-{turn}");
+        let (pod, container, program, address) = hostile_pod(node, &containerd, &name, disk)?;
+        let start = load.replace("/dev/vdX", "$(ls /dev/vd*)");
+        containerd.exec_shell(node, &container, &start)?;
+        let line = format!("{program} {}", work.replace("ADDRESS", &address));
+        let said = misuse(node, &containerd, &container, &line)?;
+        ensure!(said.contains(written), "{work}: {said}");
+        containerd.exec_shell(node, &bystander, "head -c 512 $(ls /dev/vd*) | wc -c")?;
+        remove_broken(node, &containerd, &pod)?;
+        let next = containerd.run_pod(node, HANDLER, &pod_config(&format!("after-{turn}")))?;
+        let container = containerd.run_container(node, &next, &sleeper("c", &[disk]))?;
+        let read = "dd if=$(ls /dev/vd*) bs=64k count=16 2>/dev/null | wc -c";
+        let seen = containerd.exec_shell(node, &container, read)?;
+        ensure!(seen == (1 << 20).to_string(), "the next pod reads {seen}");
+        containerd.remove_pod(node, &next)?;
+        kernel_is_sound(node)?;
+    }
+    containerd.remove_pod(node, &neighbour)?;
+    ensure!(locked_kib(node)? == 0, "memory stays pinned");
+    Leftovers::nothing_since(node, &before)?;
+    Ok(())
+}
+
+#[test]
+fn a_hostile_guest_suffers_alone() {
+    let Some(node) = node("passthrough-hostile") else {
+        return;
+    };
+    hostile_guests(&node).unwrap();
+}
+
+/// Drop-in of the configuration that lets pods name functions.
+const NAMING: &str = "/etc/pericarp/config.d/61-naming.toml";
+
+fn naming(name: &str, function: &Function) -> Value {
+    let mut config = pod_config(name);
+    config["annotations"] = json!({"pericarp.dev/devices.functions": function.address});
+    config
+}
+
+/// A pod that names a function has it from its start to its end, each of its containers.
+fn pods_name_functions(node: &Node) -> Result<()> {
+    let containerd = node.containerd(Version::V23)?;
+    let functions = functions(node)?;
+    let disk = &functions[0];
+    let before = Leftovers::look(node)?;
+    let refused = |config: &Value| -> Result<String> {
+        let error = containerd.run_pod(node, HANDLER, config).err();
+        Ok(format!("{:#}", error.context("it was accepted")?))
+    };
+    let error = refused(&naming("not-allowed", disk))?;
+    ensure!(error.contains("security.allowed_annotations"), "{error}");
+    node.write(
+        NAMING,
+        "[security]\nallowed_annotations = ['devices.functions']\n",
+    )?;
+    allow(node, &functions[1..])?;
+    let error = refused(&naming("not-for-pods", disk))?;
+    let words = ["devices.functions[0000:", "security.passthrough_devices"];
+    ensure!(words.iter().all(|word| error.contains(word)), "{error}");
+    allow(node, &functions)?;
+    let error = refused(&naming("pin", &functions[PIN_ONLY]))?;
+    ensure!(error.contains("interrupts by its pin alone"), "{error}");
+    Leftovers::nothing_since(node, &before)?;
+    let pod = containerd.run_pod(node, HANDLER, &naming("naming", disk))?;
+    ensure!(
+        locked_kib(node)? > 0,
+        "the function is not there before a container is"
+    );
+    let first = containerd.run_container(node, &pod, &sleeper("first", &[]))?;
+    let line = "echo named | dd of=$(ls /dev/vd*) bs=512 conv=sync,fsync 2>/dev/null";
+    containerd.exec_shell(node, &first, line)?;
+    // Asked for again by its group, it is the one that the pod has.
+    let second = containerd.run_container(node, &pod, &sleeper("second", &[disk]))?;
+    for container in [&second, &first] {
+        let seen = containerd.exec_shell(node, container, "head -c 5 $(ls /dev/vd*)")?;
+        ensure!(seen == "named", "{seen}");
+        remove(node, &containerd, container)?;
+        ensure!(locked_kib(node)? > 0, "it went with a container");
+    }
+    containerd.remove_pod(node, &pod)?;
+    node.shell(&format!("rm {NAMING}"))?;
+    Leftovers::nothing_since(node, &before)?;
+    Ok(())
+}
+
+#[test]
+fn a_pod_that_names_a_function_has_it_for_all_its_containers() {
+    let Some(node) = node("passthrough-naming") else {
+        return;
+    };
+    pods_name_functions(&node).unwrap();
+}
+
+/// Memory and processors of a VM with a function are those that the container may use.
+fn near_the_function(node: &Node) -> Result<()> {
+    let containerd = node.containerd(Version::V23)?;
+    let functions = functions(node)?;
+    let before = Leftovers::look(node)?;
+    node.shell(
+        "mkdir -p /sys/fs/cgroup/near; echo +cpuset >/sys/fs/cgroup/cgroup.subtree_control
+         echo +cpuset >/sys/fs/cgroup/near/cgroup.subtree_control",
+    )?;
+    for near in ["0", "1"] {
+        let mut config = pod_config(&format!("near-{near}"));
+        config["linux"] = json!({"cgroup_parent": "/near"});
+        let pod = containerd.run_pod(node, HANDLER, &config)?;
+        let mut config = sleeper("c", &[&functions[0]]);
+        config["linux"] = json!({"resources": {"cpuset_cpus": near, "cpuset_mems": near}});
+        containerd.run_container(node, &pod, &config)?;
+        let line = "cd /proc/$(pgrep -f '^[^ ]*pericarp-vmm')
+             grep memfd numa_maps | grep -o 'N[01]=' | sort -u
+             cat task/*/status | grep Cpus_allowed_list | awk '{ print $2 }' | sort -u";
+        let seen = node.shell(line)?;
+        let seen: Vec<&str> = seen.split_whitespace().collect();
+        ensure!(seen == [&format!("N{near}="), near], "{near}: {seen:?}");
+        containerd.remove_pod(node, &pod)?;
+    }
+    node.shell("rmdir /sys/fs/cgroup/near")?;
+    Leftovers::nothing_since(node, &before)?;
+    Ok(())
+}
+
+#[test]
+fn the_guest_is_where_the_container_may_be() {
+    let Some(node) = node("passthrough-near") else {
+        return;
+    };
+    near_the_function(&node).unwrap();
 }

@@ -6,7 +6,7 @@
 
 use std::{collections::BTreeMap, io, sync::OnceLock};
 
-use pericarp_sys::vfio;
+use pericarp_sys::{iommufd, vfio};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
@@ -173,6 +173,11 @@ const LOOP_REQUESTS: &[u32] = &[
     vfio::DEVICE_RESET,
     vfio::IOMMU_MAP_DMA,
     vfio::IOMMU_UNMAP_DMA,
+    iommufd::IOAS_ALLOC, // these and the rest: the same by iommufd
+    iommufd::IOAS_MAP,
+    iommufd::IOAS_UNMAP,
+    iommufd::DEVICE_BIND,
+    iommufd::DEVICE_ATTACH,
 ];
 
 /// The event loop.

@@ -180,14 +180,15 @@ wire_struct! {
 wire_struct! {
     /// A PCI function of the host, passed through by VFIO.
     Function {
-        /// The function, as its group opened it.
+        /// The function, as its group opened it, or its own device node.
         function: Descriptor,
-        /// Its group, in the container.
-        group: Descriptor,
+        /// Its group, in the container; none with iommufd.
+        group: List<Descriptor, 1>,
         /// The group's number: functions of one group name the same.
         group_number: u32,
-        /// The container; all functions of a machine are in the same.
-        container: Descriptor,
+        /// What lets functions reach memory: the group's container, or iommufd. All functions of a
+        /// machine name the same.
+        view: Descriptor,
     }
 }
 

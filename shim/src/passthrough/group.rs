@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use pericarp_runtime_config::{PciSelector, is_vfio_driver};
+use pericarp_runtime_config::{PciAddress, PciSelector, is_vfio_driver};
 
 use crate::errors::CallError;
 
@@ -25,13 +25,18 @@ pub(crate) struct HostFunction {
     pub(crate) address: String,
 }
 
+/// Node of the host that gives functions memory without groups, where the kernel has it.
+pub(crate) const IOMMUFD: &str = "/dev/iommu";
+
 /// Whether a device's path is one of VFIO's, and its group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum VfioPath {
-    /// `/dev/vfio/vfio`, which comes along with every group and says nothing.
+    /// `/dev/vfio/vfio` or `/dev/iommu`, which come along with functions and say nothing.
     Container,
     /// `/dev/vfio/<group>`.
     Group(u32),
+    /// `/dev/vfio/devices/vfio<number>`, a function's own.
+    Device(u32),
     /// `/dev/vfio/noiommu-<group>` and whatever else may come.
     Other,
 }
@@ -39,9 +44,14 @@ pub(crate) enum VfioPath {
 impl VfioPath {
     /// Reads a path; `None` when it has nothing to do with VFIO.
     pub(crate) fn of(path: &Path) -> Option<Self> {
+        if path == Path::new(IOMMUFD) {
+            return Some(Self::Container);
+        }
         let name = path.strip_prefix("/dev/vfio").ok()?.to_str()?;
-        Some(match name {
-            "vfio" => Self::Container,
+        let device = name.strip_prefix("devices/vfio").map(str::parse);
+        Some(match (name, device) {
+            ("vfio", _) => Self::Container,
+            (_, Some(Ok(number))) => Self::Device(number),
             _ => name.parse().map_or(Self::Other, Self::Group),
         })
     }
@@ -60,25 +70,84 @@ impl Default for Host {
     }
 }
 
-/// The field of the specification that asks for a group.
-pub(crate) fn field(group: u32) -> String {
-    format!("linux.devices[/dev/vfio/{group}]")
+/// A group that a pod asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    /// Its number.
+    pub(crate) group: u32,
+    /// What asks for it: a device of a container's specification, or the pod's setting.
+    pub(crate) field: String,
 }
 
-fn refuse(group: u32, reason: impl std::fmt::Display) -> CallError {
-    CallError::Invalid(format!("{}: {reason}", field(group)))
+impl Wanted {
+    /// By the node of a group in a container's specification.
+    pub(crate) fn by_device(group: u32) -> Self {
+        Self {
+            group,
+            field: format!("linux.devices[/dev/vfio/{group}]"),
+        }
+    }
+
+    /// That it is refused, and why.
+    pub(crate) fn refuse(&self, reason: impl std::fmt::Display) -> CallError {
+        CallError::Invalid(format!("{}: {reason}", self.field))
+    }
 }
 
 impl Host {
-    /// The functions of `group`, all of which a pod may have.
+    /// The group that a node in a container's specification means.
+    pub(crate) fn wanted(&self, path: VfioPath) -> Result<Wanted, CallError> {
+        let number = match path {
+            VfioPath::Device(number) => number,
+            VfioPath::Group(group) => return Ok(Wanted::by_device(group)),
+            VfioPath::Container | VfioPath::Other => {
+                let reason = "linux.devices: a node of VFIO that means no function";
+                return Err(CallError::Invalid(reason.to_owned()));
+            }
+        };
+        let field = format!("linux.devices[/dev/vfio/devices/vfio{number}]");
+        let device = self.sys.join(format!("class/vfio-dev/vfio{number}/device"));
+        match group_at(&device) {
+            Some(group) => Ok(Wanted { group, field }),
+            None => Err(CallError::Invalid(format!(
+                "{field}: the host has no function of this number"
+            ))),
+        }
+    }
+
+    /// The node of a function's own, where the kernel makes one.
+    pub(crate) fn own_node(&self, address: &str) -> Option<PathBuf> {
+        let entries = fs::read_dir(self.device(address).join("vfio-dev")).ok()?;
+        let name = entries
+            .take(1)
+            .find_map(|entry| Some(entry.ok()?.file_name()))?;
+        Some(Path::new("/dev/vfio/devices").join(name))
+    }
+
+    /// The group of the function at `address`, for pods that name it.
+    pub(crate) fn group_of(&self, address: &PciAddress) -> Result<Wanted, CallError> {
+        let address = address.as_str();
+        let field = format!("devices.functions[{address}]");
+        let refuse = |reason: &str| Err(CallError::Invalid(format!("{field}: {reason}")));
+        let device = self.device(address);
+        if !device.exists() {
+            return refuse("the host has no PCI function at this address");
+        }
+        match group_at(&device) {
+            Some(group) => Ok(Wanted { group, field }),
+            None => refuse(NO_IOMMU),
+        }
+    }
+
+    /// The functions of a group, all of which a pod may have.
     pub(crate) fn functions(
         &self,
-        group: u32,
+        wanted: &Wanted,
         allowed: &[PciSelector],
     ) -> Result<Vec<HostFunction>, CallError> {
         let folder = self.sys.join("kernel/iommu_groups");
-        let devices = folder.join(group.to_string()).join("devices");
-        let entries = fs::read_dir(&devices).map_err(|_| self.no_group(group, &folder))?;
+        let devices = folder.join(wanted.group.to_string()).join("devices");
+        let entries = fs::read_dir(&devices).map_err(|_| no_group(wanted, &folder))?;
         let mut names: Vec<String> = entries
             .take(FUNCTIONS_MAX)
             .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
@@ -89,28 +158,13 @@ impl Host {
             if self.is_bridge(&address) {
                 continue;
             }
-            self.check(group, &address, allowed)?;
+            self.check(wanted, &address, allowed)?;
             functions.push(HostFunction { address });
         }
         if functions.is_empty() {
-            return Err(refuse(
-                group,
-                "the group has no PCI function to pass through",
-            ));
+            return Err(wanted.refuse("the group has no PCI function to pass through"));
         }
         Ok(functions)
-    }
-
-    fn no_group(&self, group: u32, folder: &Path) -> CallError {
-        let any = fs::read_dir(folder).is_ok_and(|mut groups| groups.next().is_some());
-        if any {
-            return refuse(group, "the host has no IOMMU group of this number");
-        }
-        refuse(
-            group,
-            "the host has no IOMMU, or it is off: switch VT-d or AMD-Vi on in the firmware, and \
-                with an Intel processor boot the kernel with intel_iommu=on",
-        )
     }
 
     fn device(&self, address: &str) -> PathBuf {
@@ -128,7 +182,12 @@ impl Host {
         class.is_ok_and(|class| class >> 16 == BRIDGE)
     }
 
-    fn check(&self, group: u32, address: &str, allowed: &[PciSelector]) -> Result<(), CallError> {
+    fn check(
+        &self,
+        wanted: &Wanted,
+        address: &str,
+        allowed: &[PciSelector],
+    ) -> Result<(), CallError> {
         let id = |file| {
             let read = self.number(address, file);
             read.map_err(|error| CallError::host(format!("{file} of function {address}"), error))
@@ -140,29 +199,42 @@ impl Host {
             .iter()
             .any(|selector| selector.names(address, vendor, device))
         {
-            return Err(refuse(
-                group,
-                format_args!(
-                    "function {address} ({model}) is not for pods: the operator allows it by \
+            return Err(wanted.refuse(format_args!(
+                "function {address} ({model}) is not for pods: the operator allows it by \
                         naming \"{address}\" or \"{model}\" in security.passthrough_devices"
-                ),
-            ));
+            )));
         }
         let driver = fs::read_link(self.device(address).join("driver")).ok();
         let driver = driver.as_deref().and_then(Path::file_name);
         let driver = driver.map_or("none".into(), std::ffi::OsStr::to_string_lossy);
         if !is_vfio_driver(&driver) {
-            return Err(refuse(
-                group,
-                format_args!(
-                    "function {address} ({model}) of this group has the driver {driver}, not \
+            return Err(wanted.refuse(format_args!(
+                "function {address} ({model}) of this group has the driver {driver}, not \
                         vfio-pci: give every function of the group to vfio-pci (`driverctl \
                         set-override {address} vfio-pci`), or use a slot whose group it has alone"
-                ),
-            ));
+            )));
         }
         Ok(())
     }
+}
+
+/// The remedy for a host without an IOMMU.
+const NO_IOMMU: &str = "the host has no IOMMU, or it is off: switch VT-d or AMD-Vi on in the \
+    firmware, and with an Intel processor boot the kernel with intel_iommu=on";
+
+/// The IOMMU group of a device's folder.
+fn group_at(device: &Path) -> Option<u32> {
+    let link = fs::read_link(device.join("iommu_group")).ok()?;
+    link.file_name()?.to_str()?.parse().ok()
+}
+
+fn no_group(wanted: &Wanted, folder: &Path) -> CallError {
+    let any = fs::read_dir(folder).is_ok_and(|mut groups| groups.next().is_some());
+    wanted.refuse(if any {
+        "the host has no IOMMU group of this number"
+    } else {
+        NO_IOMMU
+    })
 }
 
 #[cfg(test)]
@@ -201,11 +273,12 @@ mod tests {
     fn every_function_of_a_group_comes_along_but_its_bridges() {
         let folder = tempfile::tempdir().unwrap();
         let host = host(folder.path());
-        let found = host.functions(7, &selectors(&["10de:2331"])).unwrap();
+        let wanted = Wanted::by_device(7);
+        let found = host.functions(&wanted, &selectors(&["10de:2331"])).unwrap();
         let addresses: Vec<_> = found.iter().map(|one| one.address.as_str()).collect();
         assert_eq!(addresses, ["0000:3b:00.0", "0000:3b:00.1"]);
         let both = selectors(&["0000:3b:00.1", "0000:3b:00.0"]);
-        assert_eq!(host.functions(7, &both).unwrap(), found);
+        assert_eq!(host.functions(&wanted, &both).unwrap(), found);
     }
 
     #[test]
@@ -213,7 +286,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let host = host(folder.path());
         let error = |group, allowed: &[&str]| {
-            let refused = host.functions(group, &selectors(allowed));
+            let refused = host.functions(&Wanted::by_device(group), &selectors(allowed));
             refused.unwrap_err().to_string()
         };
         for (error, words) in [
@@ -243,8 +316,52 @@ mod tests {
         let host = Host {
             sys: empty.path().to_owned(),
         };
-        let error = host.functions(0, &[]).unwrap_err().to_string();
+        let error = host.functions(&Wanted::by_device(0), &[]).unwrap_err();
+        let error = error.to_string();
         assert!(error.contains("intel_iommu=on"), "{error}");
+    }
+
+    #[test]
+    fn a_function_that_is_named_leads_to_its_group() {
+        let folder = tempfile::tempdir().unwrap();
+        let host = host(folder.path());
+        let group_of = |address| host.group_of(&PciAddress::parse(address).unwrap());
+        let device = folder.path().join("bus/pci/devices/0000:3b:00.0");
+        let error = group_of("0000:3b:00.0").unwrap_err().to_string();
+        assert!(error.contains("intel_iommu=on"), "{error}");
+        symlink("../../../kernel/iommu_groups/7", device.join("iommu_group")).unwrap();
+        let wanted = group_of("0000:3b:00.0").unwrap();
+        assert_eq!(wanted.group, 7);
+        let error = host.functions(&wanted, &[]).unwrap_err().to_string();
+        assert!(
+            error.starts_with("devices.functions[0000:3b:00.0]: "),
+            "{error}"
+        );
+        let error = group_of("0000:3b:00.7").unwrap_err().to_string();
+        assert!(error.contains("no PCI function at this address"), "{error}");
+    }
+
+    #[test]
+    fn a_function_is_known_by_its_own_node_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let host = host(folder.path());
+        let device = folder.path().join("bus/pci/devices/0000:3b:00.0");
+        assert_eq!(host.own_node("0000:3b:00.0"), None);
+        let own = device.join("vfio-dev/vfio3");
+        fs::create_dir_all(&own).unwrap();
+        let node = host.own_node("0000:3b:00.0");
+        assert_eq!(node.as_deref(), Some(Path::new("/dev/vfio/devices/vfio3")));
+        let class = folder.path().join("class/vfio-dev");
+        fs::create_dir_all(&class).unwrap();
+        symlink(&own, class.join("vfio3")).unwrap();
+        symlink(&device, own.join("device")).unwrap();
+        symlink("../../../kernel/iommu_groups/7", device.join("iommu_group")).unwrap();
+        let wanted = host.wanted(VfioPath::Device(3)).unwrap();
+        assert_eq!(wanted.group, 7);
+        let error = wanted.refuse("no").to_string();
+        assert_eq!(error, "linux.devices[/dev/vfio/devices/vfio3]: no");
+        assert!(host.wanted(VfioPath::Device(4)).is_err());
+        assert!(host.wanted(VfioPath::Container).is_err());
     }
 
     #[test]
@@ -253,7 +370,9 @@ mod tests {
         assert_eq!(of("/dev/vfio/vfio"), Some(VfioPath::Container));
         assert_eq!(of("/dev/vfio/12"), Some(VfioPath::Group(12)));
         assert_eq!(of("/dev/vfio/noiommu-0"), Some(VfioPath::Other));
-        assert_eq!(of("/dev/vfio/devices/vfio0"), Some(VfioPath::Other));
+        assert_eq!(of("/dev/vfio/devices/vfio0"), Some(VfioPath::Device(0)));
+        assert_eq!(of("/dev/vfio/devices/noiommu-vfio0"), Some(VfioPath::Other));
+        assert_eq!(of("/dev/iommu"), Some(VfioPath::Container));
         assert_eq!(of("/dev/vfiox"), None);
         assert_eq!(of("/dev/null"), None);
     }

@@ -244,7 +244,10 @@ fn builder(arguments: &NodeArguments) -> Result<Builder> {
             "nvme" => Device::Nvme,
             "virtio-blk" => Device::VirtioBlk,
             "virtio-gpu" => Device::VirtioGpu,
-            other => bail!("there is no device {other}; there are nvme, virtio-blk, virtio-gpu"),
+            "edu" => Device::Edu,
+            other => {
+                bail!("there is no device {other}; there are nvme, virtio-blk, virtio-gpu, edu")
+            }
         });
     }
     Ok(builder.name(format!("run-{}", std::process::id())))

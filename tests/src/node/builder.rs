@@ -36,6 +36,10 @@ pub enum Device {
     VirtioBlk,
     /// A function of the display class.
     VirtioGpu,
+    /// QEMU's teaching device: MSI and no MSI-X, and memory access to any address that it is told.
+    Edu,
+    /// A disk whose only interrupt is its pin.
+    PinOnly,
 }
 
 /// What the node runs on.

@@ -164,6 +164,10 @@ fn mediate_and_write(choices: &mut Choices<'_>) -> Option<()> {
                 assert_eq!(range.end - range.start, bar.size);
             }
         }
+        if let Some(place) = &seen.msi {
+            let (message, _) = place.message(&space);
+            assert_eq!(message.address & 3, 0, "messages are words");
+        }
         if let Some(place) = &seen.msix {
             let at = u64::from(offset);
             if let Met::Table(at) = meet(place, place.table.0, at, 4) {
@@ -185,7 +189,8 @@ pub(crate) fn check_mediated(bytes: &[u8; CONFIG_BYTES], sizes: &[u64; 6]) -> Op
             break;
         }
         assert!(at >= 0x40 && at.is_multiple_of(4));
-        assert!(matches!(byte(at), 0x09 | 0x10 | 0x11), "{:#x}", byte(at));
+        let id = byte(at);
+        assert!(matches!(id, 0x05 | 0x09 | 0x10 | 0x11), "{id:#x}");
         at = usize::from(byte(at + 1));
     }
     assert_eq!(at, 0, "the list of capabilities does not end");
@@ -200,6 +205,11 @@ pub(crate) fn check_mediated(bytes: &[u8; CONFIG_BYTES], sizes: &[u64; 6]) -> Op
         (0, 0),
         "there is no ROM"
     );
+    if let Some(place) = &seen.msi {
+        let control = seen.words[place.capability / 4] >> 16;
+        assert_eq!(control & !0x80, 0, "one message, off, without masks");
+        assert!(place.data() + 2 <= CONFIG_BYTES);
+    }
     for bar in &seen.bars {
         assert!(bar.size.is_power_of_two());
         let index = 4 + usize::from(bar.register);

@@ -1,13 +1,14 @@
 //! Functions of the host in this machine: their slots, their groups, and their view of its memory.
 //!
-//! All functions share one container, in which guest memory lies where the guest has it. It is
+//! All functions share one view of memory, in which guest memory lies where the guest has it: the
+//! container of their groups or, where the kernel has it, an address space of iommufd. It is
 //! mapped, and so pinned as a whole, when the first function comes, and given back when the last
 //! has gone; in between nothing is discarded ([`Discard`]).
 
 use std::{
     collections::BTreeMap,
     io,
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     sync::Arc,
 };
 
@@ -17,8 +18,8 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{DeviceFd, VmFd};
 use pericarp_protocol::machine::{FieldError, Function as Description};
-use pericarp_sys::vfio::Container;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use pericarp_sys::{iommufd::Iommufd, vfio::Container};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::memory::Memory;
 use crate::{
@@ -49,6 +50,21 @@ pub(crate) enum PassthroughError {
         /// What would be pinned.
         bytes: u64,
     },
+    /// Somebody has it.
+    #[error(
+        "it is in use by another pod or process, or another function of its group is in use by the \
+            host"
+    )]
+    Busy,
+    /// The host cannot confine it.
+    #[error(
+        "this host cannot keep a device from sending any interrupt it likes: switch interrupt \
+            remapping on in the firmware"
+    )]
+    Interrupts,
+    /// Some functions of the machine came by groups and some by iommufd.
+    #[error("Function.group: the machine's other functions came the other way")]
+    Mixed,
     /// A system call.
     #[error("{step}: {source}")]
     Host {
@@ -64,19 +80,32 @@ fn at(step: &'static str) -> impl Fn(io::Error) -> PassthroughError {
     move |source| PassthroughError::Host { step, source }
 }
 
+/// How functions reach memory.
+#[derive(Debug)]
+enum View {
+    /// Their groups are in it.
+    Container(Container),
+    /// They are in it themselves.
+    Iommufd(Iommufd),
+}
+
 /// The functions' view of memory. Dropped after the last function.
 #[derive(Debug)]
 struct Space {
-    container: Container,
+    view: View,
+    bytes: u64,
     _pin: Pin,
 }
 
-/// KVM's list of groups, by which it knows whether devices see the caches of processors. A machine
-/// has one, for good.
+/// What KVM is told of: a group by its number or, by iommufd, a function by its slot too.
+type FileKey = (u32, Option<Slot>);
+
+/// KVM's list of groups and functions, by which it knows whether devices see the caches of
+/// processors. A machine has one, for good.
 #[derive(Debug)]
 struct KvmGroups(DeviceFd);
 
-/// A group of which functions are in the machine.
+/// A group of which functions are in the machine, or a function that came without one.
 #[derive(Debug)]
 struct Held {
     descriptor: OwnedFd,
@@ -87,35 +116,70 @@ struct Held {
 #[derive(Debug)]
 struct Passed {
     function: Arc<PassedFunction>,
-    group: u32,
+    file: FileKey,
 }
 
 /// The functions of a machine.
 #[derive(Debug, Default)]
 pub(super) struct Passthrough {
     functions: BTreeMap<Slot, Passed>,
-    groups: BTreeMap<u32, Held>,
+    files: BTreeMap<FileKey, Held>,
     space: Option<Space>,
     kvm: Option<KvmGroups>,
 }
 
+impl View {
+    fn map(&self, memory: &Arc<GuestMemoryMmap>, start: u64, bytes: u64) -> io::Result<()> {
+        match self {
+            Self::Container(container) => container.map(memory, start, bytes),
+            Self::Iommufd(iommufd) => iommufd.map(memory, start, bytes),
+        }
+    }
+
+    fn unmap_all(&self) -> io::Result<()> {
+        match self {
+            Self::Container(container) => container.unmap_all(),
+            Self::Iommufd(iommufd) => iommufd.unmap_all(),
+        }
+    }
+}
+
 impl Space {
-    fn new(container: Container, memory: &Memory) -> Result<Self, PassthroughError> {
+    fn new(view: View, memory: &Memory) -> Result<Self, PassthroughError> {
         // Nothing is discarded from here on, so that what is mapped stays what the guest sees.
         let pin = memory.discard.pin();
-        let space = Self {
-            container,
+        let mut space = Self {
+            view,
+            bytes: 0,
             _pin: pin,
         };
         for region in memory.guest.iter() {
             let (start, bytes) = (region.start_addr().0, region.len());
-            let mapped = space.container.map(&memory.guest, start, bytes);
-            mapped.map_err(|error| match error.raw_os_error() {
-                Some(libc::ENOMEM) => PassthroughError::Pinned { bytes },
-                _ => at("mapping guest memory for devices")(error),
-            })?;
+            space.bytes += bytes;
+            let mapped = space.view.map(&memory.guest, start, bytes);
+            mapped.map_err(|error| space.explain(error))?;
         }
         Ok(space)
+    }
+
+    fn explain(&self, error: io::Error) -> PassthroughError {
+        match error.raw_os_error() {
+            Some(libc::ENOMEM) => PassthroughError::Pinned { bytes: self.bytes },
+            _ => at("mapping guest memory for devices")(error),
+        }
+    }
+
+    /// Lets a function see it. One of a group does already: the shim has put the group in.
+    fn admit(&self, function: &OwnedFd) -> Result<(), PassthroughError> {
+        let View::Iommufd(iommufd) = &self.view else {
+            return Ok(());
+        };
+        let admitted = iommufd.admit(function.as_fd());
+        admitted.map_err(|error| match error.raw_os_error() {
+            Some(libc::EBUSY | libc::EINVAL) => PassthroughError::Busy,
+            Some(libc::EPERM) => PassthroughError::Interrupts,
+            _ => self.explain(error),
+        })
     }
 }
 
@@ -128,8 +192,8 @@ impl KvmGroups {
         Ok(Self(vm.create_device(&mut device)?))
     }
 
-    fn tell(&self, group: &OwnedFd, act: u32) -> io::Result<()> {
-        let descriptor = group.as_raw_fd();
+    fn tell(&self, file: &OwnedFd, act: u32) -> io::Result<()> {
+        let descriptor = file.as_raw_fd();
         let attribute = kvm_device_attr {
             group: KVM_DEV_VFIO_FILE,
             attr: u64::from(act),
@@ -142,8 +206,8 @@ impl KvmGroups {
 
 impl Drop for Space {
     fn drop(&mut self) {
-        // The container's end does it too.
-        let _ = self.container.unmap_all();
+        // The view's end does it too.
+        let _ = self.view.unmap_all();
     }
 }
 
@@ -163,57 +227,82 @@ impl Passthrough {
         around: &Surroundings,
     ) -> Result<(), PassthroughError> {
         let function = descriptors.take("Function.function", description.function)?;
-        let group = descriptors.take("Function.group", description.group)?;
-        let container = descriptors.take("Function.container", description.container)?;
-        if self.space.is_none() {
-            let container = Container::new(container).map_err(at("Function.container"))?;
-            self.space = Some(Space::new(container, memory)?);
+        let group = description.group.as_slice().first();
+        let group = group.map(|group| descriptors.take("Function.group", *group));
+        let group = group.transpose()?;
+        let view = descriptors.take("Function.view", description.view)?;
+        let space = match self.space.take() {
+            Some(space) => space,
+            None => {
+                let view = match &group {
+                    Some(_) => Container::new(view).map(View::Container),
+                    None => Iommufd::new(view).map(View::Iommufd),
+                };
+                Space::new(view.map_err(at("Function.view"))?, memory)?
+            }
+        };
+        let by_group = matches!(space.view, View::Container(_));
+        let space = self.space.insert(space);
+        if by_group != group.is_some() {
+            return Err(PassthroughError::Mixed);
         }
-        if self.kvm.is_none() {
-            let groups = KvmGroups::new(&around.vm).map_err(at("KVM's list of groups"))?;
-            self.kvm = Some(groups);
-        }
-        let added = self.attach(
-            description.group_number,
-            group,
-            function,
-            place,
-            memory,
-            around,
-        );
+        let alone = group.is_none().then_some(place.0);
+        let key = (description.group_number, alone);
+        let told = match group {
+            Some(group) => group,
+            None => function.try_clone().map_err(at("Function.function"))?,
+        };
+        let added = Self::tell(&mut self.kvm, &mut self.files, (key, told), around)
+            .and_then(|()| space.admit(&function))
+            .and_then(|()| self.attach(key, function, place, memory, around));
         if added.is_err() {
             self.tidy();
         }
         added
     }
 
+    /// Tells KVM of a group or function that it does not know.
+    fn tell(
+        kvm: &mut Option<KvmGroups>,
+        files: &mut BTreeMap<FileKey, Held>,
+        (key, descriptor): (FileKey, OwnedFd),
+        around: &Surroundings,
+    ) -> Result<(), PassthroughError> {
+        let failed = at("KVM's list of groups");
+        if files.contains_key(&key) {
+            return Ok(());
+        }
+        let kvm = match kvm {
+            Some(kvm) => kvm,
+            None => kvm.insert(KvmGroups::new(&around.vm).map_err(&failed)?),
+        };
+        kvm.tell(&descriptor, KVM_DEV_VFIO_FILE_ADD)
+            .map_err(failed)?;
+        let held = Held {
+            descriptor,
+            functions: 0,
+        };
+        files.insert(key, held);
+        Ok(())
+    }
+
     fn attach(
         &mut self,
-        number: u32,
-        group: OwnedFd,
+        key: FileKey,
         function: OwnedFd,
         place: (Slot, bool),
         memory: &Memory,
         around: &Surroundings,
     ) -> Result<(), PassthroughError> {
-        if let (Some(kvm), false) = (&self.kvm, self.groups.contains_key(&number)) {
-            let told = kvm.tell(&group, KVM_DEV_VFIO_FILE_ADD);
-            told.map_err(at("KVM's list of groups"))?;
-            let held = Held {
-                descriptor: group,
-                functions: 0,
-            };
-            self.groups.insert(number, held);
-        }
         let length = |range: &std::ops::Range<u64>| range.end - range.start;
         let rooms = [&layout::WINDOW_32, &memory.layout.window_64].map(length);
         let function = PassedFunction::attach(function, place, rooms, around.clone())?;
-        if let Some(held) = self.groups.get_mut(&number) {
+        if let Some(held) = self.files.get_mut(&key) {
             held.functions += 1;
         }
         let passed = Passed {
             function,
-            group: number,
+            file: key,
         };
         self.functions.insert(place.0, passed);
         Ok(())
@@ -225,26 +314,26 @@ impl Passthrough {
             return false;
         };
         passed.function.detach();
-        if let Some(held) = self.groups.get_mut(&passed.group) {
+        if let Some(held) = self.files.get_mut(&passed.file) {
             held.functions -= 1;
         }
         self.tidy();
         true
     }
 
-    /// Gives back groups without functions and, without groups, the memory.
+    /// Gives back groups without functions and, without any, the memory.
     fn tidy(&mut self) {
         let kvm = self.kvm.as_ref();
-        self.groups.retain(|_, held| {
+        self.files.retain(|_, held| {
             if held.functions == 0
                 && let Some(kvm) = kvm
             {
-                // KVM holds the group open until then.
+                // KVM holds it open until then.
                 let _ = kvm.tell(&held.descriptor, KVM_DEV_VFIO_FILE_DEL);
             }
             held.functions > 0
         });
-        if self.groups.is_empty() {
+        if self.files.is_empty() {
             self.space = None;
         }
     }

@@ -136,6 +136,18 @@ impl Msix {
         }
     }
 
+    /// The guest wrote the one message of MSI, which has no table and no mask.
+    pub(crate) fn set_message(&self, message: InterruptMessage, enabled: bool) {
+        let mut table = self.lock();
+        table.enabled = enabled;
+        let Some(entry) = table.entries.first_mut() else {
+            return;
+        };
+        entry.message = message;
+        entry.masked = false;
+        self.update(&mut table, 0);
+    }
+
     /// The guest reads the table.
     pub(crate) fn read_table(&self, offset: u64, data: &mut [u8]) {
         let table = self.lock();

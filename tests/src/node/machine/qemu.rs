@@ -152,6 +152,11 @@ fn arguments(builder: &Builder, boot: &BootFiles, results: &Path) -> Result<Vec<
             "intel-iommu,intremap=on,caching-mode=off",
         ]);
         kernel_line.push_str(" intel_iommu=on iommu=pt");
+        if !builder.icount && builder.cpus == 2 {
+            add(&two_numa_nodes(builder.memory_mib)
+                .each_ref()
+                .map(String::as_str));
+        }
     }
     let cpus = if builder.icount { 1 } else { builder.cpus };
     add(&["-cpu", "EPYC,+svm,+npt", "-smp", &cpus.to_string()]);
@@ -193,6 +198,25 @@ fn arguments(builder: &Builder, boot: &BootFiles, results: &Path) -> Result<Vec<
     Ok(all)
 }
 
+/// Half of the memory and one processor each: what is near a device, and what is not.
+fn two_numa_nodes(memory_mib: u32) -> [String; 8] {
+    let half = memory_mib / 2;
+    let backend = |node| format!("memory-backend-ram,id=near{node},size={half}M");
+    let node = |node| format!("node,nodeid={node},cpus={node},memdev=near{node}");
+    let object = || "-object".to_owned();
+    let numa = || "-numa".to_owned();
+    [
+        object(),
+        backend(0),
+        object(),
+        backend(1),
+        numa(),
+        node(0),
+        numa(),
+        node(1),
+    ]
+}
+
 /// Size of the disks that are added for passthrough.
 const DISK_BYTES: u64 = 320 * 1024 * 1024;
 
@@ -208,7 +232,7 @@ fn device_arguments(index: usize, device: Device, results: &Path) -> Result<Vec<
         ),
     ];
     let disk = results.join(format!("disk{index}.img"));
-    if device != Device::VirtioGpu {
+    if !matches!(device, Device::VirtioGpu | Device::Edu) {
         let file = File::create(&disk).context("cannot make a disk for the node")?;
         file.set_len(DISK_BYTES)
             .context("cannot size a disk for the node")?;
@@ -220,7 +244,12 @@ fn device_arguments(index: usize, device: Device, results: &Path) -> Result<Vec<
         Device::VirtioBlk => {
             format!("virtio-blk-pci,drive=disk{index},iommu_platform=on,disable-legacy=on")
         }
+        Device::PinOnly => {
+            let options = "iommu_platform=on,disable-legacy=on,vectors=0";
+            format!("virtio-blk-pci,drive=disk{index},{options}")
+        }
         Device::VirtioGpu => "virtio-gpu-pci,iommu_platform=on".to_owned(),
+        Device::Edu => "edu,dma_mask=0xffffffffffffffff".to_owned(),
     };
     words.extend([
         "-device".to_owned(),

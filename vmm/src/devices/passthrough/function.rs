@@ -16,7 +16,7 @@ use std::{
     collections::BTreeMap,
     io,
     ops::Range,
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::OwnedFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak},
 };
 
@@ -24,12 +24,12 @@ use pericarp_sys::{
     mapping::{Backing, DeviceMapping},
     vfio::{self, Region},
 };
-use vmm_sys_util::eventfd::EventFd;
 
 use super::{
+    interrupts::Interrupts,
     mediate::{
         self, Bar, COMMAND, COMMAND_PASSED, CONFIG_BYTES, DEVICE_CONTROL, FUNCTION_RESET,
-        MediateError, Mediated, MsixPlace,
+        MediateError, Mediated, MsiPlace, MsixPlace,
     },
     windows,
 };
@@ -38,7 +38,7 @@ use crate::{
     pci::{
         PciFunction, Slot,
         config::{Changed, ConfigSpace},
-        msix::Msix,
+        routes::InterruptMessage,
     },
 };
 
@@ -93,25 +93,6 @@ struct PassedBar {
     windows: Vec<(u64, Arc<DeviceMapping>)>,
 }
 
-/// Interrupts.
-#[derive(Debug)]
-struct Interrupts {
-    place: MsixPlace,
-    msix: Msix,
-    /// Vectors can be added one by one.
-    grows: bool,
-    live: Mutex<Live>,
-}
-
-/// What the function signals now.
-#[derive(Debug, Default)]
-struct Live {
-    on: bool,
-    /// Vectors that the host has for it, when it cannot have more without starting again.
-    allocated: usize,
-    connected: BTreeMap<u16, EventFd>,
-}
-
 /// A function on the bus.
 #[derive(Debug)]
 pub(crate) struct PassedFunction {
@@ -119,7 +100,8 @@ pub(crate) struct PassedFunction {
     slot: Slot,
     around: Surroundings,
     bars: Vec<PassedBar>,
-    interrupts: Option<Interrupts>,
+    msix: Option<(MsixPlace, Interrupts)>,
+    msi: Option<(MsiPlace, Interrupts)>,
     express: Option<usize>,
     space: Region,
     config: Mutex<ConfigSpace>,
@@ -166,10 +148,19 @@ impl PassedFunction {
         let seen = mediate::mediate(&bytes, &sizes, multifunction)?;
         check_rooms(&seen.bars, rooms)?;
         let bars = map_bars(&function, &seen, &regions)?;
-        let interrupts = match seen.msix {
-            Some(place) => Some(interrupts(&function, place, &around)?),
-            None => None,
+        let interrupts = |kind, count| {
+            let made = Interrupts::new(&function, kind, count, &around);
+            made.map_err(at("interrupts"))
         };
+        let msix = seen.msix.map(|place| {
+            let made = interrupts(vfio::MSIX, place.count)?;
+            Ok::<_, FunctionError>((place, made))
+        });
+        let msi = seen.msi.map(|place| {
+            let made = interrupts(vfio::MSI, 1)?;
+            Ok::<_, FunctionError>((place, made))
+        });
+        let (msix, msi) = (msix.transpose()?, msi.transpose()?);
         let words = Arc::clone(around.root.words());
         let command = COMMAND_MEMORY.to_le_bytes();
         let started = function.write(&space, COMMAND as u64, &command);
@@ -179,7 +170,8 @@ impl PassedFunction {
             this: this.clone(),
             slot,
             bars,
-            interrupts,
+            msix,
+            msi,
             express: seen.express,
             space,
             config: Mutex::new(config),
@@ -211,14 +203,11 @@ impl PassedFunction {
         if let Some(function) = function.take() {
             // No memory access any more, then no state; the kernel does both again at the close.
             let _ = function.write(&self.space, COMMAND as u64, &[0, 0]);
-            let _ = function.silence(vfio::MSIX);
+            self.interrupts().for_each(|kind| kind.silence(&function));
             let _ = function.reset();
         }
         drop(function);
-        if let Some(interrupts) = &self.interrupts {
-            *lock(&interrupts.live) = Live::default();
-            interrupts.msix.forget_routes();
-        }
+        self.interrupts().for_each(Interrupts::forget);
     }
 
     fn hide(&self, slots: &[u32]) {
@@ -283,43 +272,64 @@ impl PassedFunction {
         }
     }
 
-    /// Connects the vectors that are open now; `only` names the one that may have changed.
-    fn connect(&self, only: Option<u16>) {
-        let Some(interrupts) = &self.interrupts else {
-            return;
-        };
-        let mut live = lock(&interrupts.live);
-        let function = self.function();
-        let Some(function) = function.as_ref() else {
-            return;
-        };
-        if !interrupts.msix.is_enabled() {
-            if std::mem::take(&mut *live).on {
-                let _ = function.silence(vfio::MSIX);
-                interrupts.msix.forget_routes();
-            }
-            return;
-        }
-        if !live.on {
-            // The function's own enable bit follows; no vector signals anything yet.
-            live.on = function.signal(vfio::MSIX, 0, &[None]).is_ok();
-            live.allocated = 1;
-        }
-        let vectors = match only {
-            Some(vector) => vector..vector + 1,
-            None => 0..interrupts.place.count,
-        };
-        for vector in vectors {
-            if live.connected.contains_key(&vector) || !interrupts.msix.is_open(vector) {
-                continue;
-            }
-            // A vector that cannot be had is silent: only the guest's own device suffers.
-            if let Ok(Some(eventfd)) = interrupts.msix.eventfd(vector) {
-                live.connected.insert(vector, eventfd);
-                let _ = live.signal(function, vector, interrupts.grows);
-            }
+    /// Interrupts of both kinds.
+    fn interrupts(&self) -> impl Iterator<Item = &Interrupts> {
+        let msix = self.msix.iter().map(|(_, interrupts)| interrupts);
+        msix.chain(self.msi.iter().map(|(_, interrupts)| interrupts))
+    }
+
+    /// Connects vectors after a change; `only` names the one that may have changed.
+    fn connect(&self, interrupts: &Interrupts, only: Option<u16>) {
+        if let Some(function) = self.function().as_ref() {
+            interrupts.connect(function, only);
         }
     }
+
+    /// The guest wrote a word of its capabilities.
+    fn capability(&self, config: &ConfigSpace, at: usize, offset: u16, data: &[u8]) {
+        if self.express.map(|express| express + DEVICE_CONTROL) == Some(at) {
+            let [control, _] = halves(config.word(at));
+            let wanted = written(offset, data, at + 1) & FUNCTION_RESET.to_le_bytes()[1];
+            self.tell(at, control | u16::from_le_bytes([0, wanted]));
+        }
+        if let Some((place, interrupts)) = &self.msix
+            && place.capability == at
+        {
+            let [_, control] = halves(config.word(at));
+            interrupts.table().set_control(control);
+            self.connect(interrupts, None);
+        }
+        if let Some((place, interrupts)) = &self.msi
+            && place.range().contains(&at)
+        {
+            let (message, enabled) = place.message(config);
+            interrupts.set_message(message, enabled);
+            self.connect(interrupts, None);
+        }
+    }
+}
+
+impl MsiPlace {
+    /// What the guest has written: its message, and whether it is on.
+    pub(crate) fn message(&self, config: &ConfigSpace) -> (InterruptMessage, bool) {
+        let [_, control] = halves(config.word(self.capability));
+        let low = u64::from(config.word(self.capability + 4));
+        let high = match self.wide {
+            true => u64::from(config.word(self.capability + 8)),
+            false => 0,
+        };
+        let [data, _] = halves(config.word(self.data()));
+        let message = InterruptMessage {
+            address: low | high << 32,
+            data: u32::from(data),
+        };
+        (message, control & mediate::MSI_ENABLED != 0)
+    }
+}
+
+fn halves(word: u32) -> [u16; 2] {
+    let [a, b, c, d] = word.to_le_bytes();
+    [u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d])]
 }
 
 impl Bar {
@@ -330,27 +340,6 @@ impl Bar {
         } else {
             config.narrow_bar(self.register, self.size)
         }
-    }
-}
-
-impl Live {
-    fn signal(&mut self, function: &vfio::Function, vector: u16, grows: bool) -> io::Result<()> {
-        let index = usize::from(vector);
-        if grows || index < self.allocated {
-            let eventfd = self.connected.get(&vector).map(AsRawFd::as_raw_fd);
-            return function.signal(vfio::MSIX, vector, &[eventfd]);
-        }
-        // Before Linux 6.5 more vectors mean all of them anew; what came in between is lost, so
-        // each one in use is signalled once more: drivers look and find nothing.
-        function.silence(vfio::MSIX)?;
-        let eventfd = |vector: u16| self.connected.get(&vector).map(AsRawFd::as_raw_fd);
-        let all: Vec<_> = (0..=vector).map(eventfd).collect();
-        function.signal(vfio::MSIX, 0, &all)?;
-        self.allocated = index + 1;
-        for eventfd in self.connected.values() {
-            let _ = eventfd.write(1);
-        }
-        Ok(())
     }
 }
 
@@ -397,28 +386,6 @@ fn map_bars(
     Ok(bars)
 }
 
-fn interrupts(
-    function: &vfio::Function,
-    mut place: MsixPlace,
-    around: &Surroundings,
-) -> Result<Interrupts, FunctionError> {
-    let there = function.interrupts(vfio::MSIX).map_err(at("interrupts"))?;
-    // Both come from the same register; of a kernel that thinks otherwise the lower number holds.
-    let count = u16::try_from(there.count).unwrap_or(u16::MAX);
-    place.count = place.count.min(count);
-    Ok(Interrupts {
-        msix: Msix::new(
-            Arc::clone(&around.vm),
-            Arc::clone(&around.routes),
-            Arc::clone(&around.interrupts),
-            place.count,
-        ),
-        place,
-        grows: there.grows,
-        live: Mutex::default(),
-    })
-}
-
 /// What an access to a BAR meets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Met {
@@ -460,11 +427,8 @@ pub(crate) fn meet(place: &MsixPlace, bar: u8, offset: u64, length: usize) -> Me
 
 impl PassedFunction {
     fn meet(&self, bar: u8, offset: u64, length: usize) -> (Met, Option<&Interrupts>) {
-        match &self.interrupts {
-            Some(interrupts) => {
-                let met = meet(&interrupts.place, bar, offset, length);
-                (met, Some(interrupts))
-            }
+        match &self.msix {
+            Some((place, interrupts)) => (meet(place, bar, offset, length), Some(interrupts)),
             None => (Met::Registers, None),
         }
     }
@@ -490,23 +454,7 @@ impl PciFunction for PassedFunction {
                 self.decode();
                 self.around.doorbell.ring(self.slot);
             }
-            Changed::Capability(at) => {
-                let [low, high, upper_low, upper_high] = config.word(at).to_le_bytes();
-                let express = self.express.map(|express| express + DEVICE_CONTROL);
-                if express == Some(at) {
-                    let control = u16::from_le_bytes([low, high]);
-                    let wanted = written(offset, data, at + 1) & FUNCTION_RESET.to_le_bytes()[1];
-                    self.tell(at, control | u16::from_le_bytes([0, wanted]));
-                }
-                drop(config);
-                if let Some(interrupts) = &self.interrupts
-                    && interrupts.place.capability == at
-                {
-                    let control = u16::from_le_bytes([upper_low, upper_high]);
-                    interrupts.msix.set_control(control);
-                    self.connect(None);
-                }
-            }
+            Changed::Capability(at) => self.capability(&config, at, offset, data),
             Changed::Nothing => {}
         }
     }
@@ -514,8 +462,8 @@ impl PciFunction for PassedFunction {
     fn read_bar(&self, bar: u8, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         match self.meet(bar, offset, data.len()) {
-            (Met::Table(at), Some(interrupts)) => interrupts.msix.read_table(at, data),
-            (Met::Pending(at), Some(interrupts)) => interrupts.msix.read_pending(at, data),
+            (Met::Table(at), Some(interrupts)) => interrupts.table().read_table(at, data),
+            (Met::Pending(at), Some(interrupts)) => interrupts.table().read_pending(at, data),
             (Met::Registers, _) => {
                 if let (Some(function), Some(region)) = (self.function().as_ref(), self.region(bar))
                     && function.read(region, offset, data).is_err()
@@ -530,8 +478,8 @@ impl PciFunction for PassedFunction {
     fn write_bar(&self, bar: u8, offset: u64, data: &[u8]) {
         match self.meet(bar, offset, data.len()) {
             (Met::Table(at), Some(interrupts)) => {
-                interrupts.msix.write_table(at, data);
-                self.connect(u16::try_from(at / 16).ok());
+                interrupts.table().write_table(at, data);
+                self.connect(interrupts, u16::try_from(at / 16).ok());
             }
             (Met::Registers, _) => {
                 if let (Some(function), Some(region)) = (self.function().as_ref(), self.region(bar))
@@ -556,6 +504,8 @@ fn written(offset: u16, data: &[u8], at: usize) -> u8 {
 
 #[cfg(test)]
 mod tests {
+    use pericarp_sys::mapping::SharedWords;
+
     use super::*;
 
     #[test]
@@ -574,6 +524,33 @@ mod tests {
         assert_eq!(meet(&place, 1, 0x2000, 4), Met::Registers);
         assert_eq!(meet(&place, 1, 0x10, 8), Met::Pending(0));
         assert_eq!(meet(&place, 1, u64::MAX, 8), Met::Registers);
+    }
+
+    #[test]
+    fn a_message_is_put_together_from_what_the_guest_wrote() {
+        let words = |control: u32, rest: [u32; 3]| {
+            let mut words = [0; mediate::WORDS];
+            words[0x10] = control << 16 | 5;
+            words[0x11..0x14].copy_from_slice(&rest);
+            let bus = SharedWords::new(crate::pci::config::FUNCTION_BYTES).unwrap();
+            ConfigSpace::show(Arc::new(bus), 0, &words, [0; mediate::WORDS])
+        };
+        let place = |wide| MsiPlace {
+            capability: 0x40,
+            wide,
+        };
+        let wide = words(0x81, [0xfee0_0000, 1, 0xffff_4123]);
+        let message = InterruptMessage {
+            address: 0x1_fee0_0000,
+            data: 0x4123,
+        };
+        assert_eq!(place(true).message(&wide), (message, true));
+        let narrow = words(0, [0xfee0_1000, 0x31, 7]);
+        let message = InterruptMessage {
+            address: 0xfee0_1000,
+            data: 0x31,
+        };
+        assert_eq!(place(false).message(&narrow), (message, false));
     }
 
     #[test]

@@ -5,9 +5,14 @@
 //! What it may write of them is a mask; few of the bits go on to the function ([`COMMAND_PASSED`],
 //! [`DEVICE_CONTROL_PASSED`]), and the kernel's vfio-pci looks at these again.
 //!
-//! Shown: PCI Express, MSI-X, vendor's own (read-only). Hidden: the expansion ROM, INTx, I/O BARs,
-//! power management (a function is always on), vital product data (reading it has side effects),
-//! MSI, and everything beyond the first 256 bytes (SR-IOV, ATS, resizable BARs).
+//! Shown: PCI Express, MSI-X, MSI with one message and no mask, vendor's own (read-only). Hidden:
+//! the expansion ROM, INTx, I/O BARs, power management (a function is always on), vital product
+//! data (reading it has side effects), and everything beyond the first 256 bytes (SR-IOV, ATS,
+//! resizable BARs).
+//!
+//! A function that has no other interrupt than its pin (INTx) is refused: the machine has no
+//! controller for pins, and without one the kernel tells nobody when the guest has served one
+//! (decision D21).
 //!
 //! The bytes are of a device that the last guest may have misled, so the list of capabilities is
 //! walked as a stranger's: each offset once.
@@ -29,6 +34,7 @@ const HEADER: usize = 0x0e;
 const BARS: usize = 0x10;
 const SUBSYSTEM: usize = 0x2c;
 const CAPABILITIES: usize = 0x34;
+const PIN: usize = 0x3d;
 const HEADER_END: usize = 0x40;
 
 /// Status: there is a list of capabilities.
@@ -49,6 +55,7 @@ const BAR_WIDE: u32 = 0b0100;
 const BAR_FLAGS: u32 = 0b1111;
 
 /// Ids of capabilities (PCI code and ID assignment 1.11 §2).
+const MSI: u8 = 0x05;
 const VENDOR_SPECIFIC: u8 = 0x09;
 const EXPRESS: u8 = 0x10;
 const MSIX: u8 = 0x11;
@@ -68,6 +75,12 @@ const MSIX_BYTES: usize = 12;
 const ENTRY_BYTES: u64 = 16;
 /// Message control: enable and mask of the function.
 const MSIX_WRITABLE: u16 = 1 << 15 | 1 << 14;
+
+/// MSI (PCI 3.0 §6.8.1): message control: enabled; the address has two words.
+pub(crate) const MSI_ENABLED: u16 = 1;
+const MSI_WIDE: u16 = 1 << 7;
+/// Bytes of the capability with an address of one and of two words, without masks.
+const MSI_BYTES: [usize; 2] = [10, 14];
 
 /// A BAR of memory space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,6 +106,27 @@ pub(crate) struct MsixPlace {
     pub(crate) pending: (u8, Range<u64>),
 }
 
+/// Where MSI is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct MsiPlace {
+    /// Offset of the capability.
+    pub(crate) capability: usize,
+    /// Its address has two words.
+    pub(crate) wide: bool,
+}
+
+impl MsiPlace {
+    /// Offset of its data.
+    pub(crate) fn data(&self) -> usize {
+        self.capability + if self.wide { 12 } else { 8 }
+    }
+
+    /// Offsets of the words that it has a part in.
+    pub(crate) fn range(&self) -> Range<usize> {
+        self.capability..self.data() + 4
+    }
+}
+
 /// What the guest sees.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Mediated {
@@ -104,6 +138,8 @@ pub(crate) struct Mediated {
     pub(crate) bars: Vec<Bar>,
     /// Interrupts by message, if the function has them.
     pub(crate) msix: Option<MsixPlace>,
+    /// The same with a single message, if it has that.
+    pub(crate) msi: Option<MsiPlace>,
     /// Offset of the PCI Express capability.
     pub(crate) express: Option<usize>,
 }
@@ -128,6 +164,12 @@ pub(crate) enum MediateError {
     /// MSI-X outside its BAR.
     #[error("the table of MSI-X does not lie in a BAR of the function")]
     Msix,
+    /// Interrupts that have no way into the guest.
+    #[error(
+        "the function interrupts by its pin alone (INTx), which has no way into a VM: one that \
+            knows MSI or MSI-X, as those of PCI Express do, can be passed through"
+    )]
+    Pin,
 }
 
 fn half(bytes: &[u8; CONFIG_BYTES], at: usize) -> u16 {
@@ -162,11 +204,15 @@ pub(crate) fn mediate(
     picture.allow(COMMAND, COMMAND_WRITABLE);
     let bars = show_bars(&mut picture, bytes, sizes)?;
     let found = show_capabilities(&mut picture, bytes, &bars)?;
+    if bytes[PIN] != 0 && found.msix.is_none() && found.msi.is_none() {
+        return Err(MediateError::Pin);
+    }
     Ok(Mediated {
         words: std::array::from_fn(|index| word(&picture.bytes, index * 4)),
         writable: std::array::from_fn(|index| word(&picture.writable, index * 4)),
         bars,
         msix: found.msix,
+        msi: found.msi,
         express: found.express,
     })
 }
@@ -245,6 +291,7 @@ fn show_bars(
 #[derive(Debug, Default)]
 struct Found {
     msix: Option<MsixPlace>,
+    msi: Option<MsiPlace>,
     express: Option<usize>,
 }
 
@@ -278,6 +325,7 @@ fn show_capabilities(
         link = at + 1;
         match bytes[at] {
             MSIX => found.msix = Some(show_msix(picture, bytes, at, bars)?),
+            MSI => found.msi = Some(show_msi(picture, bytes, at)),
             EXPRESS => {
                 picture.bytes[at + DEVICE_CONTROL + 1] &= !FUNCTION_RESET.to_le_bytes()[1];
                 picture.allow(at + DEVICE_CONTROL, DEVICE_CONTROL_PASSED);
@@ -309,11 +357,35 @@ fn shown_bytes(bytes: &[u8; CONFIG_BYTES], at: usize, end: usize) -> Option<usiz
     match bytes[at] {
         VENDOR_SPECIFIC => Some(usize::from(bytes[at + 2]).clamp(3, room)),
         MSIX => (room >= MSIX_BYTES).then_some(MSIX_BYTES),
+        MSI => {
+            let wide = half(bytes, at + 2) & MSI_WIDE != 0;
+            let length = MSI_BYTES[usize::from(wide)];
+            (room >= length).then_some(length)
+        }
         EXPRESS if bytes[at + 2] & 0xf >= 2 => Some(EXPRESS_BYTES[1].min(room)),
         EXPRESS => Some(EXPRESS_BYTES[0].min(room)),
         _ => None,
     }
     .filter(|_| bytes[at] != EXPRESS || room >= DEVICE_CONTROL + 4)
+}
+
+/// One message, without a mask, off: x86 guests use no more without interrupt remapping of their
+/// own, and what is masked or waits would have to be read from the function.
+fn show_msi(picture: &mut Picture, bytes: &[u8; CONFIG_BYTES], at: usize) -> MsiPlace {
+    let control = half(bytes, at + 2) & MSI_WIDE;
+    let place = MsiPlace {
+        capability: at,
+        wide: control != 0,
+    };
+    picture.bytes[at + 2..place.data() + 2].fill(0);
+    picture.bytes[at + 2..at + 4].copy_from_slice(&control.to_le_bytes());
+    picture.allow(at + 2, MSI_ENABLED);
+    Picture::set_word(&mut picture.writable, at + 4, !3);
+    if place.wide {
+        Picture::set_word(&mut picture.writable, at + 8, u32::MAX);
+    }
+    picture.allow(place.data(), u16::MAX);
+    place
 }
 
 fn show_msix(

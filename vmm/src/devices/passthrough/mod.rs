@@ -5,10 +5,12 @@
 //! |---|---|
 //! | [`mediate`] | from a function's configuration space to the one that the guest sees; pure |
 //! | [`windows`] | which parts of a BAR the guest reaches without us; pure |
-//! | [`function`] | the function on the bus: BARs, interrupts, reset |
+//! | [`interrupts`] | from the function's vectors to the guest's messages |
+//! | [`function`] | the function on the bus: BARs, configuration space, reset |
 //!
 //! The function's own view of memory is the machine's business (`machine::passthrough`).
 
 pub(crate) mod function;
+mod interrupts;
 pub(crate) mod mediate;
 pub(crate) mod windows;

@@ -4,8 +4,8 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// An NVMe controller: BAR 0 of 16 KiB, 64 bits; MSI (hidden), PCI Express, MSI-X, power management
-/// (hidden), vendor's own.
+/// An NVMe controller: BAR 0 of 16 KiB, 64 bits; MSI-X, PCI Express, power management (hidden), MSI
+/// of eight messages with masks, vendor's own.
 fn nvme() -> ([u8; CONFIG_BYTES], [u64; 6]) {
     let mut bytes = [0; CONFIG_BYTES];
     let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
@@ -24,8 +24,9 @@ fn nvme() -> ([u8; CONFIG_BYTES], [u64; 6]) {
         &[0x10, 0xc0, 0x02, 0x00, 0x00, 0x80, 0x00, 0x10, 0x10, 0x28],
     );
     put(0xc0, &[0x01, 0xd0, 0x03, 0x00]);
-    put(0xd0, &[0x05, 0xe0, 0x86, 0x00]);
-    put(0xe0, &[0x09, 0x00, 0x08, 0x01, 0xaa, 0xbb, 0xcc, 0xdd]);
+    put(0xd0, &[0x05, 0xe8, 0x87, 0x01, 0x00, 0x10, 0xe0, 0xfe]);
+    put(0xdc, &[0x31, 0x40, 0, 0, 0xff, 0, 0, 0, 1, 0, 0, 0]);
+    put(0xe8, &[0x09, 0x00, 0x08, 0x01, 0xaa, 0xbb, 0xcc, 0xdd]);
     (bytes, [0x4000, 0, 0, 0, 0, 0])
 }
 
@@ -52,11 +53,20 @@ fn a_disk_shows_what_is_safe() {
     assert_eq!(seen.words[0x10], 0x0040_8011);
     assert_eq!(seen.writable[0x10], 0xc000_0000);
     assert_eq!(seen.express, Some(0x80));
-    assert_eq!(seen.words[0x20] >> 8 & 0xff, 0xe0, "others are skipped");
+    assert_eq!(seen.words[0x20] >> 8 & 0xff, 0xd0, "others are skipped");
     assert_eq!(seen.writable[0x22], 0x7fff);
-    assert_eq!((seen.words[0x30], seen.words[0x34]), (0, 0), "hidden");
-    assert_eq!(seen.words[0x38..0x3a], [0x0108_0009, 0xddcc_bbaa]);
-    assert_eq!(seen.writable[0x38..0x3a], [0, 0]);
+    assert_eq!(seen.words[0x30], 0, "hidden");
+    let place = MsiPlace {
+        capability: 0xd0,
+        wide: true,
+    };
+    assert_eq!(seen.msi, Some(place));
+    // One message, off, without masks and without the last guest's address.
+    assert_eq!(seen.words[0x34..0x3a], [0x0080_e805, 0, 0, 0, 0, 0]);
+    let writable = [0x0001_0000, !3, u32::MAX, 0xffff, 0, 0];
+    assert_eq!(seen.writable[0x34..0x3a], writable);
+    assert_eq!(seen.words[0x3a..0x3c], [0x0108_0009, 0xddcc_bbaa]);
+    assert_eq!(seen.writable[0x3a..0x3c], [0, 0]);
 }
 
 #[test]
@@ -91,11 +101,29 @@ fn what_cannot_be_shown_is_refused() {
 #[test]
 fn a_list_that_runs_in_a_circle_ends() {
     let (mut bytes, sizes) = nvme();
-    bytes[0xe1] = 0x40;
+    bytes[0xe9] = 0x40;
     assert!(mediate(&bytes, &sizes, true).is_ok());
     bytes[0x34] = 0xff;
+    bytes[PIN] = 0;
     let seen = mediate(&bytes, &sizes, true).unwrap();
-    assert!(seen.msix.is_none());
+    assert!(seen.msix.is_none() && seen.msi.is_none());
+}
+
+#[test]
+fn interrupts_by_the_pin_alone_are_refused() {
+    let (mut bytes, sizes) = nvme();
+    bytes[0x34] = 0x80;
+    let seen = mediate(&bytes, &sizes, false).unwrap();
+    assert!(seen.msix.is_none() && seen.msi.is_some());
+    // The capability of MSI in its short form, and cut off by the end of the space.
+    bytes[0xd2] = 0;
+    let narrow = mediate(&bytes, &sizes, false).unwrap().msi.unwrap();
+    assert_eq!((narrow.wide, narrow.data()), (false, 0xd8));
+    bytes[0xc1] = 0xf8;
+    bytes[0xf8] = 5;
+    assert_eq!(mediate(&bytes, &sizes, false), Err(MediateError::Pin));
+    bytes[PIN] = 0;
+    assert!(mediate(&bytes, &sizes, false).unwrap().msi.is_none());
 }
 
 proptest! {
