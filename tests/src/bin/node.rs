@@ -209,12 +209,9 @@ fn run(verb: Verb) -> Result<ExitCode> {
 /// Runs the cases of Kubernetes.
 fn cases(arguments: &NodeArguments, table: Option<&Path>, only: &[String]) -> Result<ExitCode> {
     deps::ensure(&[Group::Demo, Group::Kube])?;
-    // kubelet's managers choose between two.
-    let builder = builder(arguments)?.numa_nodes(2);
-    judge_in(
-        boot_with_containerd(builder, arguments)?,
-        |node, containerd| kubernetes::run(node, (containerd, &node.kubernetes()?), only, table),
-    )
+    judge(arguments, |node, containerd| {
+        kubernetes::run(node, (containerd, &node.kubernetes()?), only, table)
+    })
 }
 
 fn groups_of(names: &[String]) -> Result<Vec<Group>> {
@@ -266,10 +263,10 @@ fn version(arguments: &NodeArguments) -> Result<Version> {
 }
 
 /// Boots a node and starts its containerd.
-fn boot_with_containerd(builder: Builder, arguments: &NodeArguments) -> Result<(Node, Containerd)> {
+fn boot_with_containerd(arguments: &NodeArguments) -> Result<(Node, Containerd)> {
     let version = version(arguments)?;
     eprintln!("node: booting");
-    let node = builder.boot()?;
+    let node = builder(arguments)?.boot()?;
     eprintln!(
         "node: up, logs in {}; starting containerd",
         node.results().display()
@@ -280,7 +277,7 @@ fn boot_with_containerd(builder: Builder, arguments: &NodeArguments) -> Result<(
 
 /// Boots a node with containerd; the command carries the environment that its tools need.
 fn boot(arguments: &NodeArguments) -> Result<(Node, Command)> {
-    let (node, containerd) = boot_with_containerd(builder(arguments)?, arguments)?;
+    let (node, containerd) = boot_with_containerd(arguments)?;
     let environment = containerd
         .crictl()
         .env("CONTAINERD_ADDRESS", containerd.socket());
@@ -319,13 +316,7 @@ fn judge(
     arguments: &NodeArguments,
     work: impl FnOnce(&Node, &Containerd) -> Result<bool>,
 ) -> Result<ExitCode> {
-    judge_in(boot_with_containerd(builder(arguments)?, arguments)?, work)
-}
-
-fn judge_in(
-    (node, containerd): (Node, Containerd),
-    work: impl FnOnce(&Node, &Containerd) -> Result<bool>,
-) -> Result<ExitCode> {
+    let (node, containerd) = boot_with_containerd(arguments)?;
     let judged = work(&node, &containerd);
     finish(node, judged, true)
 }

@@ -142,6 +142,8 @@ fn api_server() -> Command {
             "--service-cluster-ip-range=10.0.0.0/24,fd00:10::/112",
             // An extension's Service has no other address: a kube-proxy runs in few cases.
             "--enable-aggregator-routing=true",
+            // The node's name is the loopback's, which no proxy of the API server goes to.
+            "--kubelet-preferred-address-types=InternalIP",
             "--service-account-issuer=https://node",
             "--authorization-mode=AlwaysAllow",
             // No controller runs that would take its finalizers away again.

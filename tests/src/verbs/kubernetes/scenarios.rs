@@ -269,24 +269,29 @@ reservedMemory: [{numaNode: 0, limits: {memory: 200Mi}}]
 topologyManagerPolicy: single-numa-node
 ";
 
-/// Restarts kubelet with another configuration; what its managers remember fits only their own.
-fn reconfigured(at: &Setting<'_>, line: &str) -> Result<()> {
-    at.kubernetes.stop_kubelet(at.node)?;
-    at.shell(&format!(
-        "cd /run/kubernetes; rm -f /var/lib/kubelet/*_manager_state; {line}"
-    ))?;
-    at.kubernetes.start_kubelet(at.node)
-}
+/// One CPU is kubelet's, one the pod's own, and a part of the last its overhead.
+const MANAGED_CPUS: u32 = 3;
 
+/// In a node of its own, whose CPUs and memory are of two NUMA nodes.
 fn cpu_manager(at: &Setting<'_>) -> Result<()> {
-    let line = format!("cp kubelet.yaml kubelet.before; cat >>kubelet.yaml <<'.'\n{MANAGERS}.\n");
-    let shown = reconfigured(at, &line).and_then(|()| pinned(at));
-    let restored = reconfigured(at, "mv kubelet.before kubelet.yaml");
-    shown.and(restored)
+    let builder = Builder::default().memory_mib(OWN_NODE_MIB);
+    let builder = builder.cpus(MANAGED_CPUS).numa_nodes(2);
+    let node = builder.name("cpu-manager").boot()?;
+    on(&node, at.class, |at| {
+        at.kubernetes.stop_kubelet(&node)?;
+        // What other managers remember does not fit.
+        at.shell(&format!(
+            "rm -f /var/lib/kubelet/*_manager_state
+             cat >>/run/kubernetes/kubelet.yaml <<'.'\n{MANAGERS}.\n"
+        ))?;
+        at.kubernetes.start_kubelet(&node)?;
+        pinned(at)
+    })?;
+    node.power_off()
 }
 
-/// Every thread of the pod may run on CPU 1 alone, the first is kubelet's own, and has memory of
-/// that CPU's node alone: containers under runc, VMM and file-system daemon under Pericarp.
+/// Every thread of the pod may run on one CPU of the second NUMA node, the first has kubelet's own,
+/// and has memory of that alone: containers under runc, VMM and file-system daemon under Pericarp.
 fn pinned(at: &Setting<'_>) -> Result<()> {
     let line = "dd if=/dev/zero of=/dev/shm/f bs=1M count=32; echo up; exec sleep 3600";
     let resources = "{limits: {cpu: '1', memory: 128Mi}}";
@@ -300,7 +305,7 @@ fn pinned(at: &Setting<'_>) -> Result<()> {
              [ $(cat /proc/$p/comm) != pause ] || continue
              seen=yes
              grep -H -E '^(Cpus|Mems)_allowed_list:' /proc/$p/task/*/status |
-                 grep -v -P '\t1$' >&2 && exit 1
+                 grep -v -P 'Cpus.*\t[12]$|Mems.*\t1$' >&2 && exit 1
              grep -E 'memfd|/dev/shm' /proc/$p/numa_maps | grep 'N0=' >&2 && exit 1
          done
          [ $seen = yes ]"
@@ -311,7 +316,9 @@ fn pinned(at: &Setting<'_>) -> Result<()> {
 
 /// Room for the images and what pods write.
 const DISK_BYTES: u64 = 6 << 30;
-const DISK_NODE_MIB: u32 = 4096;
+
+/// Memory of a node for one pod.
+const OWN_NODE_MIB: u32 = 4096;
 
 fn power_loss(at: &Setting<'_>) -> Result<()> {
     let disk = paths::results().join(format!("power-loss-{}.img", at.class));
@@ -330,7 +337,7 @@ fn twice_booted(class: &str, disk: &Path) -> Result<()> {
     let made = made.context("cannot run mkfs.ext4")?;
     ensure!(made.success(), "mkfs.ext4 failed: {made}");
     let boot = || {
-        let builder = Builder::default().memory_mib(DISK_NODE_MIB);
+        let builder = Builder::default().memory_mib(OWN_NODE_MIB);
         builder.name("power-loss").state_disk(disk).boot()
     };
     let node = boot()?;
