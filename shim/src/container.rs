@@ -40,6 +40,7 @@ use crate::{
     cri,
     disk::{self, Disk},
     errors::CallError,
+    huge_pages,
     passthrough::{self, Plugged},
     pod::Pod,
     process::{Exit, LOST_STATUS, Process},
@@ -326,6 +327,7 @@ async fn build(
     share(pod, id, &rootfs, translated.shares).await?;
     let attached = rootfs::attach(pod, id, &rootfs, cache).await?;
     *container.disk() = attached.disk;
+    huge_pages::attach(pod, &translated.spec).await?;
     let mut storages = attached.storages;
     storages.extend(disk::plug_volumes(pod, container, &translated.disks).await?);
     let functions = passthrough::plug_for_container(pod, container, translated.functions).await?;

@@ -18,6 +18,7 @@ mod disk;
 mod errors;
 mod events;
 mod guest_panic;
+mod huge_pages;
 mod id_map;
 mod info;
 mod journal;

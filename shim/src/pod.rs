@@ -47,6 +47,7 @@ use crate::{
     errors::CallError,
     events::Publisher,
     guest_panic,
+    huge_pages::Pool,
     journal::{self, Entry, Journal},
     launch::{Launch, Launched, entropy, launch},
     machine_client::Machine,
@@ -138,9 +139,14 @@ impl Pod {
         request: Request,
         publisher: Publisher,
     ) -> Result<Arc<Self>, CallError> {
-        let config = configure(&request)?;
+        let mut config = configure(&request)?;
+        let sandbox = cgroups_path(&request).map(|path| cgroup::directories(&path));
+        let sandbox = sandbox.unwrap_or_default();
+        let pool = Pool::reserve(sandbox.first(), &mut config.settings)?;
+        let plan = Plan::of(&config.settings, demand(&request)?, host_capacity())?;
+        pool.check(sandbox.first(), plan.boot.memory_bytes)?;
         let state = config.settings.paths.run_dir.join(&request.id);
-        match Self::boot_in(&request, config, &state, publisher).await {
+        match Self::boot_in(&request, (config, plan), &state, publisher).await {
             Ok(pod) => Ok(pod),
             Err(error) => {
                 undo(state).await;
@@ -151,12 +157,11 @@ impl Pod {
 
     async fn boot_in(
         request: &Request,
-        config: PodConfig,
+        (config, plan): (PodConfig, Plan),
         state: &Path,
         publisher: Publisher,
     ) -> Result<Arc<Self>, CallError> {
         let settings = &config.settings;
-        let plan = Plan::of(settings, demand(request)?, host_capacity())?;
         let functions = passthrough::wanted(settings)?;
         let failed = |error| CallError::host(state.display(), error);
         fs::create_dir_all(state).map_err(failed)?;

@@ -10,12 +10,13 @@
 
 use std::path::{Path, PathBuf};
 
+use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
 use oci_spec::runtime::{
     Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxIdMapping, LinuxNamespace,
     LinuxNamespaceType, Mount, Spec,
 };
 
-use crate::{errors::CallError, id_map::IdMap, passthrough::group::VfioPath};
+use crate::{errors::CallError, huge_pages, id_map::IdMap, passthrough::group::VfioPath};
 
 /// Where the shared directory is mounted in the guest.
 pub(crate) const GUEST_SHARED: &str = "/run/pericarp/shared";
@@ -193,14 +194,18 @@ pub(crate) enum SourceKind {
     BlockDevice,
     CharacterDevice,
     SharedMemory,
+    HugePages,
 }
 
 /// Looks at the host.
 pub(crate) fn source_kind(path: &Path) -> SourceKind {
     use std::os::unix::fs::FileTypeExt;
     // containerd and CRI-O keep a pod's shared memory in a directory of this name on its own tmpfs.
-    if path.ends_with("shm") && is_tmpfs(path) {
+    if path.ends_with("shm") && is_on(path, TMPFS_MAGIC) {
         return SourceKind::SharedMemory;
+    }
+    if is_on(path, HUGETLBFS_MAGIC) {
+        return SourceKind::HugePages;
     }
     match std::fs::metadata(path) {
         Err(_) => SourceKind::Missing,
@@ -211,9 +216,8 @@ pub(crate) fn source_kind(path: &Path) -> SourceKind {
     }
 }
 
-fn is_tmpfs(path: &Path) -> bool {
-    nix::sys::statfs::statfs(path)
-        .is_ok_and(|found| found.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC)
+fn is_on(path: &Path, kind: FsType) -> bool {
+    statfs(path).is_ok_and(|found| found.filesystem_type() == kind)
 }
 
 fn translate_mount(
@@ -252,8 +256,8 @@ fn translate_mount(
         ));
     }
     let kind = source_kind(&source);
-    if kind == SourceKind::SharedMemory && destination == Path::new("/dev/shm") {
-        mount.set_source(Some(GUEST_SHM.into()));
+    if let Some(own) = guests_own(kind, &source, &destination) {
+        mount.set_source(Some(own));
         return Ok(mount);
     }
     match kind {
@@ -285,6 +289,15 @@ fn translate_mount(
             .any(|option| option == "ro" || option == "rro"),
     });
     Ok(mount)
+}
+
+/// Where the guest has what only a kernel can give.
+fn guests_own(kind: SourceKind, source: &Path, destination: &Path) -> Option<PathBuf> {
+    match kind {
+        SourceKind::SharedMemory if destination == Path::new("/dev/shm") => Some(GUEST_SHM.into()),
+        SourceKind::HugePages => Some(huge_pages::guest_path(source)),
+        _ => None,
+    }
 }
 
 /// Ids of the container's user namespace.
@@ -535,11 +548,13 @@ mod tests {
              "options": ["rbind"]},
             {"destination": "/etc/hosts", "type": "bind", "source": "/var/lib/hosts",
              "options": ["rbind", "ro"]},
-            {"destination": "/data", "type": "bind", "source": "/srv", "options": ["bind"]}
+            {"destination": "/data", "type": "bind", "source": "/srv", "options": ["bind"]},
+            {"destination": "/huge", "type": "bind", "source": "/dev/huge", "options": ["rbind"]}
         ]);
         let kind = |path: &Path| match path.to_str() {
             Some("/run/containerd/x/shm") => SourceKind::SharedMemory,
             Some("/var/lib/hosts") => SourceKind::File,
+            Some("/dev/huge") => SourceKind::HugePages,
             _ => SourceKind::Directory,
         };
         let result = translate(container(mounts), "c", kind).unwrap();
@@ -556,6 +571,7 @@ mod tests {
             "/dev/shm",
             "/run/pericarp/shared/c/mount-0",
             "/run/pericarp/shared/c/mount-1",
+            "/run/pericarp/huge/dev-huge",
         ]
         .map(PathBuf::from);
         assert_eq!(sources, expected);

@@ -34,6 +34,7 @@ fn node(test: &str) -> Option<Session> {
             Device::PinOnly,
         ];
         let builder = Builder::default().name("passthrough").memory_mib(4096);
+        let builder = builder.numa_nodes(2);
         devices.into_iter().fold(builder, Builder::device)
     };
     pericarp::session(test, builder)

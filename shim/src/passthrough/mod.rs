@@ -175,17 +175,10 @@ impl Passthrough {
 
     /// Why the pod's own limit would end it once all of its memory is pinned.
     fn limit_below(&self) -> Option<String> {
-        let needed = self.memory_bytes + PROCESSES_BYTES;
-        let (limit, place) = lowest_limit(self.cgroup.as_deref()?, Path::new("/sys/fs/cgroup"))?;
-        (limit < needed).then(|| {
-            format!(
-                "all memory of the VM is pinned while it has a device: {} MiB with its processes, \
-                    but {} allows {} MiB: raise overhead.podFixed.memory of the RuntimeClass",
-                needed >> 20,
-                place.display(),
-                limit >> 20
-            )
-        })
+        let below = limit_below(self.cgroup.as_deref()?, self.memory_bytes)?;
+        Some(format!(
+            "all memory of the VM is pinned while it has a device: {below}"
+        ))
     }
 }
 
@@ -259,6 +252,21 @@ fn open_group(
         });
     }
     Ok(all)
+}
+
+/// Why a limit of `cgroup`, or above it, would end a VM that has used all of its memory.
+pub(crate) fn limit_below(cgroup: &Path, memory_bytes: u64) -> Option<String> {
+    let needed = memory_bytes + PROCESSES_BYTES;
+    let (limit, place) = lowest_limit(cgroup, Path::new("/sys/fs/cgroup"))?;
+    (limit < needed).then(|| {
+        format!(
+            "{} MiB with its processes, but {} allows {} MiB: raise overhead.podFixed.memory of \
+             the RuntimeClass",
+            needed >> 20,
+            place.display(),
+            limit >> 20
+        )
+    })
 }
 
 /// The lowest limit of memory from `cgroup` up to `root`, and whose it is.

@@ -60,6 +60,8 @@ pub struct Builder {
     pub(super) cpus: u32,
     pub(super) icount: bool,
     pub(super) devices: Vec<Device>,
+    pub(super) numa_nodes: u32,
+    pub(super) state_disk: Option<PathBuf>,
     pub(super) install_pericarp: bool,
     pub(super) boot_timeout: Duration,
 }
@@ -73,6 +75,8 @@ impl Default for Builder {
             cpus: CPUS,
             icount: false,
             devices: Vec::new(),
+            numa_nodes: 1,
+            state_disk: None,
             install_pericarp: true,
             boot_timeout: BOOT_TIMEOUT,
         }
@@ -119,6 +123,21 @@ impl Builder {
     #[must_use]
     pub fn device(mut self, device: Device) -> Self {
         self.devices.push(device);
+        self
+    }
+
+    /// Divides its CPUs and memory evenly between that many NUMA nodes.
+    #[must_use]
+    pub fn numa_nodes(mut self, count: u32) -> Self {
+        self.numa_nodes = count;
+        self
+    }
+
+    /// Keeps what containerd, kubelet, CNI and etcd write in this file, an ext4 file system, which
+    /// another node can be booted with.
+    #[must_use]
+    pub fn state_disk(mut self, file: impl Into<PathBuf>) -> Self {
+        self.state_disk = Some(file.into());
         self
     }
 
@@ -173,6 +192,7 @@ impl Builder {
             image_layout: Some(images::best()?.layout()),
             install: installed,
             vfio: Vec::new(),
+            state_disk: self.state_disk.is_some(),
         };
         let request = Request::SetUp(set_up.clone());
         let output = control.request(&request, None, None, self.boot_timeout)?;

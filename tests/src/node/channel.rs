@@ -158,6 +158,8 @@ pub struct SetUp {
     pub install: Vec<(PathBuf, PathBuf, u32)>,
     /// PCI addresses of devices that start bound to vfio-pci.
     pub vfio: Vec<String>,
+    /// Whether what daemons write lies on the machine's first virtio disk instead of in memory.
+    pub state_disk: bool,
 }
 
 /// A command to run in the node.

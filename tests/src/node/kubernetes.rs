@@ -54,7 +54,7 @@ impl Kubernetes {
         ))?;
         let kubelet = kubelet_config(&containerd.socket());
         node.write(&format!("{FOLDER}/kubelet.yaml"), &kubelet)?;
-        start(node, "etcd", etcd())?;
+        start(node, "etcd", etcd(node.has_disk()))?;
         start(node, "kube-apiserver", api_server())?;
         let kubernetes = Self {};
         kubernetes.start_kubelet(node)?;
@@ -125,10 +125,10 @@ fn start(node: &Node, name: &str, command: Command) -> Result<()> {
     })
 }
 
-fn etcd() -> Command {
+fn etcd(must_sync: bool) -> Command {
     Command::new("etcd").args([
         "--data-dir=/var/lib/etcd/data",
-        "--unsafe-no-fsync",
+        &format!("--unsafe-no-fsync={}", !must_sync),
         "--listen-client-urls=http://127.0.0.1:2379",
         "--advertise-client-urls=http://127.0.0.1:2379",
         "--listen-peer-urls=http://127.0.0.1:2380",
@@ -139,7 +139,11 @@ fn api_server() -> Command {
     Command::new("kube-apiserver")
         .args([
             "--etcd-servers=http://127.0.0.1:2379",
-            "--service-cluster-ip-range=10.0.0.0/24",
+            "--service-cluster-ip-range=10.0.0.0/24,fd00:10::/112",
+            // An extension's Service has no other address: a kube-proxy runs in few cases.
+            "--enable-aggregator-routing=true",
+            // The node's name is the loopback's, which no proxy of the API server goes to.
+            "--kubelet-preferred-address-types=InternalIP",
             "--service-account-issuer=https://node",
             "--authorization-mode=AlwaysAllow",
             // No controller runs that would take its finalizers away again.

@@ -25,6 +25,7 @@ pub struct Node {
     machine: Arc<dyn Machine>,
     results: PathBuf,
     search_path: String,
+    has_disk: bool,
     history: Mutex<Vec<String>>,
     pub(super) containerds: Mutex<Vec<Containerd>>,
     pub(super) kubernetes: Mutex<Option<Kubernetes>>,
@@ -57,6 +58,7 @@ impl Node {
             machine,
             results: set_up.results,
             search_path: set_up.path,
+            has_disk: set_up.state_disk,
             history: Mutex::default(),
             containerds: Mutex::default(),
             kubernetes: Mutex::default(),
@@ -73,6 +75,12 @@ impl Node {
     #[must_use]
     pub fn search_path(&self) -> &str {
         &self.search_path
+    }
+
+    /// Whether what daemons write outlives the node.
+    #[must_use]
+    pub fn has_disk(&self) -> bool {
+        self.has_disk
     }
 
     /// Runs a command to its end, whatever that is.
@@ -217,6 +225,11 @@ impl Node {
             .request(&Request::PowerOff, None, None, timeout);
         self.machine.end(timeout);
         asked.map(|_| ())
+    }
+
+    /// Ends the node as a loss of power would: what it had not written to its disk is gone.
+    pub fn cut_power(self) {
+        self.machine.kill();
     }
 
     /// Logs of the machine itself.

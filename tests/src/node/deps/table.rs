@@ -7,7 +7,7 @@ pub enum Group {
     Demo,
     /// containerd 1.7.
     Older,
-    /// etcd, API server, kubelet, kubectl, agnhost.
+    /// etcd, API server, kubelet, kubectl, kube-proxy, metrics-server, agnhost.
     Kube,
     /// critest and containerd's own CRI tests.
     Conformance,
@@ -239,6 +239,27 @@ pub const COMPONENTS: &[Component] = &[
         recipe: Recipe::Go(GoRecipe {
             programs: &["cmd/kubelet", "cmd/kube-apiserver", "cmd/kubectl"],
             ..KUBERNETES
+        }),
+    },
+    Component {
+        name: "kube-proxy",
+        group: Group::Kube,
+        seconds: 40,
+        recipe: Recipe::Go(GoRecipe {
+            programs: &["cmd/kube-proxy"],
+            ..KUBERNETES
+        }),
+    },
+    Component {
+        name: "metrics-server",
+        group: Group::Kube,
+        seconds: 40,
+        recipe: Recipe::Go(GoRecipe {
+            module: "sigs.k8s.io/metrics-server",
+            version: "v0.9.0",
+            sum: "h1:nlqqZ2H0Xfko8eJC/1qaNVVT17hu4rxndkOi22KTZ4w=",
+            programs: &["cmd/metrics-server"],
+            ..GO
         }),
     },
     Component {

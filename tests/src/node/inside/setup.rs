@@ -31,6 +31,9 @@ const STATE_FOLDERS: [&str; 5] = [
     "/var/lib/etcd",
 ];
 
+/// Where a disk for their state is mounted.
+const DISK_FOLDER: &str = "/mnt";
+
 /// Kernel settings: file below /proc/sys and value.
 const SYSCTLS: &[(&str, &str)] = &[
     ("net/ipv4/ip_forward", "1"),
@@ -48,7 +51,7 @@ pub(super) fn run(set_up: &SetUp) -> Result<()> {
     if !set_up.is_machine {
         own_root::enter(&set_up.results)?;
     }
-    mounts()?;
+    mounts(set_up.state_disk)?;
     if set_up.is_machine {
         let results = set_up.results.to_string_lossy();
         mount_at(
@@ -136,7 +139,7 @@ fn mount_at(kind: &str, source: &str, at: &str, options: &str) -> Result<()> {
         .with_context(|| format!("cannot mount {kind} at {at}"))
 }
 
-fn mounts() -> Result<()> {
+fn mounts(state_disk: bool) -> Result<()> {
     mount_at("tmpfs", "tmpfs", "/run", "mode=755")?;
     mount_at("tmpfs", "tmpfs", "/dev/shm", "mode=1777")?;
     mount_at(
@@ -150,8 +153,20 @@ fn mounts() -> Result<()> {
     mount_at("debugfs", "debugfs", "/sys/kernel/debug", "")?;
     mount_at("tracefs", "tracefs", "/sys/kernel/tracing", "")?;
     mount_at("bpf", "bpf", "/sys/fs/bpf", "mode=700")?;
+    if state_disk {
+        mount_at("ext4", "/dev/vda", DISK_FOLDER, "")?;
+    }
     for state in STATE_FOLDERS {
-        mount_at("tmpfs", "tmpfs", state, "mode=755")?;
+        if state_disk {
+            let kept = format!("{DISK_FOLDER}{state}");
+            folder(Path::new(&kept))?;
+            folder(Path::new(state))?;
+            let none = None::<&str>;
+            mount(Some(kept.as_str()), state, none, MsFlags::MS_BIND, none)
+                .with_context(|| format!("cannot mount {kept} at {state}"))?;
+        } else {
+            mount_at("tmpfs", "tmpfs", state, "mode=755")?;
+        }
     }
     // Mounts made under shared mounts reach containers that ask for them, as on a systemd node.
     mount(

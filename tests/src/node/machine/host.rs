@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::{Kept, Machine, Started};
+use super::{Kept, Machine, POWER_OFF_TIMEOUT, Started};
 use crate::node::boot::BootFiles;
 use crate::node::{paths, tools};
 
@@ -38,6 +38,11 @@ impl Machine for Host {
         if self.kept.wait(timeout).is_none() {
             self.kept.kill();
         }
+    }
+
+    fn kill(&self) {
+        self.kept.kill();
+        self.kept.wait(POWER_OFF_TIMEOUT);
     }
 }
 

@@ -23,6 +23,8 @@ pub trait Machine: Send + Sync {
     fn logs(&self) -> Vec<PathBuf>;
     /// Waits for its end, and makes it end when the time is over.
     fn end(&self, timeout: Duration);
+    /// Kills it, and waits until it is gone.
+    fn kill(&self);
 }
 
 /// A started machine and its control channel.

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Kept, Machine, Started};
+use super::{Kept, Machine, POWER_OFF_TIMEOUT, Started};
 use crate::node::boot::BootFiles;
 use crate::node::builder::{Builder, Device};
 use crate::node::inside::init::PORT_NAME;
@@ -42,6 +42,11 @@ impl Machine for Qemu {
         if self.kept.wait(timeout).is_none() {
             self.kept.kill();
         }
+    }
+
+    fn kill(&self) {
+        self.kept.kill();
+        self.kept.wait(POWER_OFF_TIMEOUT);
     }
 }
 
@@ -152,15 +157,15 @@ fn arguments(builder: &Builder, boot: &BootFiles, results: &Path) -> Result<Vec<
             "intel-iommu,intremap=on,caching-mode=off",
         ]);
         kernel_line.push_str(" intel_iommu=on iommu=pt");
-        if !builder.icount && builder.cpus == 2 {
-            add(&two_numa_nodes(builder.memory_mib)
-                .each_ref()
-                .map(String::as_str));
-        }
     }
     let cpus = if builder.icount { 1 } else { builder.cpus };
     add(&["-cpu", "EPYC,+svm,+npt", "-smp", &cpus.to_string()]);
     add(&["-m", &format!("{}M", builder.memory_mib)]);
+    if let Some(file) = &builder.state_disk {
+        // A file of this computer outlives the emulator whether or not it was flushed.
+        let drive = "if=virtio,format=raw,cache=unsafe";
+        add(&["-drive", &format!("file={},{drive}", file.display())]);
+    }
     add(FIXED);
     // A processor that gives up (triple fault) leaves its state here; nothing else does.
     let processor_log = results.join(PROCESSOR_LOG).display().to_string();
@@ -192,29 +197,39 @@ fn arguments(builder: &Builder, boot: &BootFiles, results: &Path) -> Result<Vec<
         "-append",
         &kernel_line,
     ]);
+    all.extend(numa_arguments(builder));
     for (index, device) in builder.devices.iter().enumerate() {
         all.extend(device_arguments(index, *device, results)?);
     }
     Ok(all)
 }
 
-/// Half of the memory and one processor each: what is near a device, and what is not.
-fn two_numa_nodes(memory_mib: u32) -> [String; 8] {
-    let half = memory_mib / 2;
-    let backend = |node| format!("memory-backend-ram,id=near{node},size={half}M");
-    let node = |node| format!("node,nodeid={node},cpus={node},memdev=near{node}");
-    let object = || "-object".to_owned();
-    let numa = || "-numa".to_owned();
-    [
-        object(),
-        backend(0),
-        object(),
-        backend(1),
-        numa(),
-        node(0),
-        numa(),
-        node(1),
-    ]
+/// An even share of memory and CPUs for each NUMA node, if there is more than one.
+fn numa_arguments(builder: &Builder) -> Vec<String> {
+    let nodes = builder.numa_nodes;
+    if nodes < 2 || builder.icount {
+        return Vec::new();
+    }
+    let (memory, cpus) = (builder.memory_mib / nodes, builder.cpus / nodes);
+    let node = |number: u32| {
+        let last = if number + 1 == nodes {
+            // What does not divide evenly is the last one's.
+            (builder.memory_mib - memory * number, builder.cpus - 1)
+        } else {
+            (memory, cpus * (number + 1) - 1)
+        };
+        [
+            "-object".to_owned(),
+            format!("memory-backend-ram,id=numa{number},size={}M", last.0),
+            "-numa".to_owned(),
+            format!(
+                "node,nodeid={number},memdev=numa{number},cpus={}-{}",
+                cpus * number,
+                last.1
+            ),
+        ]
+    };
+    (0..nodes).flat_map(node).collect()
 }
 
 /// Size of the disks that are added for passthrough.

@@ -28,7 +28,7 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::node::{Command, Containerd, Kubernetes, Node, paths};
-use scenarios::{SCENARIOS, Setting};
+use scenarios::{SCENARIOS, Scenario, Setting};
 
 /// The control and what is tested, as RuntimeClasses.
 const CLASSES: [&str; 2] = ["runc", "pericarp"];
@@ -111,21 +111,16 @@ pub fn run(
     let wanted =
         |name: &str| only.is_empty() || only.iter().any(|part| name.contains(part.as_str()));
     let mut cases = cases()?;
-    cases.retain(|case| wanted(&case.name));
-    let scenarios: Vec<_> = SCENARIOS.iter().filter(|one| wanted(one.name)).collect();
-    let asked = cases
-        .iter()
-        .map(|case| (case.item.clone(), asked_of(&case.only)));
-    let around = scenarios.iter().map(|scenario| {
-        let only = if scenario.controlled { "" } else { CLASSES[1] };
-        (scenario.item.to_owned(), asked_of(only))
-    });
-    let rows: Vec<_> = asked.chain(around).collect();
-    ensure!(!rows.is_empty(), "no case is called {}", only.join(" or "));
+    let mut scenarios: Vec<_> = SCENARIOS.iter().collect();
     let before = file.map(std::fs::read_to_string).and_then(Result::ok);
+    let others = known(&rows(&cases, &scenarios), &before.unwrap_or_default());
+    cases.retain(|case| wanted(&case.name));
+    scenarios.retain(|scenario| wanted(scenario.name));
+    let rows = rows(&cases, &scenarios);
+    ensure!(!rows.is_empty(), "no case is called {}", only.join(" or "));
     let report = Report {
         rows: Mutex::new(rows),
-        others: others(&before.unwrap_or_default()),
+        others,
         file,
     };
     judge_all(node, kubernetes, &cases, &report);
@@ -211,6 +206,29 @@ fn parse(name: &str, text: &str) -> Result<Case> {
     Ok(case)
 }
 
+type Row = (String, [Verdict; 2]);
+
+/// The rows of cases and scenarios that nothing is known of yet.
+fn rows(cases: &[Case], scenarios: &[&Scenario]) -> Vec<Row> {
+    let asked = cases
+        .iter()
+        .map(|case| (case.item.clone(), asked_of(&case.only)));
+    let around = scenarios.iter().map(|scenario| {
+        let only = if scenario.controlled { "" } else { CLASSES[1] };
+        (scenario.item.to_owned(), asked_of(only))
+    });
+    asked.chain(around).collect()
+}
+
+/// The lines of all rows that there are, by their items: as the page has them, if it does.
+fn known(rows: &[Row], page: &str) -> BTreeMap<String, String> {
+    let mut lines = others(&table(rows));
+    for (item, line) in others(page) {
+        lines.entry(item).and_modify(|place| *place = line);
+    }
+    lines
+}
+
 /// What is not known yet of a case that is asked of one class alone, or of both.
 fn asked_of(only: &str) -> [Verdict; 2] {
     CLASSES.map(|class| {
@@ -225,8 +243,8 @@ fn asked_of(only: &str) -> [Verdict; 2] {
 /// The table as far as it is known; its file is written with every verdict, so that a run which is
 /// cut off leaves what it found.
 struct Report<'a> {
-    rows: Mutex<Vec<(String, [Verdict; 2])>>,
-    /// Lines of the page as it was, by their item: those that this run does not ask for stay.
+    rows: Mutex<Vec<Row>>,
+    /// Lines of all rows, by their item: those that this run does not ask for stay.
     others: BTreeMap<String, String>,
     file: Option<&'a Path>,
 }
@@ -304,9 +322,13 @@ fn judge(node: &Node, kubernetes: &Kubernetes, case: &Case, class: &str) -> Verd
         command.env = kubernetes.kubectl().env;
         let command = command.env("NAME", &name).env("CLASS", class);
         let command = command.timeout_s(LINE_TIMEOUT_S);
-        node.text(&command)
-            .map(|_| ())
-            .with_context(|| line.clone())
+        let output = node.run(&command)?.checked(&command.line());
+        let output = output.with_context(|| line.clone())?;
+        // What measures says what it found there.
+        if case.alone && !output.stderr.trim().is_empty() {
+            eprintln!("kubernetes: {name}: {}", output.stderr.trim());
+        }
+        Ok(())
     };
     let lines = |all: &[String]| all.iter().try_for_each(line);
     let refusal = words_of_refusal(case).filter(|_| class != CLASSES[0]);
@@ -405,7 +427,7 @@ fn deleted(node: &Node, kubernetes: &Kubernetes, manifest: &str) -> Result<()> {
     output.checked("kubectl delete").map(|_| ())
 }
 
-fn table(rows: &[(String, [Verdict; 2])]) -> String {
+fn table(rows: &[Row]) -> String {
     let mut text = String::from("| what a pod asks for | runc | pericarp |\n|---|---|---|\n");
     for (item, [control, ours]) in rows {
         let _infallible = writeln!(text, "| {item} | {} | {} |", control.cell(), ours.cell());
@@ -460,5 +482,11 @@ mod tests {
         assert!(!holds(&Verdict::Passed, &failed()));
         let table = table(&[("x".to_owned(), [Verdict::Passed, failed()])]);
         assert!(table.ends_with("| x | pass | FAIL: a/b |\n"), "{table}");
+        // Of the page stays what there is still a case for.
+        let there = [("x", asked_of("")), ("y", asked_of("pericarp"))];
+        let there = there.map(|(item, verdicts)| (item.to_owned(), verdicts));
+        let page = format!("{}| gone | pass | pass |\n", page(&table));
+        let lines: Vec<_> = known(&there, &page).into_values().collect();
+        assert_eq!(lines, ["| x | pass | FAIL: a/b |", "| y | – | not run |"]);
     }
 }

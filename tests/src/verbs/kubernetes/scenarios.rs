@@ -1,9 +1,11 @@
 //! What happens around pods: restarts of the node's daemons, ends while nobody looks, many pods at
 //! once. Each scenario is a function of the node under one RuntimeClass.
 
+use std::path::Path;
+
 use anyhow::{Context, Result, ensure};
 
-use crate::node::{Command, Containerd, Kubernetes, Node};
+use crate::node::{Builder, Command, Containerd, Kubernetes, Node, Version, paths};
 use crate::pods::leftovers::Leftovers;
 
 /// A scenario.
@@ -31,7 +33,7 @@ pub(super) struct Setting<'a> {
 }
 
 /// All of them.
-pub(super) const SCENARIOS: [Scenario; 5] = [
+pub(super) const SCENARIOS: [Scenario; 7] = [
     Scenario {
         name: "kubelet-restart",
         item: "kubelet is killed and started again: the pod lives on, logs and exec work",
@@ -62,6 +64,18 @@ pub(super) const SCENARIOS: [Scenario; 5] = [
                (3 rounds)",
         controlled: false,
         run: thirty_pods,
+    },
+    Scenario {
+        name: "cpu-manager",
+        item: "CPU, Memory and Topology Manager pin a Guaranteed pod to a CPU and a memory node",
+        controlled: true,
+        run: cpu_manager,
+    },
+    Scenario {
+        name: "power-loss",
+        item: "the node loses power: its pods start again, nothing is left of before",
+        controlled: true,
+        run: power_loss,
     },
 ];
 
@@ -105,8 +119,13 @@ impl Setting<'_> {
     }
 
     fn pod(&self, name: &str, restart: &str) -> Result<String> {
+        self.pod_with(name, (restart, TELLING, "{}"))
+    }
+
+    fn pod_with(&self, name: &str, spec: (&str, &str, &str)) -> Result<String> {
         let name = format!("{name}-{}", self.class);
-        let text = manifest(&name, self.class, restart, TELLING, "{}");
+        let (restart, line, resources) = spec;
+        let text = manifest(&name, self.class, restart, line, resources);
         self.kubernetes.apply(self.node, &text)?;
         self.ready(&name)?;
         Ok(name)
@@ -238,4 +257,139 @@ fn thirty_pods(at: &Setting<'_>) -> Result<()> {
         Leftovers::nothing_since(at.node, &before).with_context(|| format!("round {round}"))?;
     }
     Ok(())
+}
+
+/// What kubelet needs to give CPUs and memory of one NUMA node to a pod alone. Memory that is
+/// reserved must be all that kubelet does not offer: the system's and the threshold of eviction.
+const MANAGERS: &str = "cpuManagerPolicy: static
+reservedSystemCPUs: '0'
+memoryManagerPolicy: Static
+systemReserved: {memory: 190Mi}
+reservedMemory: [{numaNode: 0, limits: {memory: 200Mi}}]
+topologyManagerPolicy: single-numa-node
+";
+
+/// One CPU is kubelet's, one the pod's own, and a part of the last its overhead.
+const MANAGED_CPUS: u32 = 3;
+
+/// In a node of its own, whose CPUs and memory are of two NUMA nodes.
+fn cpu_manager(at: &Setting<'_>) -> Result<()> {
+    let builder = Builder::default().memory_mib(OWN_NODE_MIB);
+    let builder = builder.cpus(MANAGED_CPUS).numa_nodes(2);
+    let node = builder.name("cpu-manager").boot()?;
+    on(&node, at.class, |at| {
+        at.kubernetes.stop_kubelet(&node)?;
+        // What other managers remember does not fit.
+        at.shell(&format!(
+            "rm -f /var/lib/kubelet/*_manager_state
+             cat >>/run/kubernetes/kubelet.yaml <<'.'\n{MANAGERS}.\n"
+        ))?;
+        at.kubernetes.start_kubelet(&node)?;
+        pinned(at)
+    })?;
+    node.power_off()
+}
+
+/// Every thread of the pod may run on one CPU of the second NUMA node, the first has kubelet's own,
+/// and has memory of that alone: containers under runc, VMM and file-system daemon under Pericarp.
+fn pinned(at: &Setting<'_>) -> Result<()> {
+    let line = "dd if=/dev/zero of=/dev/shm/f bs=1M count=32; echo up; exec sleep 3600";
+    let resources = "{limits: {cpu: '1', memory: 128Mi}}";
+    let pod = at.pod_with("cpu-manager", ("Always", line, resources))?;
+    at.shell(&format!(
+        "set -e; kubectl exec {pod} -- sh -c 'until [ $(nproc) = 1 ]; do sleep 1; done'
+         pod=$(find /sys/fs/cgroup/kubepods -name pod$(kubectl get pod {pod} \
+             -o jsonpath={{.metadata.uid}}))
+         all=$(find $pod -name cgroup.procs -exec cat {{}} +)
+         for p in $all; do
+             [ $(cat /proc/$p/comm) != pause ] || continue
+             seen=yes
+             grep -H -E '^(Cpus|Mems)_allowed_list:' /proc/$p/task/*/status |
+                 grep -v -P 'Cpus.*\t[12]$|Mems.*\t1$' >&2 && exit 1
+             grep -E 'memfd|/dev/shm' /proc/$p/numa_maps | grep 'N0=' >&2 && exit 1
+         done
+         [ $seen = yes ]"
+    ))
+    .context("a thread may run, or has memory, elsewhere")?;
+    at.delete(&pod)
+}
+
+/// Room for the images and what pods write.
+const DISK_BYTES: u64 = 6 << 30;
+
+/// Memory of a node for one pod.
+const OWN_NODE_MIB: u32 = 4096;
+
+fn power_loss(at: &Setting<'_>) -> Result<()> {
+    let disk = paths::results().join(format!("power-loss-{}.img", at.class));
+    let result = twice_booted(at.class, &disk);
+    // Sparse, and of no use to who reads the logs.
+    std::fs::remove_file(&disk).with_context(|| format!("cannot remove {}", disk.display()))?;
+    result
+}
+
+fn twice_booted(class: &str, disk: &Path) -> Result<()> {
+    let file = std::fs::File::create(disk);
+    let file = file.with_context(|| format!("cannot make {}", disk.display()))?;
+    file.set_len(DISK_BYTES).context("cannot size the disk")?;
+    let mut mkfs = std::process::Command::new("mkfs.ext4");
+    let made = mkfs.arg("-q").arg(disk).status();
+    let made = made.context("cannot run mkfs.ext4")?;
+    ensure!(made.success(), "mkfs.ext4 failed: {made}");
+    let boot = || {
+        let builder = Builder::default().memory_mib(OWN_NODE_MIB);
+        builder.name("power-loss").state_disk(disk).boot()
+    };
+    let node = boot()?;
+    let (before, state, container) = on(&node, class, |at| {
+        // Images that were imported reach the disk when the kernel likes, not with the import.
+        at.shell("sync")?;
+        let (before, state) = (Leftovers::look(&node)?, at.shell(KEPT)?);
+        let pod = at.pod("power-loss", "Always")?;
+        Ok((before, state, at.container(&pod)?))
+    })?;
+    node.cut_power();
+    let node = boot()?;
+    on(&node, class, |at| {
+        let pod = format!("power-loss-{class}");
+        at.shell(&format!(
+            "timeout 240 sh -c 'until c=$(kubectl get pod {pod} \
+             -o jsonpath={{.status.containerStatuses[0].containerID}}) && \
+             [ \"${{c:-{container}}}\" != {container} ]; do sleep 1; done'"
+        ))
+        .context("no new container")?;
+        at.ready(&pod)?;
+        at.works(&pod)?;
+        at.delete(&pod)?;
+        at.shell(&format!(
+            "timeout 300 sh -c 'while [ -n \"$(crictl pods -q --name {pod})\" ]; do sleep 1; done'"
+        ))
+        .context("kubelet has not removed every sandbox")?;
+        Leftovers::nothing_since(&node, &before)?;
+        at.shell(&format!(
+            "before=$(cat <<'.'\n{state}\n.\n)
+             kept() {{ {KEPT}\n}}; export before; export -f kept
+             timeout 120 bash -c 'until [ \"$(kept)\" = \"$before\" ]; do sleep 1; done' ||
+                 {{ diff <(echo \"$before\") <(kept) >&2; exit 1; }}"
+        ))
+        .context("left on the disk")?;
+        Ok(())
+    })?;
+    node.power_off()
+}
+
+/// What pods have on the node's disk: containers, snapshots, volumes, addresses.
+const KEPT: &str = "crictl ps -aq; crictl pods -q; ctr -n k8s.io containers ls -q
+    ctr -n k8s.io snapshots ls | sort; ls /var/lib/kubelet/pods
+    ls /var/lib/cni/networks/node 2>/dev/null | grep -v -e last_reserved -e lock || true";
+
+/// With Kubernetes in a node of its own.
+fn on<T>(node: &Node, class: &str, work: impl FnOnce(&Setting<'_>) -> Result<T>) -> Result<T> {
+    let (kubernetes, containerd) = (node.kubernetes()?, node.containerd(Version::V23)?);
+    work(&Setting {
+        node,
+        kubernetes: &kubernetes,
+        containerd: &containerd,
+        class,
+    })
 }
