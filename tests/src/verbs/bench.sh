@@ -36,11 +36,14 @@ echo "first_output $(($(first_line) - start))"
 timed exec crictl exec "$container" true
 
 if [ "$IDLE_S" -gt 0 ]; then
-    # The pod is idle from here; nothing is waited for, time itself is measured.
-    counted=$(exits)
-    start=$(now)
-    read -r -t "$IDLE_S" <> <(:) || true
-    echo "exits_idle_per_s $((($(exits) - counted) * 1000000 / ($(now) - start)))"
+    # Nothing is asked of the pod from here. The first half is the command's aftermath: averages of pressure
+    # and solicitations of routers run out. Nothing is waited for, time itself is measured.
+    for half in settling idle; do
+        counted=$(exits)
+        start=$(now)
+        read -r -t "$IDLE_S" <> <(:) || true
+        echo "exits_${half}_per_s $((($(exits) - counted) * 1000000 / ($(now) - start)))"
+    done
     for pid in $(pids | comm -13 /run/bench/before -); do
         pss=$(awk '/^Pss:/ { print $2 }' "/proc/$pid/smaps_rollup" 2>/dev/null) || continue
         [ -n "$pss" ] || continue
