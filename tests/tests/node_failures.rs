@@ -81,7 +81,7 @@ fn an_unknown_device_is_one_line_with_the_known_ones() {
     assert!(
         text.ends_with(
             "error: there is no device floppy; there are nvme, virtio-blk, \
-                            virtio-gpu\n"
+                            virtio-gpu, edu\n"
         ),
         "{text}"
     );

@@ -509,7 +509,7 @@ fn hostile_pod(
 /// Runs a line in a container whose guest may die of it: what it printed.
 fn misuse(node: &Node, containerd: &Containerd, container: &str, line: &str) -> Result<String> {
     const SECONDS: u64 = 60;
-    let line = format!("timeout {SECONDS} crictl exec {container} {line} 2>&1 || true");
+    let line = format!("timeout -s KILL {SECONDS} crictl exec {container} {line} 2>&1 || true");
     containerd.script(node, 2 * SECONDS, &line)
 }
 
@@ -599,6 +599,10 @@ fn hostile_guests(node: &Node) -> Result<()> {
 
 #[test]
 fn a_hostile_guest_suffers_alone() {
+    if !pericarp::full_sizes() {
+        eprintln!("skipped: removals of hung guests take minutes (PERICARP_FULL=1 runs it)");
+        return;
+    }
     let Some(node) = node("passthrough-hostile") else {
         return;
     };
