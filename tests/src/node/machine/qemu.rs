@@ -159,7 +159,10 @@ fn arguments(builder: &Builder, boot: &BootFiles, results: &Path) -> Result<Vec<
         kernel_line.push_str(" intel_iommu=on iommu=pt");
     }
     let cpus = if builder.icount { 1 } else { builder.cpus };
-    add(&["-cpu", "EPYC,+svm,+npt", "-smp", &cpus.to_string()]);
+    // Cores of one socket are never near two memory nodes: the node's kernel would warn of it.
+    let sockets = if builder.numa_nodes > 1 { cpus } else { 1 };
+    let processors = format!("{cpus},sockets={sockets}");
+    add(&["-cpu", "EPYC,+svm,+npt", "-smp", &processors]);
     add(&["-m", &format!("{}M", builder.memory_mib)]);
     if let Some(file) = &builder.state_disk {
         // A file of this computer outlives the emulator whether or not it was flushed.
