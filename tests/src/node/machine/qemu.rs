@@ -159,10 +159,7 @@ fn arguments(builder: &Builder, boot: &BootFiles, results: &Path) -> Result<Vec<
         kernel_line.push_str(" intel_iommu=on iommu=pt");
     }
     let cpus = if builder.icount { 1 } else { builder.cpus };
-    // Cores of one socket are never near two memory nodes: the node's kernel would warn of it.
-    let sockets = if builder.numa_nodes > 1 { cpus } else { 1 };
-    let processors = format!("{cpus},sockets={sockets}");
-    add(&["-cpu", "EPYC,+svm,+npt", "-smp", &processors]);
+    add(&["-cpu", "EPYC,+svm,+npt", "-smp", &processors(builder, cpus)]);
     add(&["-m", &format!("{}M", builder.memory_mib)]);
     if let Some(file) = &builder.state_disk {
         // A file of this computer outlives the emulator whether or not it was flushed.
@@ -205,6 +202,12 @@ fn arguments(builder: &Builder, boot: &BootFiles, results: &Path) -> Result<Vec<
         all.extend(device_arguments(index, *device, results)?);
     }
     Ok(all)
+}
+
+/// Cores of one socket are never near two memory nodes: the node's kernel would warn of it.
+fn processors(builder: &Builder, cpus: u32) -> String {
+    let sockets = if builder.numa_nodes > 1 { cpus } else { 1 };
+    format!("{cpus},sockets={sockets}")
 }
 
 /// An even share of memory and CPUs for each NUMA node, if there is more than one.
