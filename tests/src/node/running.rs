@@ -217,6 +217,20 @@ impl Node {
         from_inside.map(|_| ())
     }
 
+    /// Removes every pod of every containerd that was started.
+    pub fn remove_pods(&self) -> Result<()> {
+        let started = self
+            .containerds
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        let all = ["rmp", "--all", "--force"];
+        let mut removals = started
+            .iter()
+            .map(|containerd| containerd.crictl_text(self, &all));
+        removals.try_for_each(|removed| removed.map(drop))
+    }
+
     /// Syncs and powers the node off.
     pub fn power_off(self) -> Result<()> {
         let timeout = POWER_OFF_TIMEOUT;

@@ -67,5 +67,9 @@ impl Drop for Session {
         if let Err(error) = collected {
             eprintln!("not all logs could be collected: {error:#}");
         }
+        // The next test must not fail for what this one left.
+        if let Err(error) = self.node.remove_pods() {
+            eprintln!("{} leaves its pods behind: {error:#}", self.test);
+        }
     }
 }
