@@ -12,7 +12,7 @@ use super::{Containerd, Node, paths};
 const READY_TIMEOUT_S: u64 = 300;
 
 /// Where its files are.
-const FOLDER: &str = "/run/kubernetes";
+pub const FOLDER: &str = "/run/kubernetes";
 
 /// The configuration of kubectl and kubelet.
 pub const KUBECONFIG: &str = "/run/kubernetes/kubeconfig";

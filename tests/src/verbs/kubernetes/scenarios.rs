@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::node::kubernetes::{FOLDER as KUBERNETES_FOLDER, NODE_NAME};
 use crate::node::{Builder, Command, Containerd, Kubernetes, Node, Version, paths};
 use crate::pods::leftovers::Leftovers;
 
@@ -33,7 +34,7 @@ pub(super) struct Setting<'a> {
 }
 
 /// All of them.
-pub(super) const SCENARIOS: [Scenario; 7] = [
+pub(super) const SCENARIOS: [Scenario; 8] = [
     Scenario {
         name: "kubelet-restart",
         item: "kubelet is killed and started again: the pod lives on, logs and exec work",
@@ -57,6 +58,13 @@ pub(super) const SCENARIOS: [Scenario; 7] = [
         item: "a pod ends while kubelet is down: its state is right when kubelet returns",
         controlled: true,
         run: death_unseen,
+    },
+    Scenario {
+        name: "stats-from-cri",
+        item: "/stats/summary of a kubelet that asks the runtime (PodAndContainerStatsFromCRI): \
+               processes, CPU, memory, network",
+        controlled: true,
+        run: stats_from_cri,
     },
     Scenario {
         name: "thirty-pods",
@@ -222,6 +230,41 @@ fn death_unseen(at: &Setting<'_>) -> Result<()> {
     at.delete(&pod)
 }
 
+/// What has kubelet count by the runtime's answers in place of the host's cgroups.
+const FROM_CRI: &str = "featureGates: {PodAndContainerStatsFromCRI: true}";
+
+fn stats_from_cri(at: &Setting<'_>) -> Result<()> {
+    with_setting(at, FROM_CRI, || {
+        let line = "sleep 3600 & exec sleep 3600";
+        let pod = at.pod_with("stats-from-cri", ("Always", line, "{}"))?;
+        let wanted = format!(
+            ".pods[] | select(.podRef.name == \"{pod}\") |
+             .process_stats.process_count == 2 and .cpu.usageCoreNanoSeconds > 0 and
+             .memory.workingSetBytes > 0 and .containers[0].memory.workingSetBytes > 0 and
+             ([.network.interfaces[].rxBytes] | max) > 0"
+        );
+        at.shell(&format!(
+            "of() {{ kubectl get --raw /api/v1/nodes/{NODE_NAME}/proxy/stats/summary; }}
+             export -f of
+             timeout 120 bash -c 'until of | jq -e \"$0\" >/dev/null; do sleep 1; done' '{wanted}' ||
+                 {{ of | jq -c '.pods[] | select(.podRef.name == \"{pod}\")' >&2; exit 1; }}"
+        ))?;
+        at.delete(&pod)
+    })
+}
+
+/// Does `work` while kubelet has one more line of configuration, and restarts it before and after.
+fn with_setting(at: &Setting<'_>, line: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    let file = format!("{KUBERNETES_FOLDER}/kubelet.yaml");
+    at.kubernetes.stop_kubelet(at.node)?;
+    at.shell(&format!("cp {file} {file}.before; echo '{line}' >>{file}"))?;
+    let worked = at.kubernetes.start_kubelet(at.node).and_then(|()| work());
+    at.kubernetes.stop_kubelet(at.node)?;
+    at.shell(&format!("mv {file}.before {file}"))?;
+    at.kubernetes.start_kubelet(at.node)?;
+    worked
+}
+
 fn thirty_pods(at: &Setting<'_>) -> Result<()> {
     let kinds = [
         "{}",
@@ -282,7 +325,7 @@ fn cpu_manager(at: &Setting<'_>) -> Result<()> {
         // What other managers remember does not fit.
         at.shell(&format!(
             "rm -f /var/lib/kubelet/*_manager_state
-             cat >>/run/kubernetes/kubelet.yaml <<'.'\n{MANAGERS}.\n"
+             cat >>{KUBERNETES_FOLDER}/kubelet.yaml <<'.'\n{MANAGERS}.\n"
         ))?;
         at.kubernetes.start_kubelet(&node)?;
         pinned(at)
