@@ -16,7 +16,7 @@ use super::channel::{Exit, FRAME_PAYLOAD_BYTES_MAX, Frame, Kind, Request, STDIN_
 pub const OUTPUT_BYTES_MAX: usize = 64 * 1024 * 1024;
 
 /// A command's own time is kept in the node; its answer may come this much later.
-const ANSWER_GRACE: Duration = Duration::from_secs(120);
+const ANSWER_GRACE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 120 });
 
 /// What a command gave.
 #[derive(Debug, Clone)]
@@ -167,8 +167,11 @@ impl Control {
         let pending = match answered {
             Ok(pending) => pending,
             Err(error) => {
-                self.shared.lock().pending.remove(&id);
-                return Err(error);
+                let mut state = self.shared.lock();
+                state.pending.remove(&id);
+                // A node ends what takes too long: one that does not even say so is as good as dead.
+                let reason = || format!("the node ended (it answers no more): {error:#}");
+                bail!("{}", state.closed.get_or_insert_with(reason));
             }
         };
         Ok(Output {
@@ -178,6 +181,11 @@ impl Control {
             truncated: pending.truncated,
             elapsed: start.elapsed(),
         })
+    }
+
+    /// Whether the channel is closed: nothing more will be answered.
+    pub fn is_closed(&self) -> bool {
+        self.shared.lock().closed.is_some()
     }
 
     fn register(&self, sink: Option<Sink>) -> Result<u32> {
@@ -320,6 +328,21 @@ mod tests {
             Control::new(reader, Box::new(ours), || "the node is gone".to_owned()),
             theirs,
         )
+    }
+
+    #[test]
+    fn a_node_that_answers_no_more_is_given_up() {
+        let (control, _silent) = pair();
+        let ask = || {
+            let request = Request::Run(Command::new("true"));
+            let answer = control.request(&request, None, None, Duration::ZERO);
+            format!("{:#}", answer.unwrap_err())
+        };
+        assert!(!control.is_closed());
+        let first = ask();
+        assert!(first.starts_with("the node ended (it answers no more)"));
+        assert!(control.is_closed());
+        assert_eq!(ask(), first);
     }
 
     #[test]

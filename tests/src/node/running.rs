@@ -246,6 +246,15 @@ impl Node {
         self.machine.kill();
     }
 
+    /// Whether it died, or hangs and was given up; then it is killed, if it is there still.
+    pub(super) fn is_dead(&self) -> bool {
+        let dead = self.control.is_closed();
+        if dead {
+            self.machine.kill();
+        }
+        dead
+    }
+
     /// Logs of the machine itself.
     #[must_use]
     pub fn machine_logs(&self) -> Vec<PathBuf> {

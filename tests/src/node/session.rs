@@ -25,12 +25,13 @@ pub struct Session {
     _alone: MutexGuard<'static, Option<&'static Node>>,
 }
 
-/// Gives a test the shared node, and boots it for the first; `builder` is used by the first alone.
+/// Gives a test the shared node, and boots it for the first, and for the first after its death;
+/// `builder` is used by no other.
 pub fn session(test: &str, builder: impl FnOnce() -> Builder) -> Result<Session> {
     let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
     let node = match *shared {
-        Some(node) => node,
-        None => {
+        Some(node) if !node.is_dead() => node,
+        _ => {
             let booted: &'static Node = Box::leak(Box::new(builder().boot()?));
             *shared = Some(booted);
             booted
