@@ -4,14 +4,15 @@
 
 mod common;
 
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 
 use common::{Guest, deadline, refusal};
 use pericarp_protocol::{
     GUEST_PROTOCOL_MAJOR,
     guest::{
-        BindSource, ConfigureSandboxRequest, Empty, Interface, Neighbour, Overlay, Route, Scratch,
-        SetClockRequest, StatsRequest, Storage, UpdateNetworkRequest, storage::Source,
+        BindSource, ConfigureSandboxRequest, Directory, Empty, Interface, Neighbour, Overlay,
+        Route, Scratch, SetClockRequest, StatsRequest, Storage, UpdateNetworkRequest,
+        storage::Source,
     },
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -185,6 +186,60 @@ async fn storages_nest_and_go_again() {
         .mounts;
     assert_eq!(after + 3, before);
     assert!(!std::fs::exists(format!("{root}/run/pericarp/merged")).unwrap());
+}
+
+#[tokio::test]
+async fn a_volume_in_memory_is_as_asked_and_has_places_within() {
+    let Some(guest) = Guest::configured().await else {
+        return;
+    };
+    let add = async |one: &Storage| guest.client.add_storage(deadline(), one).await;
+    let scratch = Scratch {
+        size_bytes: 4 << 20,
+        ..Default::default()
+    };
+    let mut volume = storage("/run/pericarp/memory/0", Source::Scratch(scratch));
+    let options = "nosuid,mode=2770,uid=5,gid=6,nr_inodes=100";
+    volume.options = vec![options.to_owned()];
+    add(&volume).await.unwrap();
+    let root = format!("/proc/{}/root", guest.agent_pid());
+    let path = |name: &str| format!("{root}/run/pericarp/{name}");
+    let owned = |name: &str| {
+        let found = std::fs::metadata(path(name)).unwrap();
+        (found.mode() & 0o7777, found.uid(), found.gid())
+    };
+    assert_eq!(owned("memory/0"), (0o2770, 5, 6));
+    let mounts = std::fs::read_to_string(format!("{root}/proc/1/mountinfo")).unwrap();
+    let line = mounts.lines().rfind(|line| line.contains("/memory/0 "));
+    let words = ["nosuid", "size=4096k", "nr_inodes=100"];
+    assert!(words.iter().all(|word| line.unwrap().contains(word)));
+
+    let part = |at: &str, names: &str| {
+        let name = |name: &str| Directory {
+            name: name.to_owned(),
+            mode: 0o1755,
+            owner_id: 7,
+            group_id: 8,
+            ..Default::default()
+        };
+        let source = Source::Bind(BindSource {
+            path: volume.mount_point.clone(),
+            beneath: names.split('/').map(name).collect(),
+            ..Default::default()
+        });
+        storage(&format!("/run/pericarp/{at}"), source)
+    };
+    add(&part("new", "a/b")).await.unwrap();
+    assert_eq!(owned("new"), (0o1755, 7, 8));
+    std::fs::write(path("memory/0/file"), "x").unwrap();
+    // What a container made is what is mounted, a file too.
+    add(&part("file", "file")).await.unwrap();
+    assert_eq!(std::fs::read_to_string(path("file")).unwrap(), "x");
+    std::os::unix::fs::symlink("/run/pericarp/file", path("memory/0/out")).unwrap();
+    for (names, reason) in [("out", "out of the volume"), ("..", "no name")] {
+        let (_, text) = refusal(add(&part("bad", names)).await);
+        assert!(text.contains(reason) && text.contains(names), "{text}");
+    }
 }
 
 #[tokio::test]

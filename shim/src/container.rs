@@ -40,7 +40,7 @@ use crate::{
     cri,
     disk::{self, Disk},
     errors::CallError,
-    huge_pages,
+    huge_pages, memory_volumes,
     passthrough::{self, Plugged},
     pod::Pod,
     process::{Exit, LOST_STATUS, Process},
@@ -318,17 +318,15 @@ async fn build(
     if !pod.guest_seccomp {
         spec::drop_seccomp(&mut bundle.spec);
     }
-    let mut translated = spec::translate(bundle.spec, id, spec::source_kind)?;
-    let console = translated
-        .spec
-        .process()
-        .as_ref()
-        .and_then(oci_spec::runtime::Process::console_size);
+    let memory = memory_volumes::attach(pod, &bundle.spec, id).await?;
+    let mut translated = spec::translate(bundle.spec, id, |source| memory.kind(source))?;
+    let (terminal_width, terminal_height) = terminal_size(&translated.spec);
     share(pod, id, &rootfs, translated.shares).await?;
     let attached = rootfs::attach(pod, id, &rootfs, cache).await?;
     *container.disk() = attached.disk;
     huge_pages::attach(pod, &translated.spec).await?;
     let mut storages = attached.storages;
+    storages.extend(memory.storages);
     storages.extend(disk::plug_volumes(pod, container, &translated.disks).await?);
     let functions = passthrough::plug_for_container(pod, container, translated.functions).await?;
     if let Some(root) = translated.spec.root_mut() {
@@ -348,8 +346,8 @@ async fn build(
         oci_spec,
         storages,
         streams: Some(opened.numbers).into(),
-        terminal_width: console.map_or(0, |size| u32::try_from(size.width()).unwrap_or_default()),
-        terminal_height: console.map_or(0, |size| u32::try_from(size.height()).unwrap_or_default()),
+        terminal_width,
+        terminal_height,
         sandbox_pid_namespace: joined == Some(Joined::Pod),
         pid_namespace_of: match joined {
             Some(Joined::Container(target)) => target,
@@ -365,6 +363,14 @@ async fn build(
         .init
         .created(Some(Copying::start(ends, opened.ends)));
     Ok(())
+}
+
+/// Columns and rows; 0 where the specification does not say.
+fn terminal_size(spec: &oci_spec::runtime::Spec) -> (u32, u32) {
+    let process = spec.process().as_ref();
+    let size = process.and_then(oci_spec::runtime::Process::console_size);
+    let number = |value: u64| u32::try_from(value).unwrap_or_default();
+    size.map_or((0, 0), |size| (number(size.width()), number(size.height())))
 }
 
 fn encode(spec: &oci_spec::runtime::Spec) -> Result<Vec<u8>, CallError> {

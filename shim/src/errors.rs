@@ -73,6 +73,11 @@ impl CallError {
     pub(crate) fn is_not_found(&self) -> bool {
         self.code() == Code::NOT_FOUND
     }
+
+    /// True when what shall be made is there, whoever says so.
+    pub(crate) fn is_already_there(&self) -> bool {
+        self.code() == Code::ALREADY_EXISTS
+    }
 }
 
 impl From<CallError> for TtrpcError {
@@ -111,5 +116,14 @@ mod tests {
             };
             assert_eq!((status.code(), status.message()), (code, text));
         }
+    }
+
+    #[test]
+    fn the_guests_word_counts_as_ours() {
+        let guests = |code| CallError::Agent(code, String::new());
+        assert!(guests(Code::ALREADY_EXISTS).is_already_there());
+        assert!(CallError::AlreadyExists(String::new()).is_already_there());
+        assert!(!guests(Code::NOT_FOUND).is_already_there());
+        assert!(guests(Code::NOT_FOUND).is_not_found());
     }
 }

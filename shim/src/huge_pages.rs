@@ -118,8 +118,8 @@ pub(crate) async fn attach(pod: &Pod, spec: &Spec) -> Result<(), CallError> {
             ..Default::default()
         };
         match agent_call!(pod.agent, add_storage, &storage) {
-            Err(CallError::AlreadyExists(_)) | Ok(_) => {}
-            Err(error) => return Err(error),
+            Err(error) if !error.is_already_there() => return Err(error),
+            _ => {}
         }
     }
     Ok(())

@@ -26,6 +26,7 @@ mod launch;
 mod log;
 mod logger;
 mod machine_client;
+mod memory_volumes;
 mod network;
 mod options;
 mod passthrough;

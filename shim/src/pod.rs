@@ -51,6 +51,7 @@ use crate::{
     journal::{self, Entry, Journal},
     launch::{Launch, Launched, entropy, launch},
     machine_client::Machine,
+    memory_volumes::MemoryVolumes,
     network,
     passthrough::{self, Passthrough, group::Wanted},
     port_forward,
@@ -122,6 +123,8 @@ pub(crate) struct Pod {
     pub(crate) by_sandbox_service: bool,
     /// Containers' seccomp profiles are applied.
     pub(crate) guest_seccomp: bool,
+    /// What was decided about its volumes in memory.
+    pub(crate) memory: MemoryVolumes,
     /// The pod's settings of disks.
     pub(crate) storage: StorageSettings,
     stand_in: StandIn,
@@ -213,6 +216,7 @@ impl Pod {
             ready_at: SystemTime::now(),
             by_sandbox_service: request.files.is_some(),
             guest_seccomp: settings.security.guest_seccomp,
+            memory: MemoryVolumes::of(&request.annotations),
             storage: settings.storage.clone(),
             stand_in: stand_in(request.network_namespace.as_deref())?,
             network_namespace: request.network_namespace.clone(),

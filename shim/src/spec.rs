@@ -8,7 +8,10 @@
 //! - it cannot hold in a VM (host namespaces, host devices, hooks on the host): refused, naming the
 //!   field.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
 use oci_spec::runtime::{
@@ -186,7 +189,7 @@ pub(crate) fn drop_seccomp(spec: &mut Spec) {
 }
 
 /// What a bind mount's source is on the host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum SourceKind {
     Missing,
     Directory,
@@ -195,6 +198,8 @@ pub(crate) enum SourceKind {
     CharacterDevice,
     SharedMemory,
     HugePages,
+    /// The guest has it in its place, here.
+    Guests(PathBuf),
 }
 
 /// Looks at the host.
@@ -227,36 +232,24 @@ fn translate_mount(
     shares: &mut Vec<Share>,
     source_kind: &impl Fn(&Path) -> SourceKind,
 ) -> Result<Mount, CallError> {
-    let options = mount.options().clone().unwrap_or_default();
-    let bind = mount.typ().as_deref() == Some("bind")
-        || options
-            .iter()
-            .any(|option| option == "bind" || option == "rbind");
-    if !bind {
+    if !is_bind(&mount) {
         return Ok(mount);
     }
-    let id_map = take_id_map(&mut mount, own);
+    let options = mount.options().clone().unwrap_or_default();
     let destination = mount.destination().clone();
     let field = format!("mounts[{}].source", destination.display());
     let Some(source) = mount.source().clone() else {
         return Err(invalid(&field, "a bind mount needs one"));
     };
-    if options
-        .iter()
-        .any(|option| option == "rshared" || option == "shared")
-    {
-        let field = format!(
-            "mounts[{}].options: rshared (volumeMounts.mountPropagation: Bidirectional)",
-            destination.display()
-        );
-        return Err(invalid(
-            &field,
-            "mounts that are made in a VM cannot reach the host: leave the field out or use \
-             another RuntimeClass",
-        ));
-    }
+    refuse_bidirectional(&options, &destination)?;
     let kind = source_kind(&source);
-    if let Some(own) = guests_own(kind, &source, &destination) {
+    if let SourceKind::Guests(place) = kind {
+        // Owners too are the guest's to map.
+        mount.set_source(Some(place));
+        return Ok(mount);
+    }
+    let id_map = take_id_map(&mut mount, own);
+    if let Some(own) = guests_own(&kind, &source, &destination) {
         mount.set_source(Some(own));
         return Ok(mount);
     }
@@ -291,8 +284,37 @@ fn translate_mount(
     Ok(mount)
 }
 
+fn refuse_bidirectional(options: &[String], destination: &Path) -> Result<(), CallError> {
+    let mut options = options.iter();
+    if !options.any(|option| option == "rshared" || option == "shared") {
+        return Ok(());
+    }
+    let field = format!(
+        "mounts[{}].options: rshared (volumeMounts.mountPropagation: Bidirectional)",
+        destination.display()
+    );
+    Err(invalid(
+        &field,
+        "mounts that are made in a VM cannot reach the host: leave the field out or use another \
+         RuntimeClass",
+    ))
+}
+
+fn is_bind(mount: &Mount) -> bool {
+    let mut options = mount.options().iter().flatten();
+    mount.typ().as_deref() == Some("bind")
+        || options.any(|option| option == "bind" || option == "rbind")
+}
+
+/// Every path of the host that a container has a bind mount of, once.
+pub(crate) fn bind_sources(spec: &Spec) -> BTreeSet<&PathBuf> {
+    let mounts = spec.mounts().iter().flatten();
+    let binds = mounts.filter(|mount| is_bind(mount));
+    binds.filter_map(|mount| mount.source().as_ref()).collect()
+}
+
 /// Where the guest has what only a kernel can give.
-fn guests_own(kind: SourceKind, source: &Path, destination: &Path) -> Option<PathBuf> {
+fn guests_own(kind: &SourceKind, source: &Path, destination: &Path) -> Option<PathBuf> {
     match kind {
         SourceKind::SharedMemory if destination == Path::new("/dev/shm") => Some(GUEST_SHM.into()),
         SourceKind::HugePages => Some(huge_pages::guest_path(source)),
@@ -549,15 +571,19 @@ mod tests {
             {"destination": "/etc/hosts", "type": "bind", "source": "/var/lib/hosts",
              "options": ["rbind", "ro"]},
             {"destination": "/data", "type": "bind", "source": "/srv", "options": ["bind"]},
-            {"destination": "/huge", "type": "bind", "source": "/dev/huge", "options": ["rbind"]}
+            {"destination": "/huge", "type": "bind", "source": "/dev/huge", "options": ["rbind"]},
+            {"destination": "/m", "type": "bind", "source": "/memory", "options": ["rbind", "ro"]}
         ]);
         let kind = |path: &Path| match path.to_str() {
             Some("/run/containerd/x/shm") => SourceKind::SharedMemory,
             Some("/var/lib/hosts") => SourceKind::File,
             Some("/dev/huge") => SourceKind::HugePages,
+            Some("/memory") => SourceKind::Guests("/run/pericarp/memory/0".into()),
             _ => SourceKind::Directory,
         };
-        let result = translate(container(mounts), "c", kind).unwrap();
+        let asked = container(mounts);
+        assert_eq!(bind_sources(&asked).len(), 5);
+        let result = translate(asked, "c", kind).unwrap();
         let sources: Vec<_> = result
             .spec
             .mounts()
@@ -572,6 +598,7 @@ mod tests {
             "/run/pericarp/shared/c/mount-0",
             "/run/pericarp/shared/c/mount-1",
             "/run/pericarp/huge/dev-huge",
+            "/run/pericarp/memory/0",
         ]
         .map(PathBuf::from);
         assert_eq!(sources, expected);
@@ -614,6 +641,22 @@ mod tests {
                 .uid_mappings()
                 .is_some()
         );
+    }
+
+    #[test]
+    fn the_guest_maps_the_owners_of_its_own_files() {
+        let map = json!([{"containerID": 0, "hostID": 65536, "size": 65536}]);
+        let mounts = json!([
+            {"destination": "/a", "type": "bind", "source": "/a", "options": ["rbind", "ridmap"],
+             "uidMappings": map, "gidMappings": map}
+        ]);
+        let asked = container(mounts);
+        let before = asked.mounts().as_ref().unwrap()[0].clone();
+        let result = translate(asked, "c", |_| SourceKind::Guests("/g".into())).unwrap();
+        let mut after = result.spec.mounts().as_ref().unwrap()[0].clone();
+        assert_eq!(after.source().as_deref(), Some(Path::new("/g")));
+        after.set_source(before.source().clone());
+        assert_eq!((after, result.shares), (before, Vec::new()));
     }
 
     #[test]

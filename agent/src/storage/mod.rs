@@ -3,7 +3,7 @@
 //! ```text
 //! shared directory  virtio-fs
 //! block device      a file system, or a device node when raw
-//! overlay, bind     of directories beneath /run/pericarp
+//! overlay, bind     of directories beneath /run/pericarp, or of what a container made in one
 //! scratch           tmpfs or hugetlbfs
 //! ```
 //!
@@ -37,6 +37,7 @@ use crate::{
 mod ext4;
 mod format;
 mod ownership;
+mod within;
 
 /// Lower directories of one overlay: the kernel's own bound (`OVL_MAX_STACK`).
 const OVERLAY_LAYERS_MAX: usize = 500;
@@ -510,7 +511,13 @@ fn bind_path(
     target: &Target<'_>,
 ) -> Result<(), StorageError> {
     let source_path = Path::new(&bind.path);
-    let source = Target::new("bind.path", source_path)?.open(Missing::Refuse)?;
+    let mut source = Target::new("bind.path", source_path)?.open(Missing::Refuse)?;
+    if !bind.beneath.is_empty() {
+        let names = bind.beneath.iter().map(|one| one.name.as_str());
+        let place = source_path.join(names.collect::<PathBuf>());
+        source = within::open(source.as_fd(), &bind.beneath)
+            .map_err(StorageError::kernel("find or make", place.display()))?;
+    }
     let failed = |action| StorageError::kernel(action, source_path.display());
     let mount = DetachedMount::clone_of(source.as_fd(), true).map_err(failed("bind"))?;
     if options.attributes != 0 {
