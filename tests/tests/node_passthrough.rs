@@ -2,6 +2,8 @@
 //!
 //! `PERICARP_FULL=1` makes the numbers those of SPEC.md; without it they fit a run of CI.
 
+use std::path::Path;
+
 use anyhow::{Context, Result, ensure};
 use pericarp_tests::node::containerd::{PASSTHROUGH, Pod};
 use pericarp_tests::node::images::BUSYBOX;
@@ -21,8 +23,11 @@ const VFIO: &str = "vfio-pci";
 const EDU: usize = 4;
 const PIN_ONLY: usize = 5;
 
-/// The node with two disks, an NVMe disk, a display, QEMU's teaching device and a disk without
-/// messages; None when what it needs is not built.
+/// Where the network card is, whose driver is a module of the kernel with drivers.
+const CARD: usize = 6;
+
+/// The node with two disks, an NVMe disk, a display, QEMU's teaching device, a disk without
+/// messages and a network card; None when what it needs is not built.
 fn node(test: &str) -> Option<Session> {
     let builder = || {
         let devices = [
@@ -32,6 +37,7 @@ fn node(test: &str) -> Option<Session> {
             Device::VirtioGpu,
             Device::Edu,
             Device::PinOnly,
+            Device::NetworkCard,
         ];
         let builder = Builder::default().name("passthrough").memory_mib(4096);
         let builder = builder.numa_nodes(2);
@@ -43,7 +49,7 @@ fn node(test: &str) -> Option<Session> {
 /// The node's functions, all with vfio-pci and allowed, in the order of [`node`].
 fn functions(node: &Node) -> Result<Vec<Function>> {
     let functions = Function::all(node)?;
-    ensure!(functions.len() == 6, "{functions:?}");
+    ensure!(functions.len() == 7, "{functions:?}");
     for function in functions.iter().filter(|one| one.driver != VFIO) {
         function.bind(node, VFIO)?;
     }
@@ -707,4 +713,115 @@ fn the_guest_is_where_the_container_may_be() {
         return;
     };
     near_the_function(&node).unwrap();
+}
+
+/// Drop-in of the configuration that names an image of drivers, and the image in the node.
+const DRIVERS: &str = "/etc/pericarp/config.d/62-drivers.toml";
+const IMAGE: &str = "/var/tmp/drivers.erofs";
+
+/// Makes the image of drivers that pods of [`PASSTHROUGH`] have: every module of the kernel, of
+/// which those of `list` are loaded, and what goes with the card.
+fn make_drivers(node: &Node, modules: &Path, list: &str) -> Result<()> {
+    let edits = json!({
+        "env": ["CARD_DRIVER=igb"],
+        "deviceNodes": [
+            {"path": "/dev/card0", "type": "c", "major": 1, "minor": 11, "permissions": "r"},
+            // As the guest's own /dev has it.
+            {"path": "/dev/card1", "hostPath": "/dev/kmsg"},
+        ],
+        "mounts": [{"hostPath": "/lib/libcard.so", "containerPath": "/usr/lib/libcard.so"}],
+    });
+    let spec = json!({
+        "cdiVersion": "0.6.0", "kind": "example.com/card",
+        "annotations": {"pericarp.dev/pci": "8086:10c9"},
+        "devices": [{"name": "card", "containerEdits": edits}],
+    });
+    let folder = "/var/tmp/drivers";
+    let line = format!(
+        "rm -rf {folder} {IMAGE}; mkdir -p {folder}/modules {folder}/firmware {folder}/lib \
+             {folder}/cdi
+         find {modules} -name '*.ko' -exec cp -t {folder}/modules {{}} +
+         echo library >{folder}/lib/libcard.so.1
+         ln -s /lib/libcard.so.1 {folder}/lib/libcard.so",
+        modules = modules.display()
+    );
+    node.shell(&line)?;
+    node.write(&format!("{folder}/modules.load"), list)?;
+    node.write(&format!("{folder}/cdi/card.json"), &spec.to_string())?;
+    node.shell(&format!(
+        "mkfs.erofs --quiet -T0 --all-root {IMAGE} {folder}"
+    ))?;
+    let text = format!("[flavour.passthrough.paths]\nmodules = {IMAGE:?}\n");
+    node.write(DRIVERS, &text)
+}
+
+/// What a container has of the image of drivers: nothing, unless it has the card.
+fn has_of_the_image(node: &Node, containerd: &Containerd, container: &str) -> Result<String> {
+    let line = "echo variable ${CARD_DRIVER:-none}
+        ls /dev/card0 /dev/card1 /usr/lib/libcard.so 2>/dev/null
+        mknod /tmp/card c 1 11 && dd if=/tmp/card of=/dev/null bs=8192 count=1 2>/dev/null &&
+            echo readable; true";
+    containerd.exec_shell(node, container, line)
+}
+
+/// A module drives the card, whose container has what the image says, and no other has.
+fn an_image_of_drivers(node: &Node, modules: &Path) -> Result<()> {
+    let containerd = node.containerd(Version::V23)?;
+    let functions = functions(node)?;
+    let before = Leftovers::look(node)?;
+    let list = "# what igb needs, and igb\nmodules/i2c-algo-bit.ko\nmodules/igb.ko max_vfs=0\n";
+    make_drivers(node, modules, list)?;
+    let pod = containerd.run_pod(node, PASSTHROUGH, &pod_config("drivers"))?;
+    let other = containerd.run_container(node, &pod, &sleeper("other", &[&functions[0]]))?;
+    let in_other = |line: &str| containerd.exec_shell(node, &other, line);
+    let line = "cut -d ' ' -f 1 /proc/modules; ls /sys/bus/pci/drivers/igb | grep 0000: || true";
+    let loaded = in_other(line)?;
+    ensure!(loaded == "igb\ni2c_algo_bit", "before the card: {loaded}");
+    let path = in_other("cat /sys/module/firmware_class/parameters/path")?;
+    ensure!(path == "/run/pericarp/drivers/firmware", "firmware: {path}");
+    let card = containerd.run_container(node, &pod, &sleeper("card", &[&functions[CARD]]))?;
+    let in_card = |line: &str| containerd.exec_shell(node, &card, line);
+    let bound = in_card("cd /sys/bus/pci/drivers/igb; ls -d 0000* | wc -l; ls 0000*/net | wc -l")?;
+    ensure!(
+        bound == "1\n1",
+        "functions of igb, their interfaces: {bound}"
+    );
+    let has = has_of_the_image(node, &containerd, &card)?;
+    let all = "variable igb\n/dev/card0\n/dev/card1\n/usr/lib/libcard.so\nreadable";
+    ensure!(has == all, "with the card: {has}");
+    let library = in_card("cat /usr/lib/libcard.so; echo >/usr/lib/libcard.so || echo refused")?;
+    ensure!(library == "library\nrefused", "the library: {library}");
+    let has = has_of_the_image(node, &containerd, &other)?;
+    ensure!(has == "variable none", "with a disk: {has}");
+    containerd.remove_pod(node, &pod)?;
+    // igb cannot do without the other.
+    make_drivers(node, modules, "modules/igb.ko\n")?;
+    let refused = containerd
+        .run_pod(node, PASSTHROUGH, &pod_config("broken"))
+        .err();
+    let error = format!("{:#}", refused.context("igb was loaded alone")?);
+    for words in [
+        IMAGE,
+        "modules.load:1",
+        "modules/igb.ko",
+        "Unknown symbol",
+        "before it",
+    ] {
+        ensure!(error.contains(words), "{words}: {error}");
+    }
+    node.shell(&format!("rm -r {DRIVERS} {IMAGE} /var/tmp/drivers"))?;
+    Leftovers::nothing_since(node, &before)?;
+    Ok(())
+}
+
+#[test]
+fn a_module_of_the_image_of_drivers_drives_a_card() {
+    let Some(modules) = pericarp::passthrough_modules() else {
+        eprintln!("skipped: not built: the kernel with drivers (make kernel FLAVOUR=passthrough)");
+        return;
+    };
+    let Some(node) = node("passthrough-drivers") else {
+        return;
+    };
+    an_image_of_drivers(&node, &modules).unwrap();
 }
