@@ -74,7 +74,7 @@ pub(crate) enum DriversError {
     /// The kernel does not load a module.
     #[error(
         "image of drivers: {list}:{line}: the guest's kernel {release} refuses module {path}: \
-         {source}{words}; build it against that very kernel, and name what it needs before it",
+         {answer}{words}; build it against that very kernel, and name what it needs before it",
         list = modules::LIST
     )]
     Module {
@@ -84,8 +84,8 @@ pub(crate) enum DriversError {
         path: String,
         /// The kernel's release.
         release: String,
-        /// The kernel's answer.
-        source: io::Error,
+        /// The kernel's answer; no source, since more follows it.
+        answer: io::Error,
         /// What its log says.
         words: String,
     },
@@ -120,8 +120,15 @@ impl Tree {
         Ok(openat2(&self.0, path, how)?.into())
     }
 
-    fn has(&self, path: &str) -> bool {
-        self.get(path, OFlag::O_PATH).is_ok()
+    fn has(&self, path: &str) -> Result<bool, DriversError> {
+        match self.get(path, OFlag::O_PATH) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(source) => Err(DriversError::Kernel {
+                object: path.to_owned(),
+                source,
+            }),
+        }
     }
 
     /// Reads a file of at most `bytes_max`.
@@ -158,7 +165,7 @@ impl Drivers {
     /// Takes the image that is mounted at `root` into use: firmware, modules, specifications.
     pub(crate) fn set_up(root: &Path) -> Result<Self, DriversError> {
         let drivers = Self::read(root)?;
-        if drivers.tree.has(FIRMWARE) {
+        if drivers.tree.has(FIRMWARE)? {
             set_firmware_path(&root.join(FIRMWARE))?;
         }
         for module in drivers.modules()? {
@@ -173,15 +180,15 @@ impl Drivers {
             object: root.display().to_string(),
             source,
         })?;
-        if ![modules::LIST, FIRMWARE, CDI]
-            .iter()
-            .any(|name| tree.has(name))
-        {
-            let reason = "it holds nothing of use";
+        let mut is_of_use = false;
+        for name in [modules::LIST, FIRMWARE, CDI] {
+            is_of_use |= tree.has(name)?;
+        }
+        if !is_of_use {
             let place = format!("{}, {FIRMWARE}/, {CDI}/", modules::LIST);
             return Err(mistake(
                 place,
-                format!("{reason}: none of these is at its root"),
+                "none of these is at its root, so it is of no use",
             ));
         }
         let specs = specs(&tree)?;
@@ -196,7 +203,7 @@ impl Drivers {
     }
 
     fn modules(&self) -> Result<Vec<Module>, DriversError> {
-        if !self.tree.has(modules::LIST) {
+        if !self.tree.has(modules::LIST)? {
             return Ok(Vec::new());
         }
         let text = self.tree.read(modules::LIST, modules::LIST_BYTES_MAX)?;
@@ -244,7 +251,7 @@ impl Drivers {
                 line: module.line,
                 path: module.path.clone(),
                 release: connection::kernel_release(),
-                source: error.into(),
+                answer: error.into(),
                 words: words_about(&kernel_log(), &modules::name(&module.path)),
             }),
         }
@@ -291,7 +298,7 @@ fn set_firmware_path(path: &Path) -> Result<(), DriversError> {
 
 /// The CDI specifications of the image, in the order of their names.
 fn specs(tree: &Tree) -> Result<Vec<(String, cdi::Spec)>, DriversError> {
-    if !tree.has(CDI) {
+    if !tree.has(CDI)? {
         return Ok(Vec::new());
     }
     let failed = |source| DriversError::Kernel {

@@ -59,7 +59,7 @@ fn a_mistake_names_file_and_remedy() {
     for (files, words) in [
         (
             &[("lib/x", "")][..],
-            "modules.load, firmware/, cdi/: it holds nothing of use",
+            "modules.load, firmware/, cdi/: none of these is at its root",
         ),
         (
             &[("modules.load", "# a\na.so")][..],
