@@ -715,113 +715,155 @@ fn the_guest_is_where_the_container_may_be() {
     near_the_function(&node).unwrap();
 }
 
-/// Drop-in of the configuration that names an image of drivers, and the image in the node.
+/// Drop-in of the configuration that names an image of drivers, the image and its folder.
 const DRIVERS: &str = "/etc/pericarp/config.d/62-drivers.toml";
 const IMAGE: &str = "/var/tmp/drivers.erofs";
+const FOLDER: &str = "/var/tmp/drivers";
 
-/// Makes the image of drivers that pods of [`PASSTHROUGH`] have: every module of the kernel, of
-/// which those of `list` are loaded, and what goes with the card.
-fn make_drivers(node: &Node, modules: &Path, list: &str) -> Result<()> {
+/// Makes an image of drivers for the pods that `table` of the configuration is about: what goes
+/// with disks, and the modules of `folder`, of which those of `list` are loaded.
+fn make_drivers(node: &Node, table: &str, modules: Option<(&Path, &str)>) -> Result<()> {
     let edits = json!({
-        "env": ["CARD_DRIVER=igb"],
+        "env": ["DISK_DRIVER=ours"],
         "deviceNodes": [
-            {"path": "/dev/card0", "type": "c", "major": 1, "minor": 11, "permissions": "r"},
+            {"path": "/dev/extra0", "type": "c", "major": 1, "minor": 11},
             // As the guest's own /dev has it.
-            {"path": "/dev/card1", "hostPath": "/dev/kmsg"},
+            {"path": "/dev/extra1", "hostPath": "/dev/kmsg"},
         ],
-        "mounts": [{"hostPath": "/lib/libcard.so", "containerPath": "/usr/lib/libcard.so"}],
+        "mounts": [{"hostPath": "/lib/libdisk.so", "containerPath": "/usr/lib/libdisk.so"}],
     });
     let spec = json!({
-        "cdiVersion": "0.6.0", "kind": "example.com/card",
-        "annotations": {"pericarp.dev/pci": "8086:10c9"},
-        "devices": [{"name": "card", "containerEdits": edits}],
+        "cdiVersion": "0.6.0", "kind": "example.com/disk",
+        "annotations": {"pericarp.dev/pci": "class:01"},
+        "devices": [{"name": "all", "containerEdits": edits}],
     });
-    let folder = "/var/tmp/drivers";
-    let line = format!(
-        "rm -rf {folder} {IMAGE}; mkdir -p {folder}/modules {folder}/firmware {folder}/lib \
-             {folder}/cdi
-         find {modules} -name '*.ko' -exec cp -t {folder}/modules {{}} +
-         echo library >{folder}/lib/libcard.so.1
-         ln -s /lib/libcard.so.1 {folder}/lib/libcard.so",
-        modules = modules.display()
-    );
-    node.shell(&line)?;
-    node.write(&format!("{folder}/modules.load"), list)?;
-    node.write(&format!("{folder}/cdi/card.json"), &spec.to_string())?;
     node.shell(&format!(
-        "mkfs.erofs --quiet -T0 --all-root {IMAGE} {folder}"
+        "rm -rf {FOLDER} {IMAGE}; mkdir -p {FOLDER}/lib {FOLDER}/cdi
+         echo library >{FOLDER}/lib/libdisk.so.1
+         ln -s /lib/libdisk.so.1 {FOLDER}/lib/libdisk.so"
     ))?;
-    let text = format!("[flavour.passthrough.paths]\nmodules = {IMAGE:?}\n");
-    node.write(DRIVERS, &text)
+    node.write(&format!("{FOLDER}/cdi/disk.json"), &spec.to_string())?;
+    if let Some((modules, list)) = modules {
+        let modules = modules.display();
+        let all = format!("find {modules} -name '*.ko' -exec cp -t {FOLDER}/modules {{}} +");
+        node.shell(&format!("mkdir {FOLDER}/modules {FOLDER}/firmware; {all}"))?;
+        node.write(&format!("{FOLDER}/modules.load"), list)?;
+    }
+    node.shell(&format!(
+        "mkfs.erofs --quiet -T0 --all-root {IMAGE} {FOLDER}"
+    ))?;
+    node.write(DRIVERS, &format!("[{table}]\nmodules = {IMAGE:?}\n"))
 }
 
-/// What a container has of the image of drivers: nothing, unless it has the card.
-fn has_of_the_image(node: &Node, containerd: &Containerd, container: &str) -> Result<String> {
-    let line = "echo variable ${CARD_DRIVER:-none}
-        ls /dev/card0 /dev/card1 /usr/lib/libcard.so 2>/dev/null
-        mknod /tmp/card c 1 11 && dd if=/tmp/card of=/dev/null bs=8192 count=1 2>/dev/null &&
-            echo readable; true";
-    containerd.exec_shell(node, container, line)
+fn remove_drivers(node: &Node) -> Result<()> {
+    let line = format!("rm -r {DRIVERS} {IMAGE} {FOLDER}");
+    node.shell(&line).map(drop)
 }
 
-/// A module drives the card, whose container has what the image says, and no other has.
-fn an_image_of_drivers(node: &Node, modules: &Path) -> Result<()> {
+/// Why a pod with the image of drivers is refused.
+fn refused_drivers(node: &Node, containerd: &Containerd, handler: &str) -> Result<String> {
+    let refused = containerd.run_pod(node, handler, &pod_config("refused"));
+    let error = refused.err().context("it was accepted")?;
+    Ok(format!("{error:#}"))
+}
+
+/// What the image says of disks is in the container that has one, and not in its neighbour.
+fn additions_of_the_image(node: &Node) -> Result<()> {
     let containerd = node.containerd(Version::V23)?;
     let functions = functions(node)?;
     let before = Leftovers::look(node)?;
-    let list = "# what igb needs, and igb\nmodules/i2c-algo-bit.ko\nmodules/igb.ko max_vfs=0\n";
-    make_drivers(node, modules, list)?;
-    let pod = containerd.run_pod(node, PASSTHROUGH, &pod_config("drivers"))?;
-    let other = containerd.run_container(node, &pod, &sleeper("other", &[&functions[0]]))?;
-    let in_other = |line: &str| containerd.exec_shell(node, &other, line);
-    let line = "cut -d ' ' -f 1 /proc/modules; ls /sys/bus/pci/drivers/igb | grep 0000: || true";
-    let loaded = in_other(line)?;
-    ensure!(loaded == "igb\ni2c_algo_bit", "before the card: {loaded}");
-    let path = in_other("cat /sys/module/firmware_class/parameters/path")?;
-    ensure!(path == "/run/pericarp/drivers/firmware", "firmware: {path}");
-    let card = containerd.run_container(node, &pod, &sleeper("card", &[&functions[CARD]]))?;
-    let in_card = |line: &str| containerd.exec_shell(node, &card, line);
-    let bound = in_card("cd /sys/bus/pci/drivers/igb; ls -d 0000* | wc -l; ls 0000*/net | wc -l")?;
-    ensure!(
-        bound == "1\n1",
-        "functions of igb, their interfaces: {bound}"
-    );
-    let has = has_of_the_image(node, &containerd, &card)?;
-    let all = "variable igb\n/dev/card0\n/dev/card1\n/usr/lib/libcard.so\nreadable";
-    ensure!(has == all, "with the card: {has}");
-    let library = in_card("cat /usr/lib/libcard.so; echo >/usr/lib/libcard.so || echo refused")?;
-    ensure!(library == "library\nrefused", "the library: {library}");
-    let has = has_of_the_image(node, &containerd, &other)?;
-    ensure!(has == "variable none", "with a disk: {has}");
-    containerd.remove_pod(node, &pod)?;
-    // igb cannot do without the other.
-    make_drivers(node, modules, "modules/igb.ko\n")?;
-    let refused = containerd
-        .run_pod(node, PASSTHROUGH, &pod_config("broken"))
-        .err();
-    let error = format!("{:#}", refused.context("igb was loaded alone")?);
-    for words in [
-        IMAGE,
-        "modules.load:1",
-        "modules/igb.ko",
-        "Unknown symbol",
-        "before it",
+    make_drivers(node, "paths", None)?;
+    let pod = containerd.run_pod(node, HANDLER, &pod_config("additions"))?;
+    let look = "echo variable ${DISK_DRIVER:-none}
+        ls /dev/extra0 /dev/extra1 /usr/lib/libdisk.so 2>/dev/null
+        mknod /tmp/extra c 1 11 && dd if=/tmp/extra of=/dev/null bs=8192 count=1 2>/dev/null &&
+            echo readable; true";
+    let all = "variable ours\n/dev/extra0\n/dev/extra1\n/usr/lib/libdisk.so\nreadable";
+    let disk = containerd.run_container(node, &pod, &sleeper("disk", &[&functions[0]]))?;
+    let edu = containerd.run_container(node, &pod, &sleeper("edu", &[&functions[EDU]]))?;
+    let other = containerd.run_container(node, &pod, &sleeper("other", &[]))?;
+    for (container, wanted) in [
+        (&disk, all),
+        (&edu, "variable none"),
+        (&other, "variable none"),
     ] {
-        ensure!(error.contains(words), "{words}: {error}");
+        let seen = containerd.exec_shell(node, container, look)?;
+        ensure!(seen == wanted, "{seen}, not {wanted}");
     }
-    node.shell(&format!("rm -r {DRIVERS} {IMAGE} /var/tmp/drivers"))?;
+    let line = "cat /usr/lib/libdisk.so; echo 2>/dev/null >/usr/lib/libdisk.so || echo refused
+        dd if=/dev/extra1 bs=8192 count=1 2>/dev/null | grep -c ';'";
+    let seen = containerd.exec_shell(node, &disk, line)?;
+    ensure!(
+        seen == "library\nrefused\n1",
+        "the library, the log: {seen}"
+    );
+    containerd.remove_pod(node, &pod)?;
+    // The kernel of this handler loads no modules, and says so.
+    let none = Path::new(FOLDER);
+    make_drivers(node, "paths", Some((none, "# a list\nmodules/card.ko\n")))?;
+    let error = refused_drivers(node, &containerd, HANDLER)?;
+    let words = ["paths.modules", IMAGE, "firmware", "FLAVOUR=passthrough"];
+    ensure!(words.iter().all(|word| error.contains(word)), "{error}");
+    remove_drivers(node)?;
     Leftovers::nothing_since(node, &before)?;
     Ok(())
 }
 
 #[test]
-fn a_module_of_the_image_of_drivers_drives_a_card() {
+fn an_image_of_drivers_adds_to_containers_with_their_functions() {
+    let Some(node) = node("passthrough-additions") else {
+        return;
+    };
+    additions_of_the_image(&node).unwrap();
+}
+
+/// A card is driven by a module, which is loaded before any container.
+fn modules_of_the_image(node: &Node, modules: &Path) -> Result<()> {
+    let containerd = node.containerd(Version::V23)?;
+    let functions = functions(node)?;
+    let before = Leftovers::look(node)?;
+    let table = "flavour.passthrough.paths";
+    let list = "# what igb needs, and igb\nmodules/i2c-algo-bit.ko\nmodules/igb.ko max_vfs=0\n";
+    make_drivers(node, table, Some((modules, list)))?;
+    let pod = containerd.run_pod(node, PASSTHROUGH, &pod_config("modules"))?;
+    let other = containerd.run_container(node, &pod, &sleeper("other", &[]))?;
+    let line = "cut -d ' ' -f 1 /proc/modules; ls /sys/bus/pci/drivers/igb | grep 0000: || true
+        cat /sys/module/firmware_class/parameters/path";
+    let loaded = containerd.exec_shell(node, &other, line)?;
+    let wanted = "igb\ni2c_algo_bit\n/run/pericarp/drivers/firmware";
+    ensure!(loaded == wanted, "before the card: {loaded}");
+    let card = containerd.run_container(node, &pod, &sleeper("card", &[&functions[CARD]]))?;
+    let line = "cd /sys/bus/pci/drivers/igb; ls -d 0000* | wc -l; ls 0000*/net | wc -l";
+    let bound = containerd.exec_shell(node, &card, line)?;
+    ensure!(
+        bound == "1\n1",
+        "functions of igb, their interfaces: {bound}"
+    );
+    containerd.remove_pod(node, &pod)?;
+    // igb cannot do without the other.
+    make_drivers(node, table, Some((modules, "modules/igb.ko\n")))?;
+    let error = refused_drivers(node, &containerd, PASSTHROUGH)?;
+    let words = [
+        IMAGE,
+        "modules.load:1",
+        "modules/igb.ko",
+        "Unknown symbol",
+        "before it",
+    ];
+    ensure!(words.iter().all(|word| error.contains(word)), "{error}");
+    remove_drivers(node)?;
+    Leftovers::nothing_since(node, &before)?;
+    Ok(())
+}
+
+#[test]
+fn a_module_of_an_image_of_drivers_drives_a_card() {
     let Some(modules) = pericarp::passthrough_modules() else {
         eprintln!("skipped: not built: the kernel with drivers (make kernel FLAVOUR=passthrough)");
         return;
     };
-    let Some(node) = node("passthrough-drivers") else {
+    let Some(node) = node("passthrough-modules") else {
         return;
     };
-    an_image_of_drivers(&node, &modules).unwrap();
+    modules_of_the_image(&node, &modules).unwrap();
 }
