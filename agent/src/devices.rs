@@ -275,6 +275,37 @@ fn await_device<T>(
     }
 }
 
+/// What a function is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Model {
+    /// Who made it.
+    pub(crate) vendor: u16,
+    /// Its number among that vendor's.
+    pub(crate) device: u16,
+    /// Base class and subclass.
+    pub(crate) class: u16,
+}
+
+impl Model {
+    /// As sysfs has it.
+    pub(crate) fn of(address: &PciAddress) -> Result<Self, DeviceError> {
+        let number = |file: &str, digits: usize| {
+            let path = address.directory().join(file);
+            let text = files::read(&path).and_then(|text| {
+                let digits = text.trim().trim_start_matches("0x").get(..digits);
+                let number = digits.and_then(|digits| u16::from_str_radix(digits, 16).ok());
+                number.ok_or_else(|| io::ErrorKind::InvalidData.into())
+            });
+            text.map_err(|source| DeviceError::Kernel { path, source })
+        };
+        Ok(Self {
+            vendor: number("vendor", 4)?,
+            device: number("device", 4)?,
+            class: number("class", 4)?,
+        })
+    }
+}
+
 /// Every device node of a function.
 fn nodes(address: &PciAddress) -> Result<Vec<LinuxDevice>, DeviceError> {
     let directory = address.directory();

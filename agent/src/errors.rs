@@ -14,8 +14,9 @@ use std::io;
 use ttrpc::Code;
 
 use crate::{
-    container::ContainerError, devices::DeviceError, log, network::NetworkError, stdio::StdioError,
-    storage::StorageError, streams::StreamError, table::TableError,
+    container::ContainerError, devices::DeviceError, drivers::DriversError, log,
+    network::NetworkError, stdio::StdioError, storage::StorageError, streams::StreamError,
+    table::TableError,
 };
 
 /// Why a request fails.
@@ -36,6 +37,9 @@ pub(crate) enum RpcError {
     /// A device.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The image of drivers.
+    #[error(transparent)]
+    Drivers(#[from] DriversError),
     /// Streams of a process.
     #[error(transparent)]
     Stdio(#[from] StdioError),
@@ -106,7 +110,8 @@ impl RpcError {
                 StdioError::TerminalStderr | StdioError::Stream(StreamError::Unknown { .. }),
             ) => Code::INVALID_ARGUMENT,
             Self::Storage(StorageError::Device(DeviceError::Missing { .. }))
-            | Self::Network(NetworkError::NoInterface(_)) => Code::FAILED_PRECONDITION,
+            | Self::Network(NetworkError::NoInterface(_))
+            | Self::Drivers(_) => Code::FAILED_PRECONDITION,
             Self::Container(_)
             | Self::Storage(_)
             | Self::Network(_)

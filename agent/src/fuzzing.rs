@@ -1,7 +1,7 @@
 //! The agent's parsers as functions of any bytes, for `tests/fuzz`. Each panics when what must hold
 //! does not.
 
-use crate::{container::fuzzing as container, rpc, stats, uevents};
+use crate::{container::fuzzing as container, drivers, rpc, stats, uevents};
 
 /// See [`container::paths`].
 pub fn paths(data: &[u8]) {
@@ -31,6 +31,11 @@ pub fn cgroup_of_process(data: &[u8]) {
 /// See [`container::report`].
 pub fn report(data: &[u8]) {
     container::report(data);
+}
+
+/// See [`drivers::read_any`].
+pub fn drivers(data: &[u8]) {
+    drivers::read_any(data);
 }
 
 /// An announcement of the kernel's: what is read as a PCI address has its form.

@@ -6,7 +6,7 @@
 //! ```text
 //! main ─ init (mounts) ─ connection (dial, hello) ─ ttrpc ─ rpc/* ─ pod ─┬─ container
 //!                            │                                           ├─ storage, network,
-//!                            │                                           │  devices, stats
+//!                            │                                           │  devices, drivers, stats
 //!                            └─ streams: stdio, forward                  └─ reaper, events
 //! ```
 //!
@@ -24,6 +24,7 @@ use std::{env, process::ExitCode};
 mod connection;
 mod container;
 mod devices;
+mod drivers;
 mod errors;
 mod events;
 mod files;

@@ -6,6 +6,7 @@
 //!      │                                 ├─ execs: name -> Executed ── Process
 //!      │                                 └─ storages
 //!      ├─ storages of the sandbox, by mount point
+//!      ├─ drivers: the image of drivers
 //!      └─ sandbox: shared PID namespace
 //! ```
 //!
@@ -25,6 +26,7 @@ use tokio::{sync::Notify, time::timeout};
 
 use crate::{
     container::{Container, Exec},
+    drivers::Drivers,
     errors::RpcError,
     events::Events,
     files, init,
@@ -58,6 +60,8 @@ pub(crate) struct Pod {
     pub(crate) oom: OomWatch,
     pub(crate) containers: Table<Arc<Contained>>,
     pub(crate) storages: Table<storage::Attached>,
+    /// The image of drivers, where the host gave one. Locked on threads that may block only.
+    pub(crate) drivers: Mutex<Option<Drivers>>,
     /// Told when the host has asked for power-off and everything has ended.
     pub(crate) powering_off: Notify,
     sandbox: Mutex<SandboxState>,
@@ -115,6 +119,7 @@ impl Pod {
             events,
             containers: Table::new("container", CONTAINERS_MAX),
             storages: Table::new("storage", SANDBOX_STORAGES_MAX),
+            drivers: Mutex::default(),
             powering_off: Notify::new(),
             sandbox: Mutex::new(SandboxState::New),
         })

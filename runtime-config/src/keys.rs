@@ -90,6 +90,10 @@ settings! {
         image: PathBuf = Kind::Path, "/usr/share/pericarp/guest.erofs", node;
         /// Initial RAM disk to boot from instead of the image.
         initramfs: Option<PathBuf> = Kind::OptionalPath, "", node;
+        /// Image of drivers for passed-through devices: a read-only EROFS file system with modules
+        /// for the guest's kernel, their firmware, and what containers with such devices get
+        /// besides (docs/gpu.md).
+        modules: Option<PathBuf> = Kind::OptionalPath, "", node;
         /// The virtual machine monitor.
         vmm: PathBuf = Kind::Path, "/usr/libexec/pericarp/pericarp-vmm", node;
         /// The file-system daemon that shares directories of the host with a guest.

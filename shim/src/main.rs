@@ -15,6 +15,7 @@ mod container;
 mod cri;
 mod daemon;
 mod disk;
+mod drivers;
 mod errors;
 mod events;
 mod guest_panic;

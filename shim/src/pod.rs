@@ -44,6 +44,7 @@ use crate::{
     child::Watched,
     container::{self, Container},
     cri::PodFiles,
+    drivers,
     errors::CallError,
     events::Publisher,
     guest_panic,
@@ -53,7 +54,7 @@ use crate::{
     machine_client::Machine,
     memory_volumes::MemoryVolumes,
     network,
-    passthrough::{self, Passthrough, group::Wanted},
+    passthrough::{self, Passthrough},
     port_forward,
     process::{Exit, LOST_STATUS},
     qos::Place,
@@ -166,6 +167,7 @@ impl Pod {
     ) -> Result<Arc<Self>, CallError> {
         let settings = &config.settings;
         let functions = passthrough::wanted(settings)?;
+        let drivers = drivers::Image::open(settings)?;
         let failed = |error| CallError::host(state.display(), error);
         fs::create_dir_all(state).map_err(failed)?;
         let mut journal = Journal::open(state).map_err(failed)?;
@@ -224,21 +226,30 @@ impl Pod {
             next_stream: AtomicU64::new(1),
             next_disk: AtomicU64::new(1),
         });
-        pod.configure(request, attached.guest, &functions).await?;
+        pod.configure(request, attached.guest, drivers.as_ref())
+            .await?;
+        passthrough::plug_for_pod(&pod, &functions).await?;
         pod.start_tasks(request);
         Ok(pod)
     }
 
-    /// Makes the guest the pod's: its sandbox, and the functions of the host that it names.
+    /// Makes the guest the pod's: its sandbox, and the drivers that it loads.
     async fn configure(
         self: &Arc<Self>,
         request: &Request,
         network: network::GuestNetwork,
-        functions: &[Wanted],
+        drivers: Option<&drivers::Image>,
     ) -> Result<(), CallError> {
-        let sandbox = self.sandbox_request(request, network)?;
-        agent_call!(self.agent, configure_sandbox, &sandbox)?;
-        passthrough::plug_for_pod(self, functions).await
+        let mut sandbox = self.sandbox_request(request, network)?;
+        let Some(image) = drivers else {
+            agent_call!(self.agent, configure_sandbox, &sandbox)?;
+            return Ok(());
+        };
+        sandbox.storages.push(image.plug(self).await?);
+        sandbox.drivers_path = drivers::GUEST_PATH.to_owned();
+        let agent = drivers::Image::patient(&self.agent);
+        let configured = agent_call!(agent, configure_sandbox, &sandbox);
+        configured.map_err(|error| image.explain(error)).map(drop)
     }
 
     /// What goes on beside the calls, as long as the VM lives.

@@ -2,6 +2,8 @@
 //!
 //! `PERICARP_FULL=1` makes the numbers those of SPEC.md; without it they fit a run of CI.
 
+use std::path::Path;
+
 use anyhow::{Context, Result, ensure};
 use pericarp_tests::node::containerd::{PASSTHROUGH, Pod};
 use pericarp_tests::node::images::BUSYBOX;
@@ -21,8 +23,11 @@ const VFIO: &str = "vfio-pci";
 const EDU: usize = 4;
 const PIN_ONLY: usize = 5;
 
-/// The node with two disks, an NVMe disk, a display, QEMU's teaching device and a disk without
-/// messages; None when what it needs is not built.
+/// Where the network card is, whose driver is a module of the kernel with drivers.
+const CARD: usize = 6;
+
+/// The node with two disks, an NVMe disk, a display, QEMU's teaching device, a disk without
+/// messages and a network card; None when what it needs is not built.
 fn node(test: &str) -> Option<Session> {
     let builder = || {
         let devices = [
@@ -32,6 +37,7 @@ fn node(test: &str) -> Option<Session> {
             Device::VirtioGpu,
             Device::Edu,
             Device::PinOnly,
+            Device::NetworkCard,
         ];
         let builder = Builder::default().name("passthrough").memory_mib(4096);
         let builder = builder.numa_nodes(2);
@@ -43,7 +49,7 @@ fn node(test: &str) -> Option<Session> {
 /// The node's functions, all with vfio-pci and allowed, in the order of [`node`].
 fn functions(node: &Node) -> Result<Vec<Function>> {
     let functions = Function::all(node)?;
-    ensure!(functions.len() == 6, "{functions:?}");
+    ensure!(functions.len() == 7, "{functions:?}");
     for function in functions.iter().filter(|one| one.driver != VFIO) {
         function.bind(node, VFIO)?;
     }
@@ -707,4 +713,157 @@ fn the_guest_is_where_the_container_may_be() {
         return;
     };
     near_the_function(&node).unwrap();
+}
+
+/// Drop-in of the configuration that names an image of drivers, the image and its folder.
+const DRIVERS: &str = "/etc/pericarp/config.d/62-drivers.toml";
+const IMAGE: &str = "/var/tmp/drivers.erofs";
+const FOLDER: &str = "/var/tmp/drivers";
+
+/// Makes an image of drivers for the pods that `table` of the configuration is about: what goes
+/// with disks, and the modules of `folder`, of which those of `list` are loaded.
+fn make_drivers(node: &Node, table: &str, modules: Option<(&Path, &str)>) -> Result<()> {
+    let edits = json!({
+        "env": ["DISK_DRIVER=ours"],
+        "deviceNodes": [
+            {"path": "/dev/extra0", "type": "c", "major": 1, "minor": 11},
+            // As the guest's own /dev has it.
+            {"path": "/dev/extra1", "hostPath": "/dev/kmsg"},
+        ],
+        "mounts": [{"hostPath": "/lib/libdisk.so", "containerPath": "/usr/lib/libdisk.so"}],
+    });
+    let spec = json!({
+        "cdiVersion": "0.6.0", "kind": "example.com/disk",
+        "annotations": {"pericarp.dev/pci": "class:01"},
+        "devices": [{"name": "all", "containerEdits": edits}],
+    });
+    node.shell(&format!(
+        "rm -rf {FOLDER} {IMAGE}; mkdir -p {FOLDER}/lib {FOLDER}/cdi
+         echo library >{FOLDER}/lib/libdisk.so.1
+         ln -s /lib/libdisk.so.1 {FOLDER}/lib/libdisk.so"
+    ))?;
+    node.write(&format!("{FOLDER}/cdi/disk.json"), &spec.to_string())?;
+    if let Some((modules, list)) = modules {
+        let modules = modules.display();
+        let all = format!("find {modules} -name '*.ko' -exec cp -t {FOLDER}/modules {{}} +");
+        node.shell(&format!("mkdir {FOLDER}/modules {FOLDER}/firmware; {all}"))?;
+        node.write(&format!("{FOLDER}/modules.load"), list)?;
+    }
+    node.shell(&format!(
+        "mkfs.erofs --quiet -T0 --all-root {IMAGE} {FOLDER}"
+    ))?;
+    node.write(DRIVERS, &format!("[{table}]\nmodules = {IMAGE:?}\n"))
+}
+
+fn remove_drivers(node: &Node) -> Result<()> {
+    let line = format!("rm -r {DRIVERS} {IMAGE} {FOLDER}");
+    node.shell(&line).map(drop)
+}
+
+/// Why a pod with the image of drivers is refused.
+fn refused_drivers(node: &Node, containerd: &Containerd, handler: &str) -> Result<String> {
+    let refused = containerd.run_pod(node, handler, &pod_config("refused"));
+    let error = refused.err().context("it was accepted")?;
+    Ok(format!("{error:#}"))
+}
+
+/// What the image says of disks is in the container that has one, and not in its neighbour.
+fn additions_of_the_image(node: &Node) -> Result<()> {
+    let containerd = node.containerd(Version::V23)?;
+    let functions = functions(node)?;
+    let before = Leftovers::look(node)?;
+    make_drivers(node, "paths", None)?;
+    let pod = containerd.run_pod(node, HANDLER, &pod_config("additions"))?;
+    let look = "echo variable ${DISK_DRIVER:-none}
+        ls /dev/extra0 /dev/extra1 /usr/lib/libdisk.so 2>/dev/null
+        mknod /tmp/extra c 1 11 && dd if=/tmp/extra of=/dev/null bs=8192 count=1 2>/dev/null &&
+            echo readable; true";
+    let all = "variable ours\n/dev/extra0\n/dev/extra1\n/usr/lib/libdisk.so\nreadable";
+    let disk = containerd.run_container(node, &pod, &sleeper("disk", &[&functions[0]]))?;
+    let edu = containerd.run_container(node, &pod, &sleeper("edu", &[&functions[EDU]]))?;
+    let other = containerd.run_container(node, &pod, &sleeper("other", &[]))?;
+    for (container, wanted) in [
+        (&disk, all),
+        (&edu, "variable none"),
+        (&other, "variable none"),
+    ] {
+        let seen = containerd.exec_shell(node, container, look)?;
+        ensure!(seen == wanted, "{seen}, not {wanted}");
+    }
+    let line = "cat /usr/lib/libdisk.so; echo 2>/dev/null >/usr/lib/libdisk.so || echo refused
+        dd if=/dev/extra1 bs=8192 count=1 2>/dev/null | grep -c ';'";
+    let seen = containerd.exec_shell(node, &disk, line)?;
+    ensure!(
+        seen == "library\nrefused\n1",
+        "the library, the log: {seen}"
+    );
+    containerd.remove_pod(node, &pod)?;
+    // The kernel of this handler loads no modules, and says so.
+    let none = Path::new(FOLDER);
+    make_drivers(node, "paths", Some((none, "# a list\nmodules/card.ko\n")))?;
+    let error = refused_drivers(node, &containerd, HANDLER)?;
+    let words = ["paths.modules", IMAGE, "firmware", "FLAVOUR=passthrough"];
+    ensure!(words.iter().all(|word| error.contains(word)), "{error}");
+    remove_drivers(node)?;
+    Leftovers::nothing_since(node, &before)?;
+    Ok(())
+}
+
+#[test]
+fn an_image_of_drivers_adds_to_containers_with_their_functions() {
+    let Some(node) = node("passthrough-additions") else {
+        return;
+    };
+    additions_of_the_image(&node).unwrap();
+}
+
+/// A card is driven by a module, which is loaded before any container.
+fn modules_of_the_image(node: &Node, modules: &Path) -> Result<()> {
+    let containerd = node.containerd(Version::V23)?;
+    let functions = functions(node)?;
+    let before = Leftovers::look(node)?;
+    let table = "flavour.passthrough.paths";
+    let list = "# what igb needs, and igb\nmodules/i2c-algo-bit.ko\nmodules/igb.ko max_vfs=0\n";
+    make_drivers(node, table, Some((modules, list)))?;
+    let pod = containerd.run_pod(node, PASSTHROUGH, &pod_config("modules"))?;
+    let other = containerd.run_container(node, &pod, &sleeper("other", &[]))?;
+    let line = "cut -d ' ' -f 1 /proc/modules; ls /sys/bus/pci/drivers/igb | grep 0000: || true
+        cat /sys/module/firmware_class/parameters/path";
+    let loaded = containerd.exec_shell(node, &other, line)?;
+    let wanted = "igb\ni2c_algo_bit\n/run/pericarp/drivers/firmware";
+    ensure!(loaded == wanted, "before the card: {loaded}");
+    let card = containerd.run_container(node, &pod, &sleeper("card", &[&functions[CARD]]))?;
+    let line = "cd /sys/bus/pci/drivers/igb; ls -d 0000* | wc -l; ls 0000*/net | wc -l";
+    let bound = containerd.exec_shell(node, &card, line)?;
+    ensure!(
+        bound == "1\n1",
+        "functions of igb, their interfaces: {bound}"
+    );
+    containerd.remove_pod(node, &pod)?;
+    // igb cannot do without the other.
+    make_drivers(node, table, Some((modules, "modules/igb.ko\n")))?;
+    let error = refused_drivers(node, &containerd, PASSTHROUGH)?;
+    let words = [
+        IMAGE,
+        "modules.load:1",
+        "modules/igb.ko",
+        "Unknown symbol",
+        "before it",
+    ];
+    ensure!(words.iter().all(|word| error.contains(word)), "{error}");
+    remove_drivers(node)?;
+    Leftovers::nothing_since(node, &before)?;
+    Ok(())
+}
+
+#[test]
+fn a_module_of_an_image_of_drivers_drives_a_card() {
+    let Some(modules) = pericarp::passthrough_modules() else {
+        eprintln!("skipped: not built: the kernel with drivers (make kernel FLAVOUR=passthrough)");
+        return;
+    };
+    let Some(node) = node("passthrough-modules") else {
+        return;
+    };
+    modules_of_the_image(&node, &modules).unwrap();
 }

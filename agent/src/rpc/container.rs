@@ -19,7 +19,7 @@ use serde::de::DeserializeOwned;
 use super::check_id;
 use crate::{
     container::{Container, ContainerError, CreateOptions, Created, Stdio},
-    devices::{self, PciAddress},
+    devices::{self, Model, PciAddress},
     errors::RpcError,
     log,
     pod::{Contained, Pod, blocking},
@@ -99,9 +99,10 @@ struct Built {
 fn build(
     pod: &Pod,
     request: &CreateContainerRequest,
-    spec: Spec,
+    mut spec: Spec,
     stdio: Stdio,
 ) -> Result<Built, RpcError> {
+    let devices = passed_through(pod, &request.device_pci_addresses, &mut spec)?;
     let console_size = (request.terminal_width != 0 && request.terminal_height != 0)
         .then_some((request.terminal_width, request.terminal_height));
     let mut options = CreateOptions {
@@ -110,7 +111,7 @@ fn build(
         cgroup_parent: Pod::cgroup()
             .map_err(RpcError::kernel("make the pod's cgroup"))?
             .into(),
-        devices: passed_through(&request.device_pci_addresses)?,
+        devices,
     };
     let storages = storage::attach_all(&request.storages)?;
     match storage::nodes(&request.storages) {
@@ -226,11 +227,26 @@ async fn end_with_init(contained: Arc<Contained>) {
     }
 }
 
-fn passed_through(addresses: &[String]) -> Result<Vec<LinuxDevice>, RpcError> {
+/// The nodes of a container's functions; what the image of drivers adds goes into `spec`.
+fn passed_through(
+    pod: &Pod,
+    addresses: &[String],
+    spec: &mut Spec,
+) -> Result<Vec<LinuxDevice>, RpcError> {
     let mut found = Vec::new();
+    let mut functions = Vec::new();
     for address in addresses {
         let address = PciAddress::parse("device_pci_addresses", address)?;
         found.extend(devices::passed_through(&address)?);
+        functions.push(Model::of(&address)?);
+    }
+    if let Some(drivers) = pod
+        .drivers
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .as_ref()
+    {
+        drivers.edit(spec, &mut found, &functions)?;
     }
     Ok(found)
 }

@@ -19,6 +19,7 @@ use pericarp_protocol::{
 };
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
+pub(crate) use stats::kernel_log;
 #[cfg(feature = "fuzzing")]
 pub(crate) use stats::read_log;
 

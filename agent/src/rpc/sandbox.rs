@@ -1,6 +1,11 @@
 //! The sandbox: configuration, network, storages that belong to no container.
 
-use std::{fs::OpenOptions, io, path::Path, sync::Arc};
+use std::{
+    fs::OpenOptions,
+    io,
+    path::Path,
+    sync::{Arc, PoisonError},
+};
 
 use nix::mount::{MsFlags, mount};
 use pericarp_protocol::guest::{ConfigureSandboxRequest, Empty, Storage, UpdateNetworkRequest};
@@ -8,6 +13,7 @@ use pericarp_sys::guest::ENTROPY_BYTES_MAX;
 
 use super::check_id;
 use crate::{
+    drivers::Drivers,
     errors::RpcError,
     files, init, log, network,
     pod::{Pod, SandboxState, blocking},
@@ -86,19 +92,46 @@ fn apply(pod: &Pod, request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
     set_sysctls(request)?;
     write_resolver_files(pod.options.etc(), request)?;
     let mut added = Vec::new();
-    for storage in &request.storages {
-        if let Err(error) = attach(pod, storage) {
-            // What was added before it goes, so that the host may try again.
-            for mount_point in added.into_iter().rev() {
-                if let Err(error) = detach(pod, mount_point) {
-                    log::warn(format_args!("{}", log::chain(&error)));
-                }
+    let done = attach_all(pod, &request.storages, &mut added)
+        .and_then(|()| use_drivers(pod, &request.drivers_path));
+    if let Err(error) = done {
+        // What was added before it goes, so that the host may try again.
+        for mount_point in added.into_iter().rev() {
+            if let Err(error) = detach(pod, mount_point) {
+                log::warn(format_args!("{}", log::chain(&error)));
             }
-            return Err(error);
         }
-        added.push(storage.mount_point.as_str());
+        return Err(error);
     }
     mount_shm(request.shm_size_bytes)
+}
+
+fn attach_all<'a>(
+    pod: &Pod,
+    storages: &'a [Storage],
+    added: &mut Vec<&'a str>,
+) -> Result<(), RpcError> {
+    for storage in storages {
+        attach(pod, storage)?;
+        added.push(&storage.mount_point);
+    }
+    Ok(())
+}
+
+/// Takes the image of drivers into use, where there is one: modules are loaded before any container.
+fn use_drivers(pod: &Pod, path: &str) -> Result<(), RpcError> {
+    if path.is_empty() {
+        return Ok(());
+    }
+    if files::components_beneath(Path::new(init::RUN), Path::new(path)).is_none() {
+        return Err(RpcError::Invalid {
+            field: "drivers_path",
+            reason: format!("{path:?} does not lie beneath {}", init::RUN),
+        });
+    }
+    let drivers = Drivers::set_up(Path::new(path))?;
+    *pod.drivers.lock().unwrap_or_else(PoisonError::into_inner) = Some(drivers);
+    Ok(())
 }
 
 fn mount_shm(size_bytes: u64) -> Result<(), RpcError> {

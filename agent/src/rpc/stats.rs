@@ -115,7 +115,7 @@ fn count_cgroups() -> u32 {
 }
 
 /// The end of the kernel's log, one line a record (Documentation/ABI/testing/dev-kmsg).
-fn kernel_log() -> String {
+pub(crate) fn kernel_log() -> String {
     let opened = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_NONBLOCK)

@@ -5,7 +5,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use pericarp_runtime_config::Settings;
+use pericarp_runtime_config::{Config, Settings};
 
 use super::Host;
 use super::finding::Report;
@@ -14,6 +14,8 @@ use crate::elf::{KernelFile, inspect};
 
 const INSTALL: &str =
     "install Pericarp's guest files (make install), or correct the path in the configuration";
+const MAKE_DRIVERS: &str =
+    "make the image of drivers with mkfs.erofs (docs/gpu.md), or correct `paths.modules`";
 /// EROFS on-disk format: the superblock begins at 1024 with this magic number.
 const EROFS_MAGIC: [u8; 4] = 0xe0f5_e1e2_u32.to_le_bytes();
 const EROFS_MAGIC_OFFSET: u64 = 1024;
@@ -26,10 +28,38 @@ pub(super) fn check(host: Host<'_>, settings: &Settings, report: &mut Report) {
     kernel(&at(&paths.kernel), report);
     match &paths.initramfs {
         Some(path) => readable("assets.initramfs", &at(path), report),
-        None => erofs("assets.image", &at(&paths.image), report),
+        None => erofs("assets.image", &at(&paths.image), INSTALL, report),
+    }
+    if let Some(path) = &paths.modules {
+        erofs("assets.modules", &at(path), MAKE_DRIVERS, report);
     }
     program("assets.vmm", &at(&paths.vmm), report);
     virtiofsd(&at(&paths.virtiofsd), report);
+}
+
+/// The guest's files of flavours, where they are others than [`check`] looked at.
+pub(super) fn check_flavours(host: Host<'_>, config: &Config, report: &mut Report) {
+    let base = &config.settings.paths;
+    let at = |path: &Path| host.root.join(path.strip_prefix("/").unwrap_or(path));
+    for name in config.flavours() {
+        let Ok(flavour) = config.clone().with_flavour(name) else {
+            continue;
+        };
+        let paths = &flavour.settings.paths;
+        if paths.kernel != base.kernel {
+            kernel(&at(&paths.kernel), report);
+        }
+        if paths.image != base.image {
+            erofs("assets.image", &at(&paths.image), INSTALL, report);
+        }
+        if let Some(path) = paths
+            .modules
+            .as_ref()
+            .filter(|_| paths.modules != base.modules)
+        {
+            erofs("assets.modules", &at(path), MAKE_DRIVERS, report);
+        }
+    }
 }
 
 fn kernel(path: &Path, report: &mut Report) {
@@ -50,7 +80,7 @@ fn kernel(path: &Path, report: &mut Report) {
     report.fail(check, format!("{shown} {wrong}"), action);
 }
 
-fn erofs(check: &'static str, path: &Path, report: &mut Report) {
+fn erofs(check: &'static str, path: &Path, action: &str, report: &mut Report) {
     let magic = File::open(path).and_then(|mut file| {
         let mut magic = [0; 4];
         file.seek(SeekFrom::Start(EROFS_MAGIC_OFFSET))?;
@@ -61,9 +91,9 @@ fn erofs(check: &'static str, path: &Path, report: &mut Report) {
         Ok(_) => report.fail(
             check,
             format!("{} is not an EROFS file system", path.display()),
-            INSTALL,
+            action,
         ),
-        Err(error) => report.fail(check, format!("{}: {error}", path.display()), INSTALL),
+        Err(error) => report.fail(check, format!("{}: {error}", path.display()), action),
     }
 }
 
@@ -206,6 +236,32 @@ mod tests {
             .map(|(check, _)| check)
             .collect();
         assert_eq!(failed, ["assets.image", "assets.vmm"]);
+    }
+
+    #[test]
+    fn the_files_of_flavours_are_looked_at_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("config.toml");
+        let text = "[flavour.gpu.paths]\nkernel = '/k'\nmodules = '/drivers.erofs'\n";
+        std::fs::write(&file, text).unwrap();
+        let config = Config::load(Some(&file), false).unwrap();
+        let found = || {
+            let mut report = Report::default();
+            let root = folder.path();
+            check_flavours(Host { root }, &config, &mut report);
+            let findings = report.findings.iter();
+            findings
+                .map(|finding| (finding.check, finding.level))
+                .collect::<Vec<_>>()
+        };
+        let wanted = |level| vec![("assets.kernel", level), ("assets.modules", level)];
+        assert_eq!(found(), wanted(Level::Fail));
+        let kernel = kernel_with_note(b"Xen\0", 18, 0x100_0000);
+        let mut image = vec![0; 2048];
+        image[1024..1028].copy_from_slice(&EROFS_MAGIC);
+        write(folder.path(), "k", &kernel, 0o644);
+        write(folder.path(), "drivers.erofs", &image, 0o644);
+        assert_eq!(found(), wanted(Level::Ok));
     }
 
     #[test]

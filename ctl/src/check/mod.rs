@@ -62,6 +62,7 @@ pub(crate) fn run(arguments: &CheckArguments, out: &mut impl Write) -> Result<Ex
     kernel::check(host, &config.settings, &mut report);
     cgroup::check(host, &mut report);
     assets::check(host, &config.settings, &mut report);
+    assets::check_flavours(host, &config, &mut report);
     containerd::check(
         host,
         &config,

@@ -140,6 +140,19 @@ pub(crate) fn resources() -> Vec<Vec<u8>> {
     ])
 }
 
+pub(crate) fn drivers() -> Vec<Vec<u8>> {
+    texts(&[
+        "# comment\na/b.ko x=1\n\nc.ko\n",
+        r#"{"cdiVersion":"0.6.0","kind":"v/c","annotations":{"pericarp.dev/pci":"class:03,10de:1"},
+        "containerEdits":{"env":["A=b"],"additionalGids":[1]},"devices":[{"name":"d",
+        "annotations":{"pericarp.dev/pci":"vendor:10de"},"containerEdits":{
+        "deviceNodes":[{"path":"/dev/x","hostPath":"/dev/y","type":"c","major":1,"minor":2,
+        "fileMode":438,"permissions":"rw","uid":1,"gid":2}],
+        "mounts":[{"hostPath":"/l","containerPath":"/m","type":"bind","options":["ro"]}],
+        "hooks":[{"hookName":"poststop","path":"/h","args":["h"],"env":["C=d"],"timeout":1}]}}]}"#,
+    ])
+}
+
 pub(crate) fn uevent() -> Vec<Vec<u8>> {
     texts(&["remove@/d\0ACTION=remove\0SUBSYSTEM=pci\0PCI_SLOT_NAME=0000:00:05.0\0"])
 }

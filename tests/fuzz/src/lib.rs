@@ -101,6 +101,12 @@ pub const TARGETS: &[Target] = &[
         seeds: guest::resources,
     },
     Target {
+        name: "agent-drivers",
+        about: "operator: the list of modules and CDI specifications of an image of drivers",
+        run: agent::drivers,
+        seeds: guest::drivers,
+    },
+    Target {
         name: "agent-uevent",
         about: "container with CAP_SYS_ADMIN: announcements of devices",
         run: agent::uevent,

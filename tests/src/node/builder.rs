@@ -40,6 +40,8 @@ pub enum Device {
     Edu,
     /// A disk whose only interrupt is its pin.
     PinOnly,
+    /// A network card, which no driver that is built into a guest's kernel drives.
+    NetworkCard,
 }
 
 /// What the node runs on.

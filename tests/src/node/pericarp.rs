@@ -101,6 +101,13 @@ pub fn passthrough_kernel() -> Option<PathBuf> {
     path.exists().then_some(path)
 }
 
+/// The modules of that kernel, if they are built.
+#[must_use]
+pub fn passthrough_modules() -> Option<PathBuf> {
+    let path = paths::checkout().join("out/modules-passthrough");
+    path.canonicalize().ok()
+}
+
 /// What a pod needs and is not built, with the command that builds it.
 #[must_use]
 pub fn missing() -> Vec<String> {

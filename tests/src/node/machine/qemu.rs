@@ -253,7 +253,10 @@ fn device_arguments(index: usize, device: Device, results: &Path) -> Result<Vec<
         ),
     ];
     let disk = results.join(format!("disk{index}.img"));
-    if !matches!(device, Device::VirtioGpu | Device::Edu) {
+    if !matches!(
+        device,
+        Device::VirtioGpu | Device::Edu | Device::NetworkCard
+    ) {
         let file = File::create(&disk).context("cannot make a disk for the node")?;
         file.set_len(DISK_BYTES)
             .context("cannot size a disk for the node")?;
@@ -271,6 +274,8 @@ fn device_arguments(index: usize, device: Device, results: &Path) -> Result<Vec<
         }
         Device::VirtioGpu => "virtio-gpu-pci,iommu_platform=on".to_owned(),
         Device::Edu => "edu,dma_mask=0xffffffffffffffff".to_owned(),
+        // Without the image for booting from it, which the built emulator lacks.
+        Device::NetworkCard => "igb,romfile=".to_owned(),
     };
     words.extend([
         "-device".to_owned(),
