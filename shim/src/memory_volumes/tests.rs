@@ -1,3 +1,6 @@
+//! Volumes in memory: whose they are, and what the guest is asked for. Folders stand for the
+//! mounts; the mounts themselves are in `tests/tests/node_storage.rs`.
+
 use std::{fs::Permissions, os::unix::fs::PermissionsExt};
 
 use super::*;
