@@ -218,7 +218,7 @@ impl Pod {
             ready_at: SystemTime::now(),
             by_sandbox_service: request.files.is_some(),
             guest_seccomp: settings.security.guest_seccomp,
-            memory: MemoryVolumes::of(&request.annotations),
+            memory: MemoryVolumes::of(&request.annotations, plan.boot.memory_bytes),
             storage: settings.storage.clone(),
             stand_in: stand_in(request.network_namespace.as_deref())?,
             network_namespace: request.network_namespace.clone(),

@@ -51,6 +51,8 @@ const MOUNTINFO: &str = "/proc/self/mountinfo";
 pub(crate) struct MemoryVolumes {
     /// A pod without one has no volumes of kubelet's.
     uid: Option<String>,
+    /// Memory that the VM has.
+    memory_bytes: u64,
     decided: Mutex<HashMap<PathBuf, Decided>>,
 }
 
@@ -84,11 +86,12 @@ impl Found {
 }
 
 impl MemoryVolumes {
-    /// Of a pod with these annotations.
-    pub(crate) fn of(annotations: &HashMap<String, String>) -> Self {
+    /// Of a pod with these annotations, whose VM has that much memory.
+    pub(crate) fn of(annotations: &HashMap<String, String>, memory_bytes: u64) -> Self {
         let uid = annotations.get(UID).filter(|uid| !uid.is_empty());
         Self {
             uid: uid.cloned(),
+            memory_bytes,
             decided: Mutex::default(),
         }
     }
@@ -102,7 +105,7 @@ impl MemoryVolumes {
         let volume = if is_unused(place)? {
             let mount_point = format!("{GUEST}/{}", decided.len());
             Some(Arc::new(Volume {
-                storage: volume_storage(place, mount_point)?,
+                storage: volume_storage(place, mount_point, self.memory_bytes)?,
                 mounted: OnceCell::new(),
             }))
         } else {
@@ -200,8 +203,10 @@ fn is_unused(place: &Place) -> io::Result<bool> {
     Ok(true)
 }
 
-/// The guest's tmpfs: its root and its bounds are those of the host's.
-fn volume_storage(place: &Place, mount_point: String) -> io::Result<Storage> {
+/// The guest's tmpfs: its root and its bounds are those of the host's, but that one which the VM
+/// could not hold has the kernel's own bound, half of the memory: full, it must not end the VM.
+fn volume_storage(place: &Place, mount_point: String, memory_bytes: u64) -> io::Result<Storage> {
+    let size_bytes = place.size_bytes.filter(|size| *size < memory_bytes);
     let root = place.volume.metadata()?;
     let files = statfs(&place.volume)?.files();
     let mut options = place.options.clone();
@@ -218,7 +223,7 @@ fn volume_storage(place: &Place, mount_point: String) -> io::Result<Storage> {
         mount_point,
         options,
         source: Some(Source::Scratch(Scratch {
-            size_bytes: place.size_bytes.unwrap_or_default(),
+            size_bytes: size_bytes.unwrap_or_default(),
             ..Default::default()
         })),
         ..Default::default()

@@ -59,7 +59,8 @@ fn the_guests_volume_is_made_like_the_hosts() {
     let folder = tempfile::tempdir().unwrap();
     fs::set_permissions(folder.path(), Permissions::from_mode(0o2770)).unwrap();
     let mut place = place(folder.path(), "", &[]);
-    let storage = volume_storage(&place, "/m".to_owned()).unwrap();
+    let of = |place: &Place| volume_storage(place, "/m".to_owned(), 2 << 20).unwrap();
+    let storage = of(&place);
     for option in ["nosuid", "mode=2770"] {
         assert!(storage.options.iter().any(|one| one == option), "{storage}");
     }
@@ -71,10 +72,14 @@ fn the_guests_volume_is_made_like_the_hosts() {
     let unbound = |storage: &Storage| storage.options.iter().any(|one| one == "size=0");
     assert!(!unbound(&storage));
     place.size_bytes = None;
-    let storage = volume_storage(&place, "/m".to_owned()).unwrap();
-    assert!(scratch(&storage) == 0 && !unbound(&storage));
+    // The kernel's own bound, as for a size that the VM could not hold.
+    for size in [None, Some(2 << 20), Some(u64::MAX)] {
+        place.size_bytes = size;
+        let storage = of(&place);
+        assert!(scratch(&storage) == 0 && !unbound(&storage));
+    }
     place.size_bytes = Some(0);
-    assert!(unbound(&volume_storage(&place, "/m".to_owned()).unwrap()));
+    assert!(unbound(&of(&place)));
 }
 
 #[test]
@@ -104,7 +109,10 @@ fn a_sub_path_is_made_like_the_hosts() {
 #[test]
 fn a_pod_without_a_uid_has_no_such_volumes() {
     let annotated = |value: &str| HashMap::from([(UID.to_owned(), value.to_owned())]);
-    assert_eq!(MemoryVolumes::of(&annotated("u")).uid.as_deref(), Some("u"));
-    assert_eq!(MemoryVolumes::of(&annotated("")).uid, None);
-    assert_eq!(MemoryVolumes::of(&HashMap::new()).uid, None);
+    assert_eq!(
+        MemoryVolumes::of(&annotated("u"), 1).uid.as_deref(),
+        Some("u")
+    );
+    assert_eq!(MemoryVolumes::of(&annotated(""), 1).uid, None);
+    assert_eq!(MemoryVolumes::of(&HashMap::new(), 1).uid, None);
 }
