@@ -228,95 +228,94 @@ fn memory_volume(pod: &str, name: &str) -> String {
 }
 
 /// A directory in the volume `m` of a pod, mounted as kubelet does for a sub path.
-fn sub_path(node: &Session, pod: &str, name: &str) -> String {
+fn sub_path(node: &Session, pod: &str, name: &str) -> Result<String> {
     let volume = memory_volume(pod, "m");
     let target = format!("/var/lib/kubelet/pods/{pod}/volume-subpaths/m/c/{name}");
     let made = format!(
         "mkdir -p '{volume}/{name}' '{target}' && mount --bind '{volume}/{name}' '{target}'"
     );
-    node.shell(&made).unwrap();
-    target
+    node.shell(&made)?;
+    Ok(target)
 }
 
-/// Containers that have a pod's volume in memory share a tmpfs of their guest, and pay for it.
-fn memory_is_the_guests(node: &Session, version: Version) {
-    let containerd = node.containerd(version).unwrap();
-    let before = Leftovers::look(node).unwrap();
-    let (volume, kept) = (
-        memory_volume("memory", "m"),
-        memory_volume("memory", "kept"),
-    );
+/// Two volumes in memory of a pod: one as kubelet makes it, and one with a file of the host.
+fn two_volumes(node: &Session) -> Result<(String, String)> {
+    let [volume, kept] = ["m", "kept"].map(|name| memory_volume("memory", name));
     node.shell(&format!(
         "mkdir -p {volume} {kept} && mount -t tmpfs -o size=48m tmpfs {volume} &&
          chown :4321 {volume} && chmod 2775 {volume} &&
          mount -t tmpfs tmpfs {kept} && echo old >{kept}/old"
-    ))
-    .unwrap();
-    let pod = pod(node, &containerd, "memory").unwrap();
+    ))?;
+    Ok((volume, kept))
+}
+
+/// Containers that have a pod's volume in memory share a tmpfs of their guest, and pay for it.
+fn memory_is_the_guests(node: &Session, version: Version) -> Result<()> {
+    let containerd = node.containerd(version)?;
+    let before = Leftovers::look(node)?;
+    let (volume, kept) = two_volumes(node)?;
+    let pod = pod(node, &containerd, "memory")?;
     let run = |name: &str, mounts: serde_json::Value| {
         let mut config = container_config(name, BUSYBOX, WAIT);
         config["mounts"] = mounts;
         config["linux"] = json!({"resources": {"memory_limit_in_bytes": 32 << 20}});
-        containerd.run_container(node, &pod, &config).unwrap()
+        containerd.run_container(node, &pod, &config)
     };
     let inside = |container: &str, line: &str| containerd.exec_shell(node, container, line);
     let both = json!([{"host_path": volume, "container_path": "/m"},
                       {"host_path": kept, "container_path": "/kept"}]);
-    let writer = run("writer", both.clone());
+    let writer = run("writer", both.clone())?;
     let says = inside(
         &writer,
         "stat -c %a:%u:%g /m; df -m /m | awk 'END { print $1, $2 }'",
     );
-    assert_eq!(says.unwrap(), "2775:0:4321\ntmpfs 48");
+    assert_eq!(says?, "2775:0:4321\ntmpfs 48");
     // Charged to the one that writes, and not seen by the host.
     let write = "dd if=/dev/zero of=/m/f bs=1M count=16 2>/dev/null; echo file >/m/g; \
                  [ $(cat /sys/fs/cgroup/memory.current) -ge 16777216 ]";
-    inside(&writer, write).unwrap();
+    inside(&writer, write)?;
     // What holds files of the host is the host's still.
-    assert_eq!(inside(&writer, "cat /kept/old").unwrap(), "old");
-    inside(&writer, "echo new >/kept/new").unwrap();
+    assert_eq!(inside(&writer, "cat /kept/old")?, "old");
+    inside(&writer, "echo new >/kept/new")?;
     let host = node.shell(&format!("ls -A {volume}; cat {kept}/new"));
-    assert_eq!(host.unwrap(), "new\n");
+    assert_eq!(host?, "new\n");
 
     // Another sees the same, read-only, and places within, which kubelet made not knowing.
     let (made, file) = (
-        sub_path(node, "memory", "d e"),
-        sub_path(node, "memory", "g"),
+        sub_path(node, "memory", "d e")?,
+        sub_path(node, "memory", "g")?,
     );
     node.shell(&format!(
         "chown 5:6 '{volume}/d e' && chmod 751 '{volume}/d e'"
-    ))
-    .unwrap();
+    ))?;
     let reader = run(
         "reader",
         json!([{"host_path": volume, "container_path": "/m", "readonly": true},
                {"host_path": made, "container_path": "/d"},
                {"host_path": file, "container_path": "/g"}]),
-    );
+    )?;
     let says = inside(
         &reader,
         "stat -c %a:%u:%g /d; cat /g; stat -c %s /m/f; echo x >/d/x",
     );
-    assert_eq!(says.unwrap(), "751:5:6\nfile\n16777216");
+    assert_eq!(says?, "751:5:6\nfile\n16777216");
     assert!(inside(&reader, "touch /m/no").is_err());
     let small = "[ $(cat /sys/fs/cgroup/memory.current) -lt 16777216 ]";
-    inside(&reader, small).unwrap();
+    inside(&reader, small)?;
 
     // More than the writer may have is its own end, and no one else's.
     let fill = "dd if=/dev/zero of=/m/big bs=1M count=24 2>&1";
     assert!(inside(&writer, fill).is_err());
-    assert_eq!(inside(&reader, "cat '/m/d e/x'").unwrap(), "x");
-    containerd
-        .crictl_text(node, &["rm", "-f", &writer])
-        .unwrap();
-    let again = run("again", both);
-    assert_eq!(inside(&again, "cat /m/g; rm /m/big").unwrap(), "file");
-    containerd.remove_pod(node, &pod).unwrap();
+    assert_eq!(inside(&reader, "cat '/m/d e/x'")?, "x");
+    containerd.crictl_text(node, &["rm", "-f", &writer])?;
+    let again = run("again", both)?;
+    assert_eq!(inside(&again, "cat /m/g; rm /m/big")?, "file");
+    containerd.remove_pod(node, &pod)?;
     let mounts = "umount -l /var/lib/kubelet/pods/memory/volume-subpaths/m/c/*";
-    node.shell(&format!("{mounts}; umount {volume} {kept}"))
-        .unwrap();
-    node.shell("rm -r /var/lib/kubelet/pods/memory").unwrap();
-    Leftovers::nothing_since(node, &before).unwrap();
+    node.shell(&format!("{mounts}; umount {volume} {kept}"))?;
+    node.shell("rm -r /var/lib/kubelet/pods/memory")?;
+    Leftovers::nothing_since(node, &before)?;
+    Ok(())
 }
 
 #[test]
@@ -324,7 +323,7 @@ fn a_volume_in_memory_is_the_guests() {
     let Some(node) = node("storage-memory-2.3") else {
         return;
     };
-    memory_is_the_guests(&node, Version::V23);
+    memory_is_the_guests(&node, Version::V23).unwrap();
 }
 
 #[test]
@@ -332,7 +331,7 @@ fn a_volume_in_memory_is_the_guests_with_containerd_1_7() {
     let Some(node) = node("storage-memory-1.7") else {
         return;
     };
-    memory_is_the_guests(&node, Version::V17);
+    memory_is_the_guests(&node, Version::V17).unwrap();
 }
 
 /// Runs a second containerd, without the CRI, whose blockfile snapshotter has a blank file system
