@@ -6,8 +6,8 @@
 //! ```text
 //! main ─ init (mounts) ─ connection (dial, hello) ─ ttrpc ─ rpc/* ─ pod ─┬─ container
 //!                            │                                           ├─ storage, network,
-//!                            │                                           │  devices, drivers, stats
-//!                            └─ streams: stdio, forward                  └─ reaper, events
+//!                            │                                           │  devices, drivers
+//!                            └─ streams: stdio, forward                  └─ reaper, events, stats
 //! ```
 //!
 //! Runs as something else when told so by its first argument: `container-init` builds one container

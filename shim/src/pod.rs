@@ -169,17 +169,13 @@ impl Pod {
         let functions = passthrough::wanted(settings)?;
         let drivers = drivers::Image::open(settings)?;
         let failed = |error| CallError::host(state.display(), error);
-        fs::create_dir_all(state).map_err(failed)?;
-        let mut journal = Journal::open(state).map_err(failed)?;
+        let mut journal = make_state(request, state).map_err(failed)?;
         let (cgroups, meter, place) = make_cgroups(request, &mut journal)?;
-        if let Some(files) = &request.files {
-            files.write(state).map_err(failed)?;
-        }
         let shared = SharedDirectory::make(state, &mut journal).map_err(failed)?;
         let (daemon, file_system) = shared.serve(state, settings, Arc::clone(&cgroups))?;
         journal.note(&daemon.entry()).map_err(failed)?;
-        let attached =
-            network::attach(request.network_namespace.as_deref(), settings, &mut journal).await?;
+        let namespace = request.network_namespace.as_deref();
+        let attached = network::attach(namespace, settings, &mut journal).await?;
         let launched = launch(
             Launch {
                 settings,
@@ -197,6 +193,11 @@ impl Pod {
         write_state(request, state, plan.boot, process.pid).map_err(failed)?;
         place.settle(None);
         let size = follow(settings, plan, state, (&machine, &agent));
+        let passthrough = Passthrough::new(
+            &settings.security.passthrough_devices,
+            plan.boot.memory_bytes,
+            place.directory(),
+        );
         let pod = Arc::new(Self {
             id: request.id.clone(),
             namespace: request.namespace.clone(),
@@ -205,11 +206,7 @@ impl Pod {
             agent,
             vmm: process,
             meter,
-            passthrough: Passthrough::new(
-                &settings.security.passthrough_devices,
-                plan.boot.memory_bytes,
-                place.directory(),
-            ),
+            passthrough,
             place,
             size,
             shared,
@@ -220,14 +217,14 @@ impl Pod {
             guest_seccomp: settings.security.guest_seccomp,
             memory: MemoryVolumes::of(&request.annotations, plan.boot.memory_bytes),
             storage: settings.storage.clone(),
-            stand_in: stand_in(request.network_namespace.as_deref())?,
+            stand_in: stand_in(namespace)?,
             network_namespace: request.network_namespace.clone(),
             exit: watch::Sender::new(None),
             next_stream: AtomicU64::new(1),
             next_disk: AtomicU64::new(1),
         });
-        pod.configure(request, attached.guest, drivers.as_ref())
-            .await?;
+        let guest = attached.guest;
+        pod.configure(request, guest, drivers.as_ref()).await?;
         passthrough::plug_for_pod(&pod, &functions).await?;
         pod.start_tasks(request);
         Ok(pod)
@@ -545,6 +542,16 @@ fn cgroups_path(request: &Request) -> Option<PathBuf> {
 
 /// The sandbox's cgroups: the files that take processes, the counter of their time, and what else
 /// is set there.
+/// Makes the state directory, with the journal of what must be undone and the sandbox's files.
+fn make_state(request: &Request, state: &Path) -> io::Result<Journal> {
+    fs::create_dir_all(state)?;
+    let journal = Journal::open(state)?;
+    if let Some(files) = &request.files {
+        files.write(state)?;
+    }
+    Ok(journal)
+}
+
 type Cgroups = (Arc<Vec<File>>, Option<Meter>, Place);
 
 /// Makes the sandbox's cgroups.

@@ -1,3 +1,6 @@
+//! CDI specifications of the guest: what is read, what is refused, and what goes with which
+//! functions.
+
 use serde_json::{Value, json};
 
 use super::*;

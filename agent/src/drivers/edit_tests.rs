@@ -1,3 +1,5 @@
+//! Edits of a container's specification, with closures for the guest and the image.
+
 use serde_json::{Value, json};
 
 use super::*;

@@ -1,3 +1,5 @@
+//! An image of drivers in a folder: what of it is found, and which mistakes are named.
+
 use std::fs;
 
 use serde_json::json;

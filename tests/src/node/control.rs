@@ -169,7 +169,7 @@ impl Control {
             Err(error) => {
                 let mut state = self.shared.lock();
                 state.pending.remove(&id);
-                // A node ends what takes too long: one that does not even say so is as good as dead.
+                // A node ends what takes too long: one that does not say so is as good as dead.
                 let reason = || format!("the node ended (it answers no more): {error:#}");
                 bail!("{}", state.closed.get_or_insert_with(reason));
             }

@@ -246,7 +246,8 @@ fn stats_from_cri(at: &Setting<'_>) -> Result<()> {
         at.shell(&format!(
             "of() {{ kubectl get --raw /api/v1/nodes/{NODE_NAME}/proxy/stats/summary; }}
              export -f of
-             timeout 120 bash -c 'until of | jq -e \"$0\" >/dev/null; do sleep 1; done' '{wanted}' ||
+             right() {{ until of | jq -e \"$0\" >/dev/null; do sleep 1; done; }}; export -f right
+             timeout 120 bash -c right '{wanted}' ||
                  {{ of | jq -c '.pods[] | select(.podRef.name == \"{pod}\")' >&2; exit 1; }}"
         ))?;
         at.delete(&pod)
