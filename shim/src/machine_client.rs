@@ -317,6 +317,13 @@ impl Owner {
                     "a device is broken"
                 );
             }
+            Event::PeersApart(apart) => {
+                warn!(
+                    device = apart.device.as_str(),
+                    reason = apart.reason.as_str(),
+                    "other functions of the pod do not reach this one's registers"
+                );
+            }
         }
     }
 }

@@ -5,6 +5,7 @@
 //! address space in the first and puts the others into it.
 
 use std::{
+    collections::BTreeMap,
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, PoisonError},
@@ -12,7 +13,10 @@ use std::{
 
 use vm_memory::GuestMemoryMmap;
 
-use crate::vfio::{address_of, address_of_memory, ioctl, request, size_of_u32};
+use crate::{
+    mapping::DeviceMapping,
+    vfio::{address_of, address_of_memory, ioctl, request, size_of_u32},
+};
 
 /// `_IO(';', 0x80 + n)`: every request of iommufd, in the numbers that VFIO left free.
 const fn iommufd_request(number: u32) -> u32 {
@@ -38,6 +42,8 @@ pub struct Iommufd {
     space: u32,
     /// Whose memory is in it.
     mapped: Mutex<Vec<Arc<GuestMemoryMmap>>>,
+    /// Registers of devices that are in it, by address.
+    registers: Mutex<BTreeMap<u64, Arc<DeviceMapping>>>,
 }
 
 impl AsFd for Iommufd {
@@ -68,6 +74,7 @@ impl Iommufd {
             fd,
             space: alloc.space,
             mapped: Mutex::default(),
+            registers: Mutex::default(),
         })
     }
 
@@ -113,6 +120,63 @@ impl Iommufd {
     /// The kernel's: `ENOMEM` beyond `RLIMIT_MEMLOCK`, `EINVAL` beyond what the IOMMU addresses,
     /// `EEXIST` for what is mapped already.
     pub fn map(&self, memory: &Arc<GuestMemoryMmap>, address: u64, length: u64) -> io::Result<()> {
+        let user = address_of_memory(memory, address, length)?;
+        // The kernel pins the pages, so that devices never reach what this process maps there
+        // later; guest memory is accessed as memory that others change.
+        self.show(address, (user, length))?;
+        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+        mapped.push(Arc::clone(memory));
+        Ok(())
+    }
+
+    /// Lets devices reach the registers of another one, or of themselves, at `address`, the
+    /// guest's own, until they are taken back.
+    ///
+    /// # Errors
+    /// The kernel's: `EFAULT` from one that takes memory alone, as all do today.
+    pub fn map_registers(&self, address: u64, registers: &Arc<DeviceMapping>) -> io::Result<()> {
+        self.show(address, registers.range())?;
+        let mut mapped = self
+            .registers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        mapped.insert(address, Arc::clone(registers));
+        Ok(())
+    }
+
+    /// Takes the registers at `address` back from devices.
+    ///
+    /// # Errors
+    /// The kernel's; they are still mapped.
+    pub fn unmap_registers(&self, address: u64) -> io::Result<()> {
+        let mut mapped = self
+            .registers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let registers = mapped.get(&address);
+        let registers = registers.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOENT))?;
+        self.hide(address, registers.range().1)?;
+        mapped.remove(&address);
+        Ok(())
+    }
+
+    /// Takes all of it back from devices.
+    ///
+    /// # Errors
+    /// The kernel's; what is left is still mapped.
+    pub fn unmap_all(&self) -> io::Result<()> {
+        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut registers = self
+            .registers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        self.hide(0, u64::MAX)?;
+        mapped.clear();
+        registers.clear();
+        Ok(())
+    }
+
+    fn show(&self, iova: u64, (user, length): (u64, u64)) -> io::Result<()> {
         #[repr(C)]
         struct Map {
             size: u32,
@@ -129,23 +193,14 @@ impl Iommufd {
             flags: FIXED_READ_WRITE,
             space: self.space,
             reserved: 0,
-            user: address_of_memory(memory, address, length)?,
+            user,
             length,
-            iova: address,
+            iova,
         };
-        // The kernel pins the pages, so that devices never reach what this process maps there
-        // later; guest memory is accessed as memory that others change.
-        ioctl(self.as_fd(), IOAS_MAP, address_of(&mut map))?;
-        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
-        mapped.push(Arc::clone(memory));
-        Ok(())
+        ioctl(self.as_fd(), IOAS_MAP, address_of(&mut map)).map(drop)
     }
 
-    /// Takes all of it back from devices.
-    ///
-    /// # Errors
-    /// The kernel's; what is left is still mapped.
-    pub fn unmap_all(&self) -> io::Result<()> {
+    fn hide(&self, iova: u64, length: u64) -> io::Result<()> {
         #[repr(C)]
         struct Unmap {
             size: u32,
@@ -156,13 +211,10 @@ impl Iommufd {
         let mut unmap = Unmap {
             size: size_of_u32::<Unmap>(),
             space: self.space,
-            iova: 0,
-            length: u64::MAX,
+            iova,
+            length,
         };
-        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
-        ioctl(self.as_fd(), IOAS_UNMAP, address_of(&mut unmap))?;
-        mapped.clear();
-        Ok(())
+        ioctl(self.as_fd(), IOAS_UNMAP, address_of(&mut unmap)).map(drop)
     }
 }
 

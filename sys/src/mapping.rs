@@ -147,6 +147,12 @@ impl DeviceMapping {
         Ok(Self(place))
     }
 
+    /// Where it lies in this process, for the kernel, and its bytes.
+    pub(crate) fn range(&self) -> (u64, u64) {
+        let start = self.0.start.as_ptr().expose_provenance();
+        (start as u64, self.0.length as u64)
+    }
+
     fn place<T>(&self, offset: usize) -> Option<*mut Unaligned<T>> {
         let end = offset.checked_add(size_of::<T>())?;
         let start = self.0.start.as_ptr();

@@ -8,6 +8,7 @@
 //! read by the offsets it gives only within the bytes it was given.
 
 use std::{
+    any::Any,
     ffi::CString,
     fs::File,
     io,
@@ -99,12 +100,15 @@ pub(crate) fn address_of_memory(
     Ok(region.as_ptr().expose_provenance() as u64 + offset.0)
 }
 
+/// What is mapped in this process as long as this is kept.
+type Owner = Arc<dyn Any + Send + Sync>;
+
 /// A view of memory that functions share.
 #[derive(Debug)]
 pub struct Container {
     fd: OwnedFd,
-    /// Address, bytes, and whose they are.
-    mapped: Mutex<Vec<(u64, u64, Arc<GuestMemoryMmap>)>>,
+    /// Address, bytes, and whose they are, which is kept.
+    mapped: Mutex<Vec<(u64, u64, Owner)>>,
 }
 
 impl AsFd for Container {
@@ -156,6 +160,50 @@ impl Container {
     /// The kernel's: `ENOMEM` beyond `RLIMIT_MEMLOCK`, `EINVAL` beyond what the IOMMU addresses,
     /// `EEXIST` for what is mapped already.
     pub fn map(&self, memory: &Arc<GuestMemoryMmap>, address: u64, length: u64) -> io::Result<()> {
+        let user = address_of_memory(memory, address, length)?;
+        // The kernel pins the pages, so that devices never reach what this process maps there
+        // later; guest memory is accessed as memory that others change.
+        self.show(address, (user, length), memory.clone())
+    }
+
+    /// Lets devices reach the registers of another one, or of themselves, at `address`, the
+    /// guest's own, until they are taken back. Nothing is pinned.
+    ///
+    /// # Errors
+    /// The kernel's: `EINVAL` beyond what the IOMMU addresses, `EEXIST` for what is mapped already.
+    pub fn map_registers(&self, address: u64, registers: &Arc<DeviceMapping>) -> io::Result<()> {
+        // What the IOMMU is told is where the registers are, not where this process has them; the
+        // function whose they are stays open until then, because their mapping is kept.
+        self.show(address, registers.range(), registers.clone())
+    }
+
+    /// Takes the registers at `address` back from devices.
+    ///
+    /// # Errors
+    /// The kernel's; they are still mapped.
+    pub fn unmap_registers(&self, address: u64) -> io::Result<()> {
+        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = mapped.iter().position(|(iova, ..)| *iova == address);
+        let at = at.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOENT))?;
+        self.hide(mapped[at].0, mapped[at].1)?;
+        mapped.remove(at);
+        Ok(())
+    }
+
+    /// Takes all of it back from devices.
+    ///
+    /// # Errors
+    /// The kernel's; what is left is still mapped.
+    pub fn unmap_all(&self) -> io::Result<()> {
+        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some((iova, size, _)) = mapped.last() {
+            self.hide(*iova, *size)?;
+            mapped.pop();
+        }
+        Ok(())
+    }
+
+    fn show(&self, iova: u64, (vaddr, size): (u64, u64), owner: Owner) -> io::Result<()> {
         #[repr(C)]
         struct Map {
             argsz: u32,
@@ -168,23 +216,17 @@ impl Container {
         let mut map = Map {
             argsz: size_of_u32::<Map>(),
             flags: READ_WRITE,
-            vaddr: address_of_memory(memory, address, length)?,
-            iova: address,
-            size: length,
+            vaddr,
+            iova,
+            size,
         };
-        // The kernel pins the pages, so that devices never reach what this process maps there
-        // later; guest memory is accessed as memory that others change.
         ioctl(self.as_fd(), IOMMU_MAP_DMA, address_of(&mut map))?;
         let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
-        mapped.push((address, length, Arc::clone(memory)));
+        mapped.push((iova, size, owner));
         Ok(())
     }
 
-    /// Takes all of it back from devices.
-    ///
-    /// # Errors
-    /// The kernel's; what is left is still mapped.
-    pub fn unmap_all(&self) -> io::Result<()> {
+    fn hide(&self, iova: u64, size: u64) -> io::Result<()> {
         #[repr(C)]
         struct Unmap {
             argsz: u32,
@@ -192,18 +234,13 @@ impl Container {
             iova: u64,
             size: u64,
         }
-        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
-        while let Some((iova, size, _)) = mapped.last() {
-            let mut unmap = Unmap {
-                argsz: size_of_u32::<Unmap>(),
-                flags: 0,
-                iova: *iova,
-                size: *size,
-            };
-            ioctl(self.as_fd(), IOMMU_UNMAP_DMA, address_of(&mut unmap))?;
-            mapped.pop();
-        }
-        Ok(())
+        let mut unmap = Unmap {
+            argsz: size_of_u32::<Unmap>(),
+            flags: 0,
+            iova,
+            size,
+        };
+        ioctl(self.as_fd(), IOMMU_UNMAP_DMA, address_of(&mut unmap)).map(drop)
     }
 }
 

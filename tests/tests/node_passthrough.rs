@@ -555,6 +555,47 @@ fn messages_arrive_and_other_memory_is_out_of_reach() {
     messages_and_memory(&node).unwrap();
 }
 
+/// A function reads the registers of another one of its pod, also after the guest has moved them,
+/// and no more when that one is gone.
+fn peers(node: &Node) -> Result<()> {
+    let containerd = node.containerd(Version::V23)?;
+    let functions = functions(node)?;
+    let (edu, disk) = (&functions[EDU], &functions[0]);
+    let before = Leftovers::look(node)?;
+    let (pod, container, program, address) = hostile_pod(node, &containerd, "peers", edu)?;
+    let run = |words: &str| {
+        let line = format!("{program} {words}");
+        containerd.exec_shell(node, &container, &line)
+    };
+    let other = containerd.run_container(node, &pod, &sleeper("disk", &[disk]))?;
+    let find = "cd /sys/bus/pci/devices; ls -d * | tail -n 1";
+    let peer = containerd.exec_shell(node, &container, find)?;
+    ensure!(peer != address, "the disk is not on the bus");
+    let said = run(&format!("peer {address} {peer}"))?;
+    ensure!(said.ends_with("moved: read"), "{said}");
+    let there = said.lines().find_map(|line| line.strip_prefix("there: "));
+    let there = there.with_context(|| said.clone())?;
+    remove(node, &containerd, &other)?;
+    let faults = iommu_faults(node, edu)?;
+    let said = run(&format!("reach {address} {there}"))?;
+    ensure!(said == "nothing there", "{said}");
+    let seen = iommu_faults(node, edu)?;
+    ensure!(seen > faults, "the IOMMU has let it through");
+    containerd.remove_pod(node, &pod)?;
+    ensure!(locked_kib(node)? == 0, "memory stays pinned");
+    kernel_is_sound(node)?;
+    Leftovers::nothing_since(node, &before)?;
+    Ok(())
+}
+
+#[test]
+fn functions_of_a_pod_reach_each_other() {
+    let Some(node) = node("passthrough-peers") else {
+        return;
+    };
+    peers(&node).unwrap();
+}
+
 /// A guest that does all it can to its function suffers alone.
 fn hostile_guests(node: &Node) -> Result<()> {
     let containerd = node.containerd(Version::V23)?;

@@ -10,8 +10,8 @@
 use std::{io, os::fd::AsRawFd, sync::Arc};
 
 use pericarp_protocol::machine::{
-    Bytes, DeviceBroken, DeviceName, ErrorCode, Event, Failure, GuestShutdown, Nothing, Reason,
-    Request, ShutdownKind, Success, VcpuError,
+    Bytes, DeviceBroken, DeviceName, ErrorCode, Event, Failure, GuestShutdown, Nothing, PeersApart,
+    Reason, Request, ShutdownKind, Success, VcpuError,
 };
 
 use crate::{
@@ -199,6 +199,12 @@ impl Session {
             if let Some(bytes) = machine.take_reached() {
                 self.tell(Event::MemoryReached(Bytes { bytes }))?;
             }
+            if let Some((name, reason)) = machine.take_apart() {
+                self.tell(Event::PeersApart(PeersApart {
+                    device: DeviceName::lossy(&name),
+                    reason: Reason::lossy(&reason),
+                }))?;
+            }
         }
     }
 
@@ -271,7 +277,7 @@ impl Session {
         Ok(Outcome::GoOn)
     }
 
-    fn answer_doorbell(&mut self, machine: &Machine) -> Result<Outcome, SessionError> {
+    fn answer_doorbell(&mut self, machine: &mut Machine) -> Result<Outcome, SessionError> {
         machine.doorbell().answer();
         for broken in machine.work() {
             self.tell_broken(broken)?;

@@ -160,6 +160,16 @@ wire_struct! {
     }
 }
 
+wire_struct! {
+    /// Other functions of the machine do not reach the registers of this one.
+    PeersApart {
+        /// Which one.
+        device: DeviceName,
+        /// Why.
+        reason: Reason,
+    }
+}
+
 wire_code! {
     /// How a guest ended.
     ShutdownKind {
@@ -194,6 +204,8 @@ wire_choice! {
         DeviceBroken(DeviceBroken) = 5,
         /// What ResizeMemory or SetBalloon asked for is reached: the memory that the guest has now.
         MemoryReached(Bytes) = 6,
+        /// Functions of the host reach the guest's memory, but not each other. Told once.
+        PeersApart(PeersApart) = 7,
     }
 }
 

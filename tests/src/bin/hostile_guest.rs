@@ -23,6 +23,14 @@ enum Cli {
     Msi { address: String, count: u64 },
     /// Has it copy a page of our own, then reach for memory that is not the guest's.
     Dma { address: String },
+    /// Has it read the registers of another function, where they are and where they are moved to.
+    Peer { address: String, peer: String },
+    /// Has it read what `peer` has told, when nobody's registers are there any more.
+    Reach {
+        address: String,
+        place: u64,
+        word: u64,
+    },
     /// Writes to configuration space and BARs: every size at every alignment.
     Scribble {
         address: String,
@@ -86,6 +94,23 @@ impl Function {
         let mapping = DeviceMapping::new(file.as_fd(), 0, length.next_multiple_of(PAGE_BYTES));
         let mapping = mapping.with_context(|| format!("map {}", path.display()))?;
         Ok(Some((mapping, length)))
+    }
+
+    /// Where the kernel has put a BAR, and the bytes of its address; None when it has none.
+    fn place(&self, index: usize) -> Result<Option<(u64, usize)>> {
+        let text = std::fs::read_to_string(self.folder.join("resource"))?;
+        let line = text.lines().nth(index).unwrap_or_default();
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let word = |at: usize| {
+            let digits = words
+                .get(at)
+                .map_or("", |word| word.trim_start_matches("0x"));
+            u64::from_str_radix(digits, 16).unwrap_or(0)
+        };
+        let (start, flags) = (word(0), word(2));
+        // IORESOURCE_MEM and IORESOURCE_MEM_64 (include/linux/ioport.h).
+        let length = if flags & 0x10_0000 != 0 { 8 } else { 4 };
+        Ok((flags & 0x200 != 0).then_some((start, length)))
     }
 
     /// Offset of a capability.
@@ -212,6 +237,64 @@ fn dma(address: &str) -> Result<()> {
     say("not our memory: tried")
 }
 
+/// The BAR of a virtio function with its registers, and where among them a disk says how large it
+/// is: so it is in QEMU's devices. Reading changes nothing there.
+const PEER_BAR: usize = 4;
+const PEER_OFFSET: usize = 0x2000;
+
+/// How far away its registers are moved: no other function is there.
+const MOVE_BYTES: u64 = 64 << 20;
+
+/// What the teaching device reads at `place`: 8 bytes, by way of a page of ours.
+fn read_as_device(registers: &DeviceMapping, place: u64) -> Result<u64> {
+    use std::sync::atomic::Ordering::Relaxed;
+    let page = SharedWords::new(PAGE_BYTES)?;
+    // Not what an earlier copy has left in the device.
+    page[0].store(0x5eed, Relaxed);
+    let memory = physical(&page)?;
+    copy(registers, memory, 8, 0)?;
+    copy(registers, place, 8, 0)?;
+    copy(registers, memory, 8, TO_GUEST)?;
+    let [low, high] = [0, 1].map(|index: usize| u64::from(page[index].load(Relaxed)));
+    Ok(low | high << 32)
+}
+
+fn peer(address: &str, peer: &str) -> Result<()> {
+    let function = Function::open(address)?;
+    let (registers, _) = function.bar(0)?.context("no BAR 0")?;
+    let peer = Function::open(peer)?;
+    let (peers, _) = peer.bar(PEER_BAR)?.context("the peer has no such BAR")?;
+    let load = |offset: usize| peers.load(PEER_OFFSET + offset, 4);
+    let (low, high) = load(0).zip(load(4)).context("the peer's BAR is small")?;
+    let word = low | high << 32;
+    ensure!(word != 0, "the peer has nothing to tell");
+    let (start, _) = peer.place(PEER_BAR)?.context("the peer is nowhere")?;
+    let read = |start: u64| read_as_device(&registers, start + PEER_OFFSET as u64);
+    let seen = read(start)?;
+    ensure!(seen == word, "{seen:#x} at {start:#x}, not {word:#x}");
+    say(format_args!("there: {} {word}", start + PEER_OFFSET as u64))?;
+    let put = |start: u64| {
+        let at = 0x10 + PEER_BAR as u64 * 4;
+        peer.config.write_all_at(&start.to_le_bytes(), at)
+    };
+    // The VMM learns of it a moment later.
+    put(start + MOVE_BYTES)?;
+    until(|| Ok(read(start + MOVE_BYTES)? == word)).context("they did not move along")?;
+    let left = read(start)?;
+    ensure!(left != word, "they are still at {start:#x}");
+    put(start)?;
+    until(|| Ok(read(start)? == word)).context("they did not come back")?;
+    say("moved: read")
+}
+
+fn reach(address: &str, place: u64, word: u64) -> Result<()> {
+    let function = Function::open(address)?;
+    let (registers, _) = function.bar(0)?.context("no BAR 0")?;
+    let seen = read_as_device(&registers, place)?;
+    ensure!(seen != word, "{place:#x} is still read");
+    say("nothing there")
+}
+
 const SIZES: [usize; 4] = [1, 2, 4, 8];
 
 fn scribble(address: &str, seed: u64, rounds: u64) -> Result<()> {
@@ -247,20 +330,9 @@ fn scribble(address: &str, seed: u64, rounds: u64) -> Result<()> {
 
 /// Writes the BARs' addresses, as the kernel knows them, and switches decoding on.
 fn restore(function: &Function) -> Result<()> {
-    let text = std::fs::read_to_string(function.folder.join("resource"))?;
-    for (index, line) in text.lines().take(6).enumerate() {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let word = |at: usize| {
-            let digits = words
-                .get(at)
-                .map_or("", |word| word.trim_start_matches("0x"));
-            u64::from_str_radix(digits, 16).unwrap_or(0)
-        };
-        let (start, flags) = (word(0), word(2));
-        // IORESOURCE_MEM and IORESOURCE_MEM_64 (include/linux/ioport.h).
-        if flags & 0x200 != 0 {
+    for index in 0..6 {
+        if let Some((start, length)) = function.place(index)? {
             let bytes = start.to_le_bytes();
-            let length = if flags & 0x10_0000 != 0 { 8 } else { 4 };
             let at = 0x10 + index as u64 * 4;
             function.config.write_all_at(&bytes[..length], at)?;
         }
@@ -305,6 +377,12 @@ fn main() -> Result<()> {
     match Cli::parse() {
         Cli::Msi { address, count } => msi(&address, count),
         Cli::Dma { address } => dma(&address),
+        Cli::Peer { address, peer: of } => peer(&address, &of),
+        Cli::Reach {
+            address,
+            place,
+            word,
+        } => reach(&address, place, word),
         Cli::Scribble {
             address,
             seed,

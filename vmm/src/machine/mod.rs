@@ -11,6 +11,7 @@ mod bus;
 mod devices;
 mod memory;
 mod passthrough;
+mod peers;
 pub(crate) mod vcpu;
 
 use std::{
@@ -600,8 +601,16 @@ impl Machine {
     }
 
     /// Work that a vCPU rang for. Gives the names of devices that broke.
-    pub(crate) fn work(&self) -> Vec<(String, Broken)> {
+    pub(crate) fn work(&mut self) -> Vec<(String, Broken)> {
         let slots = self.around.doorbell.take_slots();
+        let mut moved = false;
+        for passed in slots.iter().filter_map(|slot| self.passthrough.get(*slot)) {
+            passed.map();
+            moved = true;
+        }
+        if moved {
+            self.passthrough.share();
+        }
         slots
             .into_iter()
             .filter_map(|slot| self.serve(slot, VirtioFunction::work))
@@ -623,21 +632,23 @@ impl Machine {
         slot: Slot,
         act: impl FnOnce(&VirtioFunction) -> Result<(), Broken>,
     ) -> Option<(String, Broken)> {
-        if let Some(passed) = self.passthrough.get(slot) {
-            passed.map();
-        }
         // A removed device may have been rung for a moment before.
         let function = self.functions.get(&slot)?;
         let broken = act(function).err()?;
         function.set_broken();
-        let name = self
-            .names
-            .iter()
-            .find(|(_, attached)| attached.slot == slot);
-        Some((
-            name.map(|(name, _)| name.clone()).unwrap_or_default(),
-            broken,
-        ))
+        Some((self.name_of(slot), broken))
+    }
+
+    /// The function of the host whose registers others do not reach, and why, once.
+    pub(crate) fn take_apart(&mut self) -> Option<(String, String)> {
+        let (slot, reason) = self.passthrough.take_apart()?;
+        Some((self.name_of(slot), reason))
+    }
+
+    fn name_of(&self, slot: Slot) -> String {
+        let mut names = self.names.iter();
+        let name = names.find(|(_, attached)| attached.slot == slot);
+        name.map(|(name, _)| name.clone()).unwrap_or_default()
     }
 
     /// How it ended, if it did.

@@ -3,7 +3,8 @@
 //! All functions share one view of memory, in which guest memory lies where the guest has it: the
 //! container of their groups or, where the kernel has it, an address space of iommufd. It is
 //! mapped, and so pinned as a whole, when the first function comes, and given back when the last
-//! has gone; in between nothing is discarded ([`Discard`]).
+//! has gone; in between nothing is discarded ([`Discard`]). Two and more functions reach each other
+//! in it too ([`super::peers`]).
 
 use std::{
     collections::BTreeMap,
@@ -18,10 +19,13 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{DeviceFd, VmFd};
 use pericarp_protocol::machine::{FieldError, Function as Description};
-use pericarp_sys::{iommufd::Iommufd, vfio::Container};
+use pericarp_sys::{iommufd::Iommufd, mapping::DeviceMapping, vfio::Container};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-use super::memory::Memory;
+use super::{
+    memory::Memory,
+    peers::{self, Peers},
+};
 use crate::{
     arch::layout,
     control::Descriptors,
@@ -93,6 +97,7 @@ enum View {
 #[derive(Debug)]
 struct Space {
     view: View,
+    peers: Peers,
     bytes: u64,
     _pin: Pin,
 }
@@ -126,6 +131,8 @@ pub(super) struct Passthrough {
     files: BTreeMap<FileKey, Held>,
     space: Option<Space>,
     kvm: Option<KvmGroups>,
+    /// Whose registers others do not reach, and why.
+    apart: Option<(Slot, String)>,
 }
 
 impl View {
@@ -144,12 +151,29 @@ impl View {
     }
 }
 
+impl peers::View for View {
+    fn give(&self, address: u64, registers: &Arc<DeviceMapping>) -> io::Result<()> {
+        match self {
+            Self::Container(container) => container.map_registers(address, registers),
+            Self::Iommufd(iommufd) => iommufd.map_registers(address, registers),
+        }
+    }
+
+    fn take(&self, address: u64) -> io::Result<()> {
+        match self {
+            Self::Container(container) => container.unmap_registers(address),
+            Self::Iommufd(iommufd) => iommufd.unmap_registers(address),
+        }
+    }
+}
+
 impl Space {
     fn new(view: View, memory: &Memory) -> Result<Self, PassthroughError> {
         // Nothing is discarded from here on, so that what is mapped stays what the guest sees.
         let pin = memory.discard.pin();
         let mut space = Self {
             view,
+            peers: Peers::default(),
             bytes: 0,
             _pin: pin,
         };
@@ -313,12 +337,32 @@ impl Passthrough {
         let Some(passed) = self.functions.remove(&slot) else {
             return false;
         };
+        // Before its registers are no more what they were, or somebody else's.
+        self.share();
         passed.function.detach();
         if let Some(held) = self.files.get_mut(&passed.file) {
             held.functions -= 1;
         }
         self.tidy();
         true
+    }
+
+    /// Has every function reach what the bus decodes of the others now, and nothing else of them.
+    pub(super) fn share(&mut self) {
+        let Some(space) = &mut self.space else { return };
+        let alone = self.functions.len() < 2;
+        let functions = self.functions.iter().filter(|_| !alone);
+        let wanted = functions.flat_map(|(slot, passed)| {
+            let parts = passed.function.decoded().into_iter();
+            parts.map(|(address, registers)| (address, (*slot, registers)))
+        });
+        let refusal = space.peers.follow(&space.view, &wanted.collect());
+        self.apart = self.apart.take().or(refusal);
+    }
+
+    /// Whose registers other functions do not reach, and why, once.
+    pub(super) fn take_apart(&mut self) -> Option<(Slot, String)> {
+        self.apart.take()
     }
 
     /// Gives back groups without functions and, without any, the memory.

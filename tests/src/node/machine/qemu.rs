@@ -119,6 +119,10 @@ fn explain(kept: &Kept, results: &Path) -> String {
     format!("the node ended ({status}): {said}: see {}", log.display())
 }
 
+/// Of a node with an IOMMU. On a busy computer no tick may come while the kernel tries its timer, and
+/// behind an interrupt remapper it gives up then: it is told not to try.
+const IOMMU_WORDS: &str = " intel_iommu=on iommu=pt no_timer_check";
+
 /// What is the same for each node; the firmware is that of Debian's packages.
 const FIXED: &[&str] = &[
     "-nodefaults",
@@ -156,9 +160,7 @@ fn arguments(builder: &Builder, boot: &BootFiles, results: &Path) -> Result<Vec<
             "-device",
             "intel-iommu,intremap=on,caching-mode=off",
         ]);
-        // On a busy computer no tick may come in the moment in which the kernel tries its timer, and
-        // behind an interrupt remapper it gives up then.
-        kernel_line.push_str(" intel_iommu=on iommu=pt no_timer_check");
+        kernel_line.push_str(IOMMU_WORDS);
     }
     let cpus = if builder.icount { 1 } else { builder.cpus };
     add(&["-cpu", "EPYC,+svm,+npt", "-smp", &processors(builder, cpus)]);

@@ -248,8 +248,7 @@ impl PassedFunction {
                 self.hide(&slots);
             }
             // Only where the bus decodes it too, so that no guest puts it over something else.
-            let ours = self.around.bars.find(range.start, size);
-            if ours.is_some_and(|(function, bar, _)| self.is(&function) && bar == register) {
+            if self.is_placed(register, range.start, size) {
                 let slots = passed.windows.iter().filter_map(|(offset, mapping)| {
                     let backing = Backing::Device(Arc::clone(mapping));
                     // Without it accesses trap, which only is slower.
@@ -260,8 +259,27 @@ impl PassedFunction {
         }
     }
 
-    fn is(&self, function: &Arc<dyn PciFunction>) -> bool {
-        std::ptr::addr_eq(Arc::as_ptr(function), self)
+    /// Parts of its BARs that the guest reaches without us, where the bus decodes them now.
+    pub(crate) fn decoded(&self) -> Vec<(u64, Arc<DeviceMapping>)> {
+        let mut parts = Vec::new();
+        for passed in &self.bars {
+            let Bar { register, size, .. } = passed.bar;
+            let range = passed.bar.range(&lock(&self.config));
+            let place = range.filter(|range| self.is_placed(register, range.start, size));
+            if let Some(Range { start, .. }) = place {
+                let windows = passed.windows.iter();
+                parts.extend(windows.map(|(offset, part)| (start + offset, Arc::clone(part))));
+            }
+        }
+        parts
+    }
+
+    /// Whether the bus decodes a BAR at an address, which it does for nobody else then.
+    fn is_placed(&self, register: u8, address: u64, size: u64) -> bool {
+        let found = self.around.bars.find(address, size);
+        found.is_some_and(|(function, bar, offset)| {
+            std::ptr::addr_eq(Arc::as_ptr(&function), self) && bar == register && offset == 0
+        })
     }
 
     /// Writes a register of two bytes of the function's own configuration space.
