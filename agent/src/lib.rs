@@ -6,7 +6,8 @@
 //! ```text
 //! main ─ init (mounts) ─ connection (dial, hello) ─ ttrpc ─ rpc/* ─ pod ─┬─ container
 //!                            │                                           ├─ storage, network,
-//!                            │                                           │  devices, drivers, stats
+//!                            │                                           │  devices, drivers,
+//!                            │                                           │  stats
 //!                            └─ streams: stdio, forward                  └─ reaper, events
 //! ```
 //!

@@ -53,7 +53,7 @@ use crate::{
     launch::{Launch, Launched, entropy, launch},
     machine_client::Machine,
     network,
-    passthrough::{self, Passthrough},
+    passthrough::{self, Passthrough, group::Wanted},
     port_forward,
     process::{Exit, LOST_STATUS},
     qos::Place,
@@ -163,8 +163,10 @@ impl Pod {
         publisher: Publisher,
     ) -> Result<Arc<Self>, CallError> {
         let settings = &config.settings;
-        let functions = passthrough::wanted(settings)?;
-        let drivers = drivers::Image::open(settings)?;
+        let devices = (
+            passthrough::wanted(settings)?,
+            drivers::Image::open(settings)?,
+        );
         let failed = |error| CallError::host(state.display(), error);
         fs::create_dir_all(state).map_err(failed)?;
         let mut journal = Journal::open(state).map_err(failed)?;
@@ -222,30 +224,30 @@ impl Pod {
             next_stream: AtomicU64::new(1),
             next_disk: AtomicU64::new(1),
         });
-        pod.configure(request, attached.guest, drivers.as_ref())
-            .await?;
-        passthrough::plug_for_pod(&pod, &functions).await?;
+        pod.configure(request, attached.guest, &devices).await?;
         pod.start_tasks(request);
         Ok(pod)
     }
 
-    /// Makes the guest the pod's: its sandbox, and the drivers that it loads.
+    /// Makes the guest the pod's: its sandbox with the drivers that it loads, and the functions of
+    /// the host that the pod names.
     async fn configure(
         self: &Arc<Self>,
         request: &Request,
         network: network::GuestNetwork,
-        drivers: Option<&drivers::Image>,
+        (functions, drivers): &(Vec<Wanted>, Option<drivers::Image>),
     ) -> Result<(), CallError> {
         let mut sandbox = self.sandbox_request(request, network)?;
-        let Some(image) = drivers else {
+        if let Some(image) = drivers {
+            sandbox.storages.push(image.plug(self).await?);
+            sandbox.drivers_path = drivers::GUEST_PATH.to_owned();
+            let agent = drivers::Image::patient(&self.agent);
+            let configured = agent_call!(agent, configure_sandbox, &sandbox);
+            configured.map_err(|error| image.explain(error))?;
+        } else {
             agent_call!(self.agent, configure_sandbox, &sandbox)?;
-            return Ok(());
-        };
-        sandbox.storages.push(image.plug(self).await?);
-        sandbox.drivers_path = drivers::GUEST_PATH.to_owned();
-        let agent = drivers::Image::patient(&self.agent);
-        let configured = agent_call!(agent, configure_sandbox, &sandbox);
-        configured.map_err(|error| image.explain(error)).map(drop)
+        }
+        passthrough::plug_for_pod(self, functions).await
     }
 
     /// What goes on beside the calls, as long as the VM lives.

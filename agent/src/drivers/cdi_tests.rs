@@ -1,3 +1,5 @@
+//! CDI specifications: what is read, which functions are meant, what is refused.
+
 use serde_json::{Value, json};
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Edits: what they leave of a container's specification.
+
 use serde_json::{Value, json};
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Images in folders: links, mistakes, the kernel's words.
+
 use std::fs;
 
 use serde_json::json;

@@ -118,7 +118,7 @@ fn attach_all<'a>(
     Ok(())
 }
 
-/// Takes the image of drivers into use, where there is one: modules are loaded before any container.
+/// Takes the image of drivers into use, where there is one: modules come before any container.
 fn use_drivers(pod: &Pod, path: &str) -> Result<(), RpcError> {
     if path.is_empty() {
         return Ok(());
