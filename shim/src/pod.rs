@@ -54,7 +54,7 @@ use crate::{
     machine_client::Machine,
     memory_volumes::MemoryVolumes,
     network,
-    passthrough::{self, Passthrough},
+    passthrough::{self, Passthrough, group::Wanted},
     port_forward,
     process::{Exit, LOST_STATUS},
     qos::Place,
@@ -166,8 +166,10 @@ impl Pod {
         publisher: Publisher,
     ) -> Result<Arc<Self>, CallError> {
         let settings = &config.settings;
-        let functions = passthrough::wanted(settings)?;
-        let drivers = drivers::Image::open(settings)?;
+        let devices = (
+            passthrough::wanted(settings)?,
+            drivers::Image::open(settings)?,
+        );
         let failed = |error| CallError::host(state.display(), error);
         let mut journal = make_state(request, state).map_err(failed)?;
         let (cgroups, meter, place) = make_cgroups(request, &mut journal)?;
@@ -230,23 +232,25 @@ impl Pod {
         Ok(pod)
     }
 
-    /// Makes the guest the pod's: its sandbox, and the drivers that it loads.
+    /// Makes the guest the pod's: its sandbox with the drivers that it loads, and the functions of
+    /// the host that the pod names.
     async fn configure(
         self: &Arc<Self>,
         request: &Request,
         network: network::GuestNetwork,
-        drivers: Option<&drivers::Image>,
+        (functions, drivers): &(Vec<Wanted>, Option<drivers::Image>),
     ) -> Result<(), CallError> {
         let mut sandbox = self.sandbox_request(request, network)?;
-        let Some(image) = drivers else {
+        if let Some(image) = drivers {
+            sandbox.storages.push(image.plug(self).await?);
+            sandbox.drivers_path = drivers::GUEST_PATH.to_owned();
+            let agent = drivers::Image::patient(&self.agent);
+            let configured = agent_call!(agent, configure_sandbox, &sandbox);
+            configured.map_err(|error| image.explain(error))?;
+        } else {
             agent_call!(self.agent, configure_sandbox, &sandbox)?;
-            return Ok(());
-        };
-        sandbox.storages.push(image.plug(self).await?);
-        sandbox.drivers_path = drivers::GUEST_PATH.to_owned();
-        let agent = drivers::Image::patient(&self.agent);
-        let configured = agent_call!(agent, configure_sandbox, &sandbox);
-        configured.map_err(|error| image.explain(error)).map(drop)
+        }
+        passthrough::plug_for_pod(self, functions).await
     }
 
     /// What goes on beside the calls, as long as the VM lives.
