@@ -225,9 +225,7 @@ impl Pod {
             next_stream: AtomicU64::new(1),
             next_disk: AtomicU64::new(1),
         });
-        let guest = attached.guest;
-        pod.configure(request, guest, drivers.as_ref()).await?;
-        passthrough::plug_for_pod(&pod, &functions).await?;
+        pod.configure(request, attached.guest, &devices).await?;
         pod.start_tasks(request);
         Ok(pod)
     }

@@ -119,8 +119,8 @@ fn explain(kept: &Kept, results: &Path) -> String {
     format!("the node ended ({status}): {said}: see {}", log.display())
 }
 
-/// Of a node with an IOMMU. On a busy computer no tick may come while the kernel tries its timer, and
-/// behind an interrupt remapper it gives up then: it is told not to try.
+/// Of a node with an IOMMU. On a busy computer no tick may come while the kernel tries its timer,
+/// and behind an interrupt remapper it gives up then: it is told not to try.
 const IOMMU_WORDS: &str = " intel_iommu=on iommu=pt no_timer_check";
 
 /// What is the same for each node; the firmware is that of Debian's packages.
