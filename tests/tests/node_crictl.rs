@@ -34,12 +34,24 @@ fn with_pod(test: &str, work: impl FnOnce(&Node, &Containerd, &Pod) -> Result<()
     let Some(node) = node(test) else {
         return Ok(());
     };
+    let worked = in_pod(&node, test, work);
+    if worked.is_err() {
+        node.failed();
+    }
+    worked
+}
+
+fn in_pod(
+    node: &Node,
+    name: &str,
+    work: impl FnOnce(&Node, &Containerd, &Pod) -> Result<()>,
+) -> Result<()> {
     let containerd = node.containerd(Version::V23)?;
-    let before = Leftovers::look(&node)?;
-    let pod = containerd.run_pod(&node, HANDLER, &pod_config(test))?;
-    work(&node, &containerd, &pod)?;
-    containerd.remove_pod(&node, &pod)?;
-    Leftovers::nothing_since(&node, &before)?;
+    let before = Leftovers::look(node)?;
+    let pod = containerd.run_pod(node, HANDLER, &pod_config(name))?;
+    work(node, &containerd, &pod)?;
+    containerd.remove_pod(node, &pod)?;
+    Leftovers::nothing_since(node, &before)?;
     Ok(())
 }
 

@@ -22,6 +22,8 @@ static SHARED: Mutex<Option<&'static Node>> = Mutex::new(None);
 pub struct Session {
     node: &'static Node,
     test: String,
+    /// Guests that the emulator had lost when the test began.
+    lost_before: usize,
     _alone: MutexGuard<'static, Option<&'static Node>>,
 }
 
@@ -45,6 +47,7 @@ pub fn session(test: &str, builder: impl FnOnce() -> Builder) -> Result<Session>
     Ok(Session {
         node,
         test: test.to_owned(),
+        lost_before: lost_guests(node),
         _alone: shared,
     })
 }
@@ -57,11 +60,24 @@ impl Deref for Session {
     }
 }
 
-impl Drop for Session {
-    fn drop(&mut self) {
-        if !std::thread::panicking() {
-            return;
-        }
+/// How many guests have ended by a triple fault, by containerd's logs. Emulation has lost guests so
+/// that did nothing wrong; a guest that means to end has other ways.
+fn lost_guests(node: &Node) -> usize {
+    let logs = std::fs::read_dir(node.results()).into_iter().flatten();
+    let logs = logs.flatten().map(|entry| entry.path());
+    let logs = logs.filter(|path| path.extension().is_some_and(|end| end == "log"));
+    let texts = logs.filter_map(|path| std::fs::read(path).ok());
+    let count = |text: &[u8]| String::from_utf8_lossy(text).matches(LOST).count();
+    texts.map(|text| count(&text)).sum()
+}
+
+/// What the shim logs of such an end.
+const LOST: &str = "could not go on: triple fault";
+
+impl Session {
+    /// Keeps what explains a failure, and leaves the node to the next test. A test that panics
+    /// while it has the session need not ask for it.
+    pub fn failed(&self) {
         let folder = paths::results().join(format!("failed-{}", self.test));
         let collected = self.node.collect(&folder);
         eprintln!("{} failed: its logs are in {}", self.test, folder.display());
@@ -71,6 +87,17 @@ impl Drop for Session {
         // The next test must not fail for what this one left.
         if let Err(error) = self.node.remove_pods() {
             eprintln!("{} leaves its pods behind: {error:#}", self.test);
+        }
+        if lost_guests(self.node) > self.lost_before {
+            eprintln!("{}: the emulator lost a guest (triple fault)", self.test);
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.failed();
         }
     }
 }
