@@ -1,6 +1,5 @@
 //! Pods for tests and verbs: their configurations for crictl, their addresses, what they leave.
 
-pub mod claims;
 pub mod leftovers;
 pub mod passthrough;
 pub mod scenario;
