@@ -26,7 +26,7 @@ use tokio::{sync::Notify, time::timeout};
 
 use crate::{
     container::{Container, Exec},
-    drivers::Drivers,
+    drivers::{Additions, Drivers},
     errors::RpcError,
     events::Events,
     files, init,
@@ -90,6 +90,8 @@ pub(crate) struct Contained {
     pub(crate) execs: Table<Arc<Executed>>,
     pub(crate) storages: Vec<storage::Attached>,
     pub(crate) cgroup: PathBuf,
+    /// Of the image of drivers, for what is executed in it.
+    pub(crate) additions: Additions,
 }
 
 /// A process executed beside a container's first.

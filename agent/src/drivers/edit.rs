@@ -35,7 +35,9 @@ where
         spec: &mut Spec,
         found: &mut Vec<LinuxDevice>,
     ) -> Result<(), String> {
-        add_variables(spec, &edits.env);
+        if let Some(process) = spec.process_mut() {
+            add_to_process(process, edits);
+        }
         for (index, node) in edits.device_nodes.iter().enumerate() {
             let number = number(node, &self.device, &self.drivers)
                 .map_err(|reason| format!("deviceNodes[{index}]: {reason}"))?;
@@ -56,28 +58,23 @@ where
             let path = path.map_err(|reason| format!("hooks[{index}].path: {reason}"))?;
             add_hook(spec, hook, path);
         }
-        if !edits.additional_gids.is_empty()
-            && let Some(process) = spec.process_mut()
-        {
-            let groups = process.user_mut().additional_gids_mut();
-            let groups = groups.get_or_insert_default();
-            let new = edits.additional_gids.iter();
-            groups.extend(new.filter(|group| **group != 0));
-        }
         Ok(())
     }
 }
 
-/// A variable of the same name is replaced.
-fn add_variables(spec: &mut Spec, variables: &[String]) {
-    let Some(process) = spec.process_mut() else {
-        return;
-    };
+/// What each process of the container has: a variable of the same name is replaced.
+pub(super) fn add_to_process(process: &mut runtime::Process, edits: &Edits) {
     let env = process.env_mut().get_or_insert_default();
     let name = |entry: &str| entry.split('=').next().map(str::to_owned);
-    for variable in variables {
+    for variable in &edits.env {
         env.retain(|entry| name(entry) != name(variable));
         env.push(variable.clone());
+    }
+    if !edits.additional_gids.is_empty() {
+        let groups = process.user_mut().additional_gids_mut();
+        let groups = groups.get_or_insert_default();
+        let new = edits.additional_gids.iter();
+        groups.extend(new.filter(|group| **group != 0));
     }
 }
 

@@ -166,3 +166,13 @@ fn nodes_without_permissions_have_no_rule_and_missing_files_are_named() {
         assert!(error.contains(words), "{error}");
     }
 }
+
+#[test]
+fn further_processes_have_the_variables_and_groups_too() {
+    let mut process = container().process().clone().unwrap();
+    let added = edits(json!({"env": ["OLD=2", "NEW=1"], "additionalGids": [0, 44]}));
+    add_to_process(&mut process, &added);
+    let process = serde_json::to_value(&process).unwrap();
+    assert_eq!(process["env"], json!(["PATH=/bin", "OLD=2", "NEW=1"]));
+    assert_eq!(process["user"]["additionalGids"], json!([44]));
+}

@@ -27,7 +27,7 @@ use nix::{
     kmod::{ModuleInitFlags, finit_module},
     sys::stat::{major, minor},
 };
-use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Spec};
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Process, Spec};
 
 use crate::{connection, devices::Model, files, rpc::kernel_log};
 
@@ -35,6 +35,7 @@ mod cdi;
 mod edit;
 mod modules;
 
+use cdi::Edits;
 use edit::{Guest, Number};
 use modules::Module;
 
@@ -258,13 +259,14 @@ impl Drivers {
     }
 
     /// Adds to a container's specification what goes with its functions. `found` are the nodes that
-    /// it has for them.
+    /// it has for them. Gives what further processes of the container get too.
     pub(crate) fn edit(
         &self,
         spec: &mut Spec,
         found: &mut Vec<LinuxDevice>,
         functions: &[Model],
-    ) -> Result<(), DriversError> {
+    ) -> Result<Additions, DriversError> {
+        let mut additions = Additions::default();
         let guest = Guest {
             device: device_at,
             drivers: files::read("/proc/devices").unwrap_or_default(),
@@ -275,9 +277,24 @@ impl Drivers {
                 guest
                     .apply(edits, spec, found)
                     .map_err(|reason| mistake(format!("{name}: {field}"), reason))?;
+                additions.0.push(edits.clone());
             }
         }
-        Ok(())
+        Ok(additions)
+    }
+}
+
+/// Variables and groups of every process of a container, those that are executed in it too: the
+/// host, which describes them, knows nothing of the image.
+#[derive(Debug, Default)]
+pub(crate) struct Additions(Vec<Edits>);
+
+impl Additions {
+    /// Gives them to a further process.
+    pub(crate) fn apply(&self, process: &mut Process) {
+        for edits in &self.0 {
+            edit::add_to_process(process, edits);
+        }
     }
 }
 

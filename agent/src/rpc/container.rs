@@ -20,6 +20,7 @@ use super::check_id;
 use crate::{
     container::{Container, ContainerError, CreateOptions, Created, Stdio},
     devices::{self, Model, PciAddress},
+    drivers::Additions,
     errors::RpcError,
     log,
     pod::{Contained, Pod, blocking},
@@ -93,6 +94,7 @@ struct Built {
     container: Container,
     created: Created,
     storages: Vec<storage::Attached>,
+    additions: Additions,
 }
 
 /// Mounts storages and builds the container; blocks.
@@ -102,7 +104,7 @@ fn build(
     mut spec: Spec,
     stdio: Stdio,
 ) -> Result<Built, RpcError> {
-    let devices = passed_through(pod, &request.device_pci_addresses, &mut spec)?;
+    let (devices, additions) = passed_through(pod, &request.device_pci_addresses, &mut spec)?;
     let console_size = (request.terminal_width != 0 && request.terminal_height != 0)
         .then_some((request.terminal_width, request.terminal_height));
     let mut options = CreateOptions {
@@ -126,6 +128,7 @@ fn build(
             container,
             created,
             storages,
+            additions,
         }),
         Err(error) => {
             storage::detach_all(&storages);
@@ -172,6 +175,7 @@ async fn adopt(
         container,
         created,
         storages,
+        additions,
     } = built;
     let pid = created.pid;
     let exit = pod.reaper.register(pid);
@@ -184,6 +188,7 @@ async fn adopt(
                 init: Process::new(pid, exit, streams),
                 execs: Contained::exec_table(),
                 storages,
+                additions,
             };
             Ok((Arc::new(contained), pid))
         }
@@ -232,7 +237,7 @@ fn passed_through(
     pod: &Pod,
     addresses: &[String],
     spec: &mut Spec,
-) -> Result<Vec<LinuxDevice>, RpcError> {
+) -> Result<(Vec<LinuxDevice>, Additions), RpcError> {
     let mut found = Vec::new();
     let mut functions = Vec::new();
     for address in addresses {
@@ -240,15 +245,12 @@ fn passed_through(
         found.extend(devices::passed_through(&address)?);
         functions.push(Model::of(&address)?);
     }
-    if let Some(drivers) = pod
-        .drivers
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .as_ref()
-    {
-        drivers.edit(spec, &mut found, &functions)?;
-    }
-    Ok(found)
+    let drivers = pod.drivers.lock().unwrap_or_else(PoisonError::into_inner);
+    let additions = match drivers.as_ref() {
+        Some(drivers) => drivers.edit(spec, &mut found, &functions)?,
+        None => Additions::default(),
+    };
+    Ok((found, additions))
 }
 
 /// Reads a JSON document of the request.

@@ -58,8 +58,9 @@ impl Named {
 /// Prepares a further process.
 pub(super) async fn exec(pod: Arc<Pod>, request: ExecRequest) -> Result<Empty, RpcError> {
     check_id("exec_id", &request.exec_id)?;
-    let process: oci_spec::runtime::Process = parse_json("oci_process", &request.oci_process)?;
+    let mut process: oci_spec::runtime::Process = parse_json("oci_process", &request.oci_process)?;
     let contained = pod.containers.get(&request.container_id)?;
+    contained.additions.apply(&mut process);
     let place = contained.execs.reserve(&request.exec_id)?;
     let terminal = process.terminal() == Some(true);
     let console_size = (request.terminal_width != 0 && request.terminal_height != 0)
