@@ -22,7 +22,7 @@ static SHARED: Mutex<Option<&'static Node>> = Mutex::new(None);
 pub struct Session {
     node: &'static Node,
     test: String,
-    /// Guests that the emulator had lost when the test began.
+    /// Guests that had met a triple fault when the test began.
     lost_before: usize,
     _alone: MutexGuard<'static, Option<&'static Node>>,
 }
@@ -88,8 +88,9 @@ impl Session {
         if let Err(error) = self.node.remove_pods() {
             eprintln!("{} leaves its pods behind: {error:#}", self.test);
         }
-        if lost_guests(self.node) > self.lost_before {
-            eprintln!("{}: the emulator lost a guest (triple fault)", self.test);
+        let lost = lost_guests(self.node).saturating_sub(self.lost_before);
+        if lost > 0 {
+            eprintln!("{}: a guest met a triple fault ({lost})", self.test);
         }
     }
 }
