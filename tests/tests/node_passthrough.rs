@@ -9,7 +9,7 @@ use pericarp_tests::node::containerd::{PASSTHROUGH, Pod};
 use pericarp_tests::node::images::BUSYBOX;
 use pericarp_tests::node::{Builder, Containerd, Device, Node, Session, Version, pericarp};
 use pericarp_tests::pods::leftovers::Leftovers;
-use pericarp_tests::pods::passthrough::{Function, allow};
+use pericarp_tests::pods::passthrough::{Function, allow, locked_kib};
 use pericarp_tests::pods::{container_config, pod_config};
 use serde_json::{Value, json};
 
@@ -68,14 +68,6 @@ fn sleeper(name: &str, functions: &[&Function]) -> Value {
 fn remove(node: &Node, containerd: &Containerd, container: &str) -> Result<()> {
     containerd.crictl_text(node, &["stop", "--timeout", "0", container])?;
     containerd.crictl_text(node, &["rm", container]).map(drop)
-}
-
-/// Memory that the VMMs of the node have locked or, by iommufd, pinned.
-fn locked_kib(node: &Node) -> Result<u64> {
-    let line = "for pid in $(pgrep -f '^[^ ]*pericarp-vmm'); do
-            grep -E 'Vm(Lck|Pin)' /proc/$pid/status; done |
-        awk '{ sum += $2 } END { print sum + 0 }'";
-    node.shell(line)?.trim().parse().context("VmLck, VmPin")
 }
 
 /// Writes `mib` to a disk in the container and reads them back, past the page cache; gives their

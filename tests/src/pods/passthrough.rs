@@ -87,3 +87,11 @@ pub fn allow(node: &Node, functions: &[Function]) -> Result<()> {
     let text = format!("[security]\npassthrough_devices = {addresses:?}\n");
     node.write(DROP_IN, &text)
 }
+
+/// Memory that the VMMs of the node have locked or, by iommufd, pinned.
+pub fn locked_kib(node: &Node) -> Result<u64> {
+    let line = "for pid in $(pgrep -f '^[^ ]*pericarp-vmm'); do
+            grep -E 'Vm(Lck|Pin)' /proc/$pid/status; done |
+        awk '{ sum += $2 } END { print sum + 0 }'";
+    node.shell(line)?.trim().parse().context("VmLck, VmPin")
+}
