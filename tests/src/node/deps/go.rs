@@ -1,4 +1,4 @@
-//! Builds programs from a Go module at a pinned version and checksum.
+//! Builds programs from a Go module at a pinned version and checksum, or from sources of ours.
 //!
 //! `go install package@version` ignores the module's own `replace` lines and asks for the list of
 //! all versions; a module of our own that requires exactly one version needs neither.
@@ -9,7 +9,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use super::table::GoRecipe;
+use super::table::{GoRecipe, OwnGoRecipe};
 use super::{build_log, step};
 use crate::node::tools;
 
@@ -61,6 +61,37 @@ pub(super) fn build(name: &str, recipe: &GoRecipe, into: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Builds a program of ours into a folder, under the name of its component.
+pub(super) fn build_own(name: &str, recipe: &OwnGoRecipe, into: &Path) -> Result<()> {
+    tools::require(tools::BUILD)?;
+    let log = build_log(name)?;
+    let work = tempfile::Builder::new().prefix("pericarp-go-").tempdir();
+    let work = work.context("cannot make a build folder")?;
+    let files = [
+        ("go.mod", recipe.go_mod),
+        ("go.sum", recipe.go_sum),
+        ("main.go", recipe.main),
+    ];
+    for (file, text) in files {
+        let path = work.path().join(file);
+        std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    let mut command = go(work.path(), false);
+    command.args(["build", "-mod=readonly", "-trimpath", "-buildvcs=false"]);
+    command
+        .args(["-ldflags", "-s -w", "-o"])
+        .arg(into.join(name));
+    step(&mut command, "go build", &log)
+}
+
+/// The `go` command in a folder.
+fn go(folder: &Path, cgo: bool) -> Command {
+    let mut command = tools::child("go", "TERM");
+    command.current_dir(folder);
+    command.env("CGO_ENABLED", if cgo { "1" } else { "0" });
+    command
+}
+
 struct Module<'a> {
     recipe: &'a GoRecipe,
     folder: &'a Path,
@@ -79,10 +110,7 @@ impl GoRecipe {
 
 impl Module<'_> {
     fn go(&self) -> Command {
-        let mut command = tools::child("go", "TERM");
-        command.current_dir(self.folder);
-        command.env("CGO_ENABLED", if self.recipe.cgo { "1" } else { "0" });
-        command
+        go(self.folder, self.recipe.cgo)
     }
 
     fn write_go_mod(&self, replacements: &[String]) -> Result<()> {

@@ -103,6 +103,7 @@ pub fn ensure(groups: &[Group]) -> Result<()> {
 fn build(component: &Component, into: &Path) -> Result<()> {
     match &component.recipe {
         Recipe::Go(recipe) => go::build(component.name, recipe, into),
+        Recipe::OwnGo(recipe) => go::build_own(component.name, recipe, into),
         Recipe::Cargo(recipe) => cargo::build(recipe, into),
     }
 }
@@ -203,6 +204,21 @@ mod tests {
         .unwrap();
         assert!(folder.join("whole").exists());
         once(&folder, |_| bail!("must not run again")).unwrap();
+    }
+
+    #[test]
+    fn the_driver_is_of_the_release_of_the_kubelet() {
+        let recipe = |name| &component(name).unwrap().recipe;
+        let (Recipe::Go(kubelet), Recipe::OwnGo(driver)) =
+            (recipe("kubernetes"), recipe("dra-driver"))
+        else {
+            panic!("both are Go");
+        };
+        let line = format!(
+            "\tk8s.io/dynamic-resource-allocation {}\n",
+            kubelet.staging.unwrap()
+        );
+        assert!(driver.go_mod.contains(&line), "{}", driver.go_mod);
     }
 
     #[test]

@@ -7,7 +7,8 @@ pub enum Group {
     Demo,
     /// containerd 1.7.
     Older,
-    /// etcd, API server, kubelet, kubectl, kube-proxy, metrics-server, agnhost.
+    /// etcd, API server, kubelet, kubectl, kube-proxy, metrics-server, agnhost, the driver of
+    /// functions.
     Kube,
     /// critest and containerd's own CRI tests.
     Conformance,
@@ -48,6 +49,7 @@ impl Component {
     pub fn version(&self) -> &'static str {
         match &self.recipe {
             Recipe::Go(recipe) => recipe.version,
+            Recipe::OwnGo(_) => "of this checkout",
             Recipe::Cargo(recipe) => recipe.version,
         }
     }
@@ -58,6 +60,8 @@ impl Component {
 pub enum Recipe {
     /// From a Go module.
     Go(GoRecipe),
+    /// From a Go program of ours.
+    OwnGo(OwnGoRecipe),
     /// From a published crate.
     Cargo(CargoRecipe),
 }
@@ -85,6 +89,17 @@ pub struct GoRecipe {
     pub cgo: bool,
     /// Kubernetes replaces its own modules by folders: use the published ones of this version.
     pub staging: Option<&'static str>,
+}
+
+/// A build of a Go program whose whole source is here. What it uses has its checksums in `go_sum`.
+#[derive(Debug)]
+pub struct OwnGoRecipe {
+    /// The text of `go.mod`.
+    pub go_mod: &'static str,
+    /// The text of `go.sum`.
+    pub go_sum: &'static str,
+    /// The text of `main.go`.
+    pub main: &'static str,
 }
 
 /// A build from a published crate.
@@ -269,6 +284,16 @@ pub const COMPONENTS: &[Component] = &[
         recipe: Recipe::Go(GoRecipe {
             programs: &["test/images/agnhost"],
             ..KUBERNETES
+        }),
+    },
+    Component {
+        name: "dra-driver",
+        group: Group::Kube,
+        seconds: 40,
+        recipe: Recipe::OwnGo(OwnGoRecipe {
+            go_mod: include_str!("../../../dra-driver/go.mod"),
+            go_sum: include_str!("../../../dra-driver/go.sum"),
+            main: include_str!("../../../dra-driver/main.go"),
         }),
     },
     Component {
