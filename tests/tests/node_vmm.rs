@@ -86,7 +86,7 @@ trap 'kill -- -$!; rm -r "$beside"' EXIT
 "#;
 
 /// Guests on the first processor while tasks switch on the second: with the emulator as it is
-/// released one in three met a triple fault (`docs/test-node.md`).
+/// released one of three met a triple fault (`docs/test-node.md`).
 #[test]
 fn guests_outlive_switches_of_tasks_beside_them() -> Result<()> {
     let node = node("switches");
