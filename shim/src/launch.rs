@@ -279,6 +279,11 @@ fn command_line(settings: &Settings, sizing: Sizing, most: Most) -> String {
     if most.vcpus > sizing.vcpus {
         words.push(&online);
     }
+    if most.memory_bytes > sizing.memory_bytes {
+        // What a kernel allocates for itself cannot be moved. Kept out of added memory, up to three
+        // times that of the boot, it does not hinder that memory from being taken away.
+        words.push("memory_hotplug.online_policy=auto-movable");
+    }
     if settings.vm.huge_pages == HugePages::None {
         // Free memory goes back to the host in pieces from 256 KiB, not from 2 MiB: 1.8 MiB less in
         // an idle pod.

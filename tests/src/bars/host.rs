@@ -504,6 +504,8 @@ fn memory(setting: &Setting) -> Result<()> {
     until(|| Ok(numbers::<2>(&vmm.obey("memory")?)?[0] > total + 400 * MIB))
         .context("the guest sees more memory")?;
     vmm.obey("touch 400")?;
+    // What the kernel cannot move, and keeps, must not be where memory is taken away.
+    vmm.obey("files 20000")?;
     let grown = vmm.counter("mem", "plugged_bytes")?;
     vmm.ask(&Request::ResizeMemory(Bytes { bytes: 256 * MIB }), &[])?;
     let reached = vmm.memory_reached().context("memory is unplugged")?;

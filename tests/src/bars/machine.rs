@@ -127,7 +127,8 @@ impl Vmm {
             initramfs = Some(file);
         }
         let command_line = format!(
-            "quiet panic=-1 pci=noearly 8250.nr_uarts=0 console=hvc0 {}",
+            "quiet panic=-1 pci=noearly 8250.nr_uarts=0 console=hvc0 \
+             memory_hotplug.online_policy=auto-movable {}",
             plan.command_line
         );
         let machine = Machine {
