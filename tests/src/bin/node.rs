@@ -209,9 +209,15 @@ fn run(verb: Verb) -> Result<ExitCode> {
 /// Runs the cases of Kubernetes.
 fn cases(arguments: &NodeArguments, table: Option<&Path>, only: &[String]) -> Result<ExitCode> {
     deps::ensure(&[Group::Demo, Group::Kube])?;
-    judge(arguments, |node, containerd| {
-        kubernetes::run(node, (containerd, &node.kubernetes()?), only, table)
-    })
+    let run = kubernetes::Run::new(only, table)?;
+    if run.needs_node() {
+        judge(arguments, |node, containerd| {
+            run.in_node(node, (containerd, &node.kubernetes()?));
+            Ok(true)
+        })?;
+    }
+    run.in_own_nodes();
+    Ok(ExitCode::from(u8::from(!run.end())))
 }
 
 fn groups_of(names: &[String]) -> Result<Vec<Group>> {

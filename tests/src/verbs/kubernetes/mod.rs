@@ -28,7 +28,7 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::node::{Command, Containerd, Kubernetes, Node, paths};
-use scenarios::{SCENARIOS, Scenario, Setting};
+use scenarios::{Place, SCENARIOS, Scenario, Setting};
 
 /// The control and what is tested, as RuntimeClasses.
 const CLASSES: [&str; 2] = ["runc", "pericarp"];
@@ -83,7 +83,8 @@ enum Verdict {
 impl Verdict {
     fn failed(error: &anyhow::Error) -> Self {
         let reason = format!("{error:#}").replace('\n', " ");
-        // The end has the reason, the beginning the step.
+        // The end has the reason, the beginning the step, a command's line first of all.
+        let reason = reason.rsplit(" in the node: ").next().unwrap_or(&reason);
         let chars: Vec<char> = reason.chars().collect();
         let skipped = chars.len().saturating_sub(REASON_CHARS_MAX);
         Self::Failed(chars.into_iter().skip(skipped).collect())
@@ -100,54 +101,96 @@ impl Verdict {
     }
 }
 
-/// Runs every case whose name holds one of `only` (all when it is empty), prints the table, and
-/// writes it to `file` when one is given. Whether all that passes under runc passes under Pericarp.
-pub fn run(
-    node: &Node,
-    (containerd, kubernetes): (&Containerd, &Kubernetes),
-    only: &[String],
-    file: Option<&Path>,
-) -> Result<bool> {
-    let wanted =
-        |name: &str| only.is_empty() || only.iter().any(|part| name.contains(part.as_str()));
-    let mut cases = cases()?;
-    let mut scenarios: Vec<_> = SCENARIOS.iter().collect();
-    let before = file.map(std::fs::read_to_string).and_then(Result::ok);
-    let others = known(&rows(&cases, &scenarios), &before.unwrap_or_default());
-    cases.retain(|case| wanted(&case.name));
-    scenarios.retain(|scenario| wanted(scenario.name));
-    let rows = rows(&cases, &scenarios);
-    ensure!(!rows.is_empty(), "no case is called {}", only.join(" or "));
-    let report = Report {
-        rows: Mutex::new(rows),
-        others,
-        file,
-    };
-    judge_all(node, kubernetes, &cases, &report);
-    for (number, scenario) in scenarios.into_iter().enumerate() {
-        for (column, class) in CLASSES.into_iter().enumerate() {
-            if class == CLASSES[0] && !scenario.controlled {
-                continue;
-            }
-            let setting = Setting {
+/// What a run asks for, and what it knows of it.
+#[derive(Debug)]
+pub struct Run<'a> {
+    cases: Vec<Case>,
+    scenarios: Vec<&'static Scenario>,
+    report: Report<'a>,
+}
+
+impl<'a> Run<'a> {
+    /// Every case whose name holds one of `only`, all when it is empty. Verdicts are noted in the
+    /// table of `file` when one is given.
+    pub fn new(only: &[String], file: Option<&'a Path>) -> Result<Self> {
+        let wanted =
+            |name: &str| only.is_empty() || only.iter().any(|part| name.contains(part.as_str()));
+        let mut cases = cases()?;
+        let mut scenarios: Vec<_> = SCENARIOS.iter().collect();
+        let before = file.map(std::fs::read_to_string).and_then(Result::ok);
+        let others = known(&rows(&cases, &scenarios), &before.unwrap_or_default());
+        cases.retain(|case| wanted(&case.name));
+        scenarios.retain(|scenario| wanted(scenario.name));
+        let rows = rows(&cases, &scenarios);
+        ensure!(!rows.is_empty(), "no case is called {}", only.join(" or "));
+        let report = Report {
+            rows: Mutex::new(rows),
+            others,
+            file,
+        };
+        Ok(Self {
+            cases,
+            scenarios,
+            report,
+        })
+    }
+
+    /// Whether anything happens in the node of all cases.
+    #[must_use]
+    pub fn needs_node(&self) -> bool {
+        let shared = |scenario: &&Scenario| matches!(scenario.run, Place::Shared(_));
+        !self.cases.is_empty() || self.scenarios.iter().any(shared)
+    }
+
+    /// Runs what happens in the node of all cases.
+    pub fn in_node(&self, node: &Node, (containerd, kubernetes): (&Containerd, &Kubernetes)) {
+        judge_all(node, kubernetes, &self.cases, &self.report);
+        self.judge_scenarios(|place, class| match place {
+            Place::Own(_) => None,
+            Place::Shared(run) => Some(run(&Setting {
                 node,
                 kubernetes,
                 containerd,
                 class,
-            };
-            let verdict = match (scenario.run)(&setting) {
-                Ok(()) => Verdict::Passed,
-                Err(error) => Verdict::failed(&error),
-            };
-            report.note(scenario.name, (cases.len() + number, column), verdict);
+            })),
+        });
+    }
+
+    /// Runs what has nodes of its own, when that of all cases takes nothing from them any more.
+    pub fn in_own_nodes(&self) {
+        self.judge_scenarios(|place, class| match place {
+            Place::Own(run) => Some(run(class)),
+            Place::Shared(_) => None,
+        });
+    }
+
+    fn judge_scenarios(&self, run: impl Fn(Place, &'static str) -> Option<Result<()>>) {
+        for (number, scenario) in self.scenarios.iter().enumerate() {
+            for (column, class) in CLASSES.into_iter().enumerate() {
+                if class == CLASSES[0] && !scenario.controlled {
+                    continue;
+                }
+                let Some(result) = run(scenario.run, class) else {
+                    continue;
+                };
+                let verdict = match result {
+                    Ok(()) => Verdict::Passed,
+                    Err(error) => Verdict::failed(&error),
+                };
+                let place = (self.cases.len() + number, column);
+                self.report.note(scenario.name, place, verdict);
+            }
         }
     }
-    let rows = report
-        .rows
-        .into_inner()
-        .unwrap_or_else(PoisonError::into_inner);
-    print!("{}", table(&rows));
-    Ok(rows.iter().all(|(_, [control, ours])| holds(control, ours)))
+
+    /// Prints the table. Whether all that passes under runc passes under Pericarp.
+    #[must_use]
+    pub fn end(self) -> bool {
+        let rows = self.report.rows.into_inner();
+        let rows = rows.unwrap_or_else(PoisonError::into_inner);
+        print!("{}", table(&rows));
+        rows.iter().all(|(_, [control, ours])| holds(control, ours))
+    }
 }
 
 fn holds(control: &Verdict, ours: &Verdict) -> bool {
@@ -242,6 +285,7 @@ fn asked_of(only: &str) -> [Verdict; 2] {
 
 /// The table as far as it is known; its file is written with every verdict, so that a run which is
 /// cut off leaves what it found.
+#[derive(Debug)]
 struct Report<'a> {
     rows: Mutex<Vec<Row>>,
     /// Lines of all rows, by their item: those that this run does not ask for stay.
@@ -472,6 +516,12 @@ mod tests {
         );
         assert!(parse("n", "kind: Pod\n").is_err());
         assert!(parse("n", "# itme: x\n").is_err());
+    }
+
+    #[test]
+    fn a_failure_is_told_without_the_line_that_found_it() {
+        let error = anyhow::anyhow!("`sh -c x` in the node: exit status 1: 7 s").context("x");
+        assert_eq!(Verdict::failed(&error).cell(), "FAIL: exit status 1: 7 s");
     }
 
     #[test]

@@ -10,6 +10,7 @@ use crate::node::{Builder, Command, Containerd, Kubernetes, Node, Version, paths
 use crate::pods::leftovers::Leftovers;
 
 /// A scenario.
+#[derive(Debug)]
 pub(super) struct Scenario {
     /// By what it is picked.
     pub(super) name: &'static str,
@@ -18,7 +19,16 @@ pub(super) struct Scenario {
     /// runc shows it too.
     pub(super) controlled: bool,
     /// Does it and checks it.
-    pub(super) run: fn(&Setting<'_>) -> Result<()>,
+    pub(super) run: Place,
+}
+
+/// Where a scenario happens.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Place {
+    /// In the node of all cases.
+    Shared(fn(&Setting<'_>) -> Result<()>),
+    /// In nodes of its own, with pods of this RuntimeClass.
+    Own(fn(&str) -> Result<()>),
 }
 
 /// Where it happens.
@@ -39,51 +49,51 @@ pub(super) const SCENARIOS: [Scenario; 8] = [
         name: "kubelet-restart",
         item: "kubelet is killed and started again: the pod lives on, logs and exec work",
         controlled: true,
-        run: kubelet_restart,
+        run: Place::Shared(kubelet_restart),
     },
     Scenario {
         name: "containerd-restart",
         item: "containerd is killed and started again: the pod lives on, logs and exec work",
         controlled: true,
-        run: containerd_restart,
+        run: Place::Shared(containerd_restart),
     },
     Scenario {
         name: "shim-restart",
         item: "the shim is killed: kubelet starts the pod again",
         controlled: true,
-        run: shim_restart,
+        run: Place::Shared(shim_restart),
     },
     Scenario {
         name: "death-unseen",
         item: "a pod ends while kubelet is down: its state is right when kubelet returns",
         controlled: true,
-        run: death_unseen,
+        run: Place::Shared(death_unseen),
     },
     Scenario {
         name: "stats-from-cri",
         item: "/stats/summary of a kubelet that asks the runtime (PodAndContainerStatsFromCRI): \
                processes, CPU, memory, network",
         controlled: true,
-        run: stats_from_cri,
+        run: Place::Shared(stats_from_cri),
     },
     Scenario {
         name: "thirty-pods",
         item: "30 pods of mixed quality of service from one apply are Ready, and leave nothing \
                (3 rounds)",
         controlled: false,
-        run: thirty_pods,
+        run: Place::Own(thirty_pods),
     },
     Scenario {
         name: "cpu-manager",
         item: "CPU, Memory and Topology Manager pin a Guaranteed pod to a CPU and a memory node",
         controlled: true,
-        run: cpu_manager,
+        run: Place::Own(cpu_manager),
     },
     Scenario {
         name: "power-loss",
         item: "the node loses power: its pods start again, nothing is left of before",
         controlled: true,
-        run: power_loss,
+        run: Place::Own(power_loss),
     },
 ];
 
@@ -92,7 +102,15 @@ const PODS: usize = 30;
 const ROUNDS: usize = 3;
 
 /// Time that many pods get to be Ready or gone.
-const MANY_TIMEOUT_S: u64 = 540;
+const MANY_TIMEOUT_S: u64 = 1500;
+
+/// Memory of a node for many pods.
+const MANY_NODE_MIB: u32 = 7168;
+
+/// Where that many pods start at once on two emulated processors, each takes longer than those who
+/// wait for it allow: two minutes of kubelet, one of the shim. They would begin again and again.
+const PATIENT: &str = "runtimeRequestTimeout: 20m\n";
+const PATIENT_SHIM: &str = "[timeouts]\nagent_ready_ms = 1200000\nrpc_ms = 1200000\n";
 
 /// A pod of one container that tells each turn of its loop.
 fn manifest(name: &str, class: &str, restart: &str, line: &str, resources: &str) -> String {
@@ -124,6 +142,17 @@ impl Setting<'_> {
         let mut command = Command::shell(line).timeout_s(MANY_TIMEOUT_S);
         command.env = self.kubernetes.kubectl().env;
         Ok(self.node.text(&command)?.trim().to_owned())
+    }
+
+    /// Starts kubelet anew with `lines` more in its configuration.
+    fn configure_kubelet(&self, lines: &str) -> Result<()> {
+        self.kubernetes.stop_kubelet(self.node)?;
+        // What other managers remember does not fit.
+        self.shell(&format!(
+            "rm -f /var/lib/kubelet/*_manager_state
+             cat >>{KUBERNETES_FOLDER}/kubelet.yaml <<'.'\n{lines}.\n"
+        ))?;
+        self.kubernetes.start_kubelet(self.node)
     }
 
     fn pod(&self, name: &str, restart: &str) -> Result<String> {
@@ -266,7 +295,21 @@ fn with_setting(at: &Setting<'_>, line: &str, work: impl FnOnce() -> Result<()>)
     worked
 }
 
-fn thirty_pods(at: &Setting<'_>) -> Result<()> {
+/// In a node of its own, with time for all.
+fn thirty_pods(class: &str) -> Result<()> {
+    let builder = Builder::default().memory_mib(MANY_NODE_MIB);
+    let node = builder.name("thirty-pods").boot()?;
+    on(&node, class, |at| {
+        at.configure_kubelet(PATIENT)?;
+        at.shell(&format!(
+            "cat >/etc/pericarp/config.d/60-patient.toml <<'.'\n{PATIENT_SHIM}.\n"
+        ))?;
+        many_come_and_go(at)
+    })?;
+    node.power_off()
+}
+
+fn many_come_and_go(at: &Setting<'_>) -> Result<()> {
     let kinds = [
         "{}",
         "{requests: {cpu: 10m, memory: 16Mi}, limits: {memory: 64Mi}}",
@@ -317,18 +360,12 @@ topologyManagerPolicy: single-numa-node
 const MANAGED_CPUS: u32 = 3;
 
 /// In a node of its own, whose CPUs and memory are of two NUMA nodes.
-fn cpu_manager(at: &Setting<'_>) -> Result<()> {
+fn cpu_manager(class: &str) -> Result<()> {
     let builder = Builder::default().memory_mib(OWN_NODE_MIB);
     let builder = builder.cpus(MANAGED_CPUS).numa_nodes(2);
     let node = builder.name("cpu-manager").boot()?;
-    on(&node, at.class, |at| {
-        at.kubernetes.stop_kubelet(&node)?;
-        // What other managers remember does not fit.
-        at.shell(&format!(
-            "rm -f /var/lib/kubelet/*_manager_state
-             cat >>{KUBERNETES_FOLDER}/kubelet.yaml <<'.'\n{MANAGERS}.\n"
-        ))?;
-        at.kubernetes.start_kubelet(&node)?;
+    on(&node, class, |at| {
+        at.configure_kubelet(MANAGERS)?;
         pinned(at)
     })?;
     node.power_off()
@@ -346,7 +383,8 @@ fn pinned(at: &Setting<'_>) -> Result<()> {
              -o jsonpath={{.metadata.uid}}))
          all=$(find $pod -name cgroup.procs -exec cat {{}} +)
          for p in $all; do
-             [ $(cat /proc/$p/comm) != pause ] || continue
+             # The sandbox's own process is no container.
+             [ \"$(tr '\\0' ' ' </proc/$p/cmdline)\" != 'sleep inf ' ] || continue
              seen=yes
              grep -H -E '^(Cpus|Mems)_allowed_list:' /proc/$p/task/*/status |
                  grep -v -P 'Cpus.*\t[12]$|Mems.*\t1$' >&2 && exit 1
@@ -364,9 +402,9 @@ const DISK_BYTES: u64 = 6 << 30;
 /// Memory of a node for one pod.
 const OWN_NODE_MIB: u32 = 4096;
 
-fn power_loss(at: &Setting<'_>) -> Result<()> {
-    let disk = paths::results().join(format!("power-loss-{}.img", at.class));
-    let result = twice_booted(at.class, &disk);
+fn power_loss(class: &str) -> Result<()> {
+    let disk = paths::results().join(format!("power-loss-{class}.img"));
+    let result = twice_booted(class, &disk);
     // Sparse, and of no use to who reads the logs.
     std::fs::remove_file(&disk).with_context(|| format!("cannot remove {}", disk.display()))?;
     result
