@@ -97,11 +97,13 @@ fn fill(mib: u32) -> String {
 /// The same sum as the host reads it, once the function has its own driver again.
 fn sum_on_host(node: &Node, function: &Function, mib: u32) -> Result<String> {
     function.bind(node, "")?;
+    // Drivers find disks after they are bound, NVMe's in a work queue. Below a controller that may
+    // be one of several it has the path (nvme0c0n1), of which the disk's own name is a part.
     let line = format!(
-        "udevadm settle 2>/dev/null; cd /sys/bus/pci/devices/{}
-         d=$(find . -path '*block/*' -prune -o -path '*/nvme*n1' -prune | grep -E 'vd|nvme.*n1' |
-             head -n 1); [ -n \"$d\" ] || d=$(ls -d virtio*/block/* nvme/*/nvme*n1 2>/dev/null)
-         d=$(basename $d); dd if=/dev/$d bs=1M count={mib} 2>/dev/null | md5sum",
+        "cd /sys/bus/pci/devices/{}; shopt -s nullglob
+         until set -- virtio*/block/* nvme/*/nvme*n1; d=${{1-}} d=${{d##*/}}; d=/dev/${{d/c*n/n}}
+             [ -b $d ]; do sleep 0.1; done
+         dd if=$d bs=1M count={mib} 2>/dev/null | md5sum",
         function.address
     );
     let sum = node.shell(&line)?;
