@@ -101,6 +101,9 @@ pub(super) const SCENARIOS: [Scenario; 8] = [
 const PODS: usize = 30;
 const ROUNDS: usize = 3;
 
+/// Time that a line gets.
+const LINE_TIMEOUT_S: u64 = 540;
+
 /// Time that many pods get to be Ready or gone.
 const MANY_TIMEOUT_S: u64 = 1500;
 
@@ -139,7 +142,11 @@ const TELLING: &str =
 
 impl Setting<'_> {
     fn shell(&self, line: &str) -> Result<String> {
-        let mut command = Command::shell(line).timeout_s(MANY_TIMEOUT_S);
+        self.shell_within(line, LINE_TIMEOUT_S)
+    }
+
+    fn shell_within(&self, line: &str, timeout_s: u64) -> Result<String> {
+        let mut command = Command::shell(line).timeout_s(timeout_s);
         command.env = self.kubernetes.kubectl().env;
         Ok(self.node.text(&command)?.trim().to_owned())
     }
@@ -301,9 +308,7 @@ fn thirty_pods(class: &str) -> Result<()> {
     let node = builder.name("thirty-pods").boot()?;
     on(&node, class, |at| {
         at.configure_kubelet(PATIENT)?;
-        at.shell(&format!(
-            "cat >/etc/pericarp/config.d/60-patient.toml <<'.'\n{PATIENT_SHIM}.\n"
-        ))?;
+        node.write("/etc/pericarp/config.d/60-patient.toml", PATIENT_SHIM)?;
         many_come_and_go(at)
     })?;
     node.power_off()
@@ -329,13 +334,14 @@ fn many_come_and_go(at: &Setting<'_>) -> Result<()> {
         });
         let text: Vec<String> = pods.collect();
         at.kubernetes.apply(at.node, &text.join("---\n"))?;
-        at.shell(&format!(
+        let line = format!(
             "kubectl wait pod -l scenario=pods --for=condition=Ready --timeout={MANY_TIMEOUT_S}s"
-        ))
-        .with_context(|| format!("round {round}: not all are Ready"))?;
-        at.shell(&format!(
-            "kubectl delete pod -l scenario=pods --wait=true --timeout={MANY_TIMEOUT_S}s"
-        ))?;
+        );
+        at.shell_within(&line, MANY_TIMEOUT_S + 60)
+            .with_context(|| format!("round {round}: not all are Ready"))?;
+        let line =
+            format!("kubectl delete pod -l scenario=pods --wait=true --timeout={MANY_TIMEOUT_S}s");
+        at.shell_within(&line, MANY_TIMEOUT_S + 60)?;
         at.shell(
             "timeout 300 sh -c \
              'while [ -n \"$(crictl pods -q --label scenario=pods)\" ]; do sleep 1; done'",
