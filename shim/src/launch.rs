@@ -388,3 +388,44 @@ pub(crate) fn entropy() -> Result<Vec<u8>, CallError> {
         .map_err(host("/dev/urandom"))?;
     Ok(bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use pericarp_runtime_config::Config;
+
+    use super::*;
+
+    #[test]
+    fn a_guest_that_may_grow_keeps_what_it_allocates_out_of_added_memory() {
+        let settings = Config::default().settings;
+        let boot = Sizing {
+            vcpus: 1,
+            memory_bytes: 128 << 20,
+        };
+        let stays = Most {
+            vcpus: boot.vcpus,
+            memory_bytes: boot.memory_bytes,
+        };
+        let grows = Most {
+            memory_bytes: 2 * boot.memory_bytes,
+            ..stays
+        };
+        let policy = |most| command_line(&settings, boot, most).contains("auto-movable");
+        assert_eq!((policy(stays), policy(grows)), (false, true));
+    }
+
+    #[test]
+    fn the_guests_kernel_waits_for_no_parked_vcpu() {
+        let settings = Config::default().settings;
+        let boot = Sizing {
+            vcpus: 2,
+            memory_bytes: 128 << 20,
+        };
+        let most = |vcpus| Most {
+            vcpus,
+            memory_bytes: boot.memory_bytes,
+        };
+        let bound = |most| command_line(&settings, boot, most).contains("maxcpus=2");
+        assert_eq!((bound(most(2)), bound(most(4))), (false, true));
+    }
+}

@@ -9,15 +9,14 @@ use pericarp_tests::node::containerd::{PASSTHROUGH, Pod};
 use pericarp_tests::node::images::BUSYBOX;
 use pericarp_tests::node::{Builder, Containerd, Device, Node, Session, Version, pericarp};
 use pericarp_tests::pods::leftovers::Leftovers;
-use pericarp_tests::pods::passthrough::{Function, allow, locked_kib};
+use pericarp_tests::pods::passthrough::{
+    Function, VFIO, allow, draw, fill, interrupts, locked_kib,
+};
 use pericarp_tests::pods::{container_config, pod_config};
 use serde_json::{Value, json};
 
 /// The handler of containerd.
 const HANDLER: &str = "pericarp";
-
-/// Driver of the host for functions that are passed through.
-const VFIO: &str = "vfio-pci";
 
 /// Where the function is whose interrupts are MSI, and the one that has none but its pin.
 const EDU: usize = 4;
@@ -82,33 +81,26 @@ fn exec_long(node: &Node, containerd: &Containerd, container: &str, line: &str) 
     Ok(said.trim().to_owned())
 }
 
-/// Writes `mib` to a disk in the container and reads them back, past the page cache; gives their
-/// sum. `$d` is the disk.
-fn fill(mib: u32) -> String {
-    format!(
-        "set -e; dd if=/dev/urandom of=/tmp/x bs=1M count={mib} 2>/dev/null
-         dd if=/tmp/x of=$d bs=1M conv=fsync 2>/dev/null
-         echo 3 >/proc/sys/vm/drop_caches 2>/dev/null || true
-         a=$(md5sum </tmp/x); b=$(dd if=$d bs=1M count={mib} 2>/dev/null | md5sum)
-         [ \"$a\" = \"$b\" ]; rm /tmp/x; echo ${{a%% *}}"
-    )
+/// Where containerd looks for the CDI devices of the test.
+const CDI: &str = "/etc/cdi/pericarp.json";
+
+/// Gives functions names of CDI devices.
+fn name_for_cdi(node: &Node, functions: &[(&str, &Function)]) -> Result<()> {
+    let device = |(name, function): &(&str, &Function)| {
+        let nodes = json!([{"path": format!("/dev/vfio/{}", function.group)}]);
+        json!({"name": name, "containerEdits": {"deviceNodes": nodes}})
+    };
+    let devices: Vec<Value> = functions.iter().map(device).collect();
+    let spec = json!({
+        "cdiVersion": "0.6.0", "kind": "pericarp.dev/function", "devices": devices,
+    });
+    node.write(CDI, &spec.to_string())
 }
 
-/// The same sum as the host reads it, once the function has its own driver again.
-fn sum_on_host(node: &Node, function: &Function, mib: u32) -> Result<String> {
-    function.bind(node, "")?;
-    // Drivers find disks after they are bound, NVMe's in a work queue. Below a controller that may
-    // be one of several it has the path (nvme0c0n1), of which the disk's own name is a part.
-    let line = format!(
-        "cd /sys/bus/pci/devices/{}; shopt -s nullglob
-         until set -- virtio*/block/* nvme/*/nvme*n1; d=${{1-}} d=${{d##*/}}; d=/dev/${{d/c*n/n}}
-             [ -b $d ]; do sleep 0.1; done
-         dd if=$d bs=1M count={mib} 2>/dev/null | md5sum",
-        function.address
-    );
-    let sum = node.shell(&line)?;
-    function.bind(node, VFIO)?;
-    Ok(sum.split_whitespace().next().unwrap_or_default().to_owned())
+/// Has a container ask for a CDI device by its name.
+fn by_cdi(mut config: Value, name: &str) -> Value {
+    config["CDI_devices"] = json!([{"name": format!("pericarp.dev/function={name}")}]);
+    config
 }
 
 /// A disk that the default kernel drives: into a container, to its neighbour, back to the host.
@@ -130,9 +122,7 @@ fn disk_travels(node: &Node) -> Result<()> {
     let mib = if pericarp::full_sizes() { 256 } else { 8 };
     let line = format!("d=/dev/{nodes}\n{}", fill(mib));
     let sum = exec_long(node, &containerd, &first, &line)?;
-    let interrupts = "awk '/virtio.*-req/ { n += $2 } END { print n + 0 }' /proc/interrupts";
-    let counted: u64 = in_guest(interrupts)?.parse()?;
-    ensure!(counted > 0, "no interrupt of the function was counted");
+    in_guest(&interrupts("virtio.*-req"))?;
     ensure!(locked_kib(node)? >= 192 << 10, "guest memory is not pinned");
     // The neighbour has neither the node nor the right to make itself one.
     let line = "set -- $(cat /sys/class/block/NAME/dev | tr : ' '); mknod /tmp/d b $1 $2 &&
@@ -150,23 +140,16 @@ fn disk_travels(node: &Node) -> Result<()> {
     ensure!(!gone.contains(&nodes), "the guest keeps the disk: {gone}");
     // Hot-plugged once more, into another container of the living pod.
     // This time by the name of a CDI device, which containerd turns into the same node.
-    let spec = json!({
-        "cdiVersion": "0.6.0", "kind": "pericarp.dev/function",
-        "devices": [{"name": "disk", "containerEdits": {
-            "deviceNodes": [{"path": format!("/dev/vfio/{}", disk.group)}]
-        }}],
-    });
-    node.write("/etc/cdi/pericarp.json", &spec.to_string())?;
-    let mut config = sleeper("second", &[]);
-    config["CDI_devices"] = json!([{"name": "pericarp.dev/function=disk"}]);
+    name_for_cdi(node, &[("disk", disk)])?;
+    let config = by_cdi(sleeper("second", &[]), "disk");
     let second = containerd.run_container(node, &pod, &config)?;
     let line = format!("dd if=$(ls /dev/vd*) bs=1M count={mib} 2>/dev/null | md5sum");
     let again = exec_long(node, &containerd, &second, &line)?;
     ensure!(again.starts_with(&sum), "{again}, not {sum}");
-    node.shell("rm /etc/cdi/pericarp.json")?;
+    node.shell(&format!("rm {CDI}"))?;
     containerd.remove_pod(node, &pod)?;
     Leftovers::nothing_since(node, &before)?;
-    ensure!(sum_on_host(node, disk, mib)? == sum, "the host reads else");
+    ensure!(disk.sum(node, mib)? == sum, "the host reads else");
     Ok(())
 }
 
@@ -178,39 +161,6 @@ fn a_disk_goes_from_container_to_container_and_back_to_the_host() {
     disk_travels(&node).unwrap();
 }
 
-/// Draws into a dumb buffer of the display and reads it back through a second mapping: ioctls of
-/// DRM (uapi/drm/drm_mode.h) by number, since perl is on every Debian and libdrm is not.
-const DRAW: &str = r#"
-use strict; use warnings;
-sub call { my $r = syscall($_[0], @_[1 .. $#_]); die "syscall $_[0]: $!" if $r == -1; $r }
-my ($open, $read, $write, $mmap, $ioctl) = (2, 0, 1, 9, 16);
-open(my $card, '+<', '/dev/dri/card0') or die "card0: $!";
-my $make = pack('L4 L2 Q', 64, 256, 32, 0, 0, 0, 0);
-ioctl($card, 0xC02064B2, $make) or die "create: $!";
-my ($handle, $pitch, $size) = (unpack('L4 L2 Q', $make))[4 .. 6];
-my @mapped;
-for (1 .. 2) {
-    my $map = pack('L L Q', $handle, 0, 0);
-    ioctl($card, 0xC01064B3, $map) or die "map: $!";
-    my $offset = (unpack('L L Q', $map))[2];
-    push @mapped, call($mmap, 0, $size, 3, 1, fileno($card), $offset);
-}
-my $pattern = pack('L*', map { ($_ * 2654435761) & 0xffffffff } 0 .. $size / 4 - 1);
-open(my $file, '+>', '/tmp/pattern') or die; syswrite($file, $pattern); sysseek($file, 0, 0);
-call($read, fileno($file), $mapped[0], $size + 0) == $size or die 'short';
-my $frame = pack('L7', 256, 64, $pitch, 32, 24, $handle, 0);
-$frame = pack('L7', 0, 256, 64, $pitch, 32, 24, $handle);
-ioctl($card, 0xC01C64AE, $frame) or die "frame: $!";
-my $id = (unpack('L7', $frame))[0];
-my $dirty = pack('L4 Q', $id, 0, 0, 0, 0);
-ioctl($card, 0xC01864B1, $dirty) or die "dirty: $!";
-open(my $back, '+>', '/tmp/back') or die;
-call($write, fileno($back), $mapped[1], $size + 0) == $size or die 'short';
-sysseek($back, 0, 0); sysread($back, my $seen, $size) == $size or die;
-die 'another picture' unless $seen eq $pattern;
-print "drawn $size\n";
-"#;
-
 /// A container that has the node's own programs beneath `/host`, read-only.
 fn with_host_programs(name: &str, functions: &[&Function]) -> Value {
     let mut config = sleeper(name, functions);
@@ -220,41 +170,34 @@ fn with_host_programs(name: &str, functions: &[&Function]) -> Value {
     config
 }
 
+/// An NVMe disk and a display, by the names of CDI devices.
 fn disk_and_display(node: &Node) -> Result<()> {
     let containerd = node.containerd(Version::V23)?;
     let functions = functions(node)?;
     let (nvme, display) = (&functions[2], &functions[3]);
     let before = Leftovers::look(node)?;
     let pod = containerd.run_pod(node, PASSTHROUGH, &pod_config("nvme"))?;
-    let container = sleeper("c", &[nvme]);
+    name_for_cdi(node, &[("nvme", nvme), ("display", display)])?;
+    let container = by_cdi(sleeper("c", &[]), "nvme");
     let container = containerd.run_container(node, &pod, &container)?;
     let mib = if pericarp::full_sizes() { 256 } else { 8 };
     let line = format!("d=/dev/nvme0n1\n{}", fill(mib));
     let sum = exec_long(node, &containerd, &container, &line)?;
-    let interrupts = "awk '/nvme0q/ { n += $2 } END { print n + 0 }' /proc/interrupts";
-    let counted: u64 = containerd
-        .exec_shell(node, &container, interrupts)?
-        .parse()?;
-    ensure!(counted > 0, "no interrupt of the NVMe disk was counted");
+    containerd.exec_shell(node, &container, &interrupts("nvme0q"))?;
     // A second function into the living pod, for another container.
-    let drawing = with_host_programs("draw", &[display]);
+    let drawing = by_cdi(with_host_programs("draw", &[]), "display");
     let drawing = containerd.run_container(node, &pod, &drawing)?;
     let nodes = containerd.exec_shell(node, &drawing, "cd /dev; ls -d nvme* dri/*; true")?;
     ensure!(
         nodes.contains("dri/card0") && !nodes.contains("nvme"),
         "/dev has {nodes}"
     );
-    let lib = "/host/usr/lib/x86_64-linux-gnu";
-    let line = format!(
-        "cat >/tmp/draw <<'END'\n{DRAW}\nEND\n\
-         {lib}/ld-linux-x86-64.so.2 --library-path {lib} /host/usr/bin/perl \
-         -I{lib}/perl-base /tmp/draw"
-    );
-    let drawn = containerd.exec_shell(node, &drawing, &line)?;
+    let drawn = containerd.exec_shell(node, &drawing, &draw())?;
     ensure!(drawn.starts_with("drawn "), "{drawn}");
     containerd.remove_pod(node, &pod)?;
+    node.shell(&format!("rm {CDI}"))?;
     Leftovers::nothing_since(node, &before)?;
-    ensure!(sum_on_host(node, nvme, mib)? == sum, "the host reads else");
+    ensure!(nvme.sum(node, mib)? == sum, "the host reads else");
     Ok(())
 }
 

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anyhow::{Context, Result};
 
 use super::channel::{Command, Service};
+use super::containerd::PASSTHROUGH;
 use super::deps::component;
 use super::{Containerd, Node, paths};
 
@@ -58,7 +59,7 @@ impl Kubernetes {
         start(node, "kube-apiserver", api_server())?;
         let kubernetes = Self {};
         kubernetes.start_kubelet(node)?;
-        for handler in ["runc", "pericarp-sandbox"] {
+        for handler in ["runc", "pericarp-sandbox", PASSTHROUGH] {
             kubernetes.apply(node, &runtime_class(handler))?;
         }
         let shipped = paths::checkout().join("deploy/kubernetes/runtimeclass.yaml");

@@ -409,7 +409,10 @@ const DISK_BYTES: u64 = 6 << 30;
 const OWN_NODE_MIB: u32 = 4096;
 
 fn power_loss(class: &str) -> Result<()> {
-    let disk = paths::results().join(format!("power-loss-{class}.img"));
+    let folder = paths::results();
+    std::fs::create_dir_all(&folder)
+        .with_context(|| format!("cannot make {}", folder.display()))?;
+    let disk = folder.join(format!("power-loss-{class}.img"));
     let result = twice_booted(class, &disk);
     // Sparse, and of no use to who reads the logs.
     std::fs::remove_file(&disk).with_context(|| format!("cannot remove {}", disk.display()))?;
@@ -466,10 +469,15 @@ fn twice_booted(class: &str, disk: &Path) -> Result<()> {
     node.power_off()
 }
 
-/// What pods have on the node's disk: containers, snapshots, volumes, addresses.
-const KEPT: &str = "crictl ps -aq; crictl pods -q; ctr -n k8s.io containers ls -q
-    ctr -n k8s.io snapshots ls | sort; ls /var/lib/kubelet/pods
-    ls /var/lib/cni/networks/node 2>/dev/null | grep -v -e last_reserved -e lock || true";
+/// What pods have on the node's disk: containers, writable snapshots, volumes, addresses.
+///
+/// An image's snapshots, made at its first use, are committed ones. An address is kept for the
+/// container that its file names; CNI's host-local does not sync it, so that power may leave an
+/// empty one, which no later pod could give back.
+const KEPT: &str = r#"crictl ps -aq; crictl pods -q; ctr -n k8s.io containers ls -q
+    ctr -n k8s.io snapshots ls | awk '$NF == "Active"' | sort; ls /var/lib/kubelet/pods
+    grep -l . $(find /var/lib/cni/networks/node -name '*[.:]*' ! -name 'last_*') /dev/null ||
+        true"#;
 
 /// With Kubernetes in a node of its own.
 fn on<T>(node: &Node, class: &str, work: impl FnOnce(&Setting<'_>) -> Result<T>) -> Result<T> {
