@@ -20,7 +20,8 @@ use std::{
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-const ROOT: &str = "/sys/fs/cgroup";
+/// Where cgroups are mounted.
+pub(crate) const ROOT: &str = "/sys/fs/cgroup";
 /// How long killed processes may take to leave a cgroup.
 const EMPTY_MS: u64 = 5_000;
 /// Enough of cpu.stat to have its first line.

@@ -252,6 +252,7 @@ pub(crate) async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Resul
     };
     if let Err(error) = built {
         forget(pod, &container.id);
+        pod.place.settle_without(pod);
         let _ = release(pod, &container).await;
         return Err(error);
     }
@@ -304,7 +305,7 @@ async fn build(
 ) -> Result<(), CallError> {
     let id = &container.id;
     pod.size.join(container.limits()).await?;
-    pod.place.settle_for(pod);
+    pod.place.settle_for(pod)?;
     if pod.by_sandbox_service {
         cri::add_mounts(&mut bundle.spec, &pod.state);
     }
@@ -613,6 +614,7 @@ pub(crate) async fn delete(
     let exit = exit.unwrap_or_else(|| Exit::now(0));
     if exec_id.is_empty() {
         forget(pod, id);
+        pod.place.settle_without(pod);
         let mut event = TaskDelete::new();
         event.container_id = id.to_owned();
         event.pid = process.pid;

@@ -6,6 +6,7 @@
 
 mod agent_client;
 mod args;
+mod block_io;
 mod bootstrap;
 mod bundle;
 mod cgroup;

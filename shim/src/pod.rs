@@ -193,7 +193,7 @@ impl Pod {
         tokio::spawn(end_without_files(daemon, launched.process.clone()));
         let (machine, process, agent) = greet(launched, settings, state).await?;
         write_state(request, state, plan.boot, process.pid).map_err(failed)?;
-        place.settle(None);
+        place.settle(None)?;
         let size = follow(settings, plan, state, (&machine, &agent));
         let passthrough = Passthrough::new(
             &settings.security.passthrough_devices,

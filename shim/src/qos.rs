@@ -1,8 +1,9 @@
 //! Where the processes of a VM stand among those of the host: on which processors, from which
-//! memory, and how soon the host's OOM killer takes them.
+//! memory, how fast at block devices, and how soon the host's OOM killer takes them.
 //!
 //! kubelet says it of containers; on the host there is only the VM, so it gets what its containers
-//! get together: all their processors and memory nodes, and the lowest of their scores. Until the
+//! get together: all their processors and memory nodes, the sum of their limits, and the lowest of
+//! their scores. Until the
 //! first container comes, the score is that of the pod's class, which the path of its cgroup names
 //! (kubelet's `--cgroups-per-qos`).
 
@@ -15,7 +16,11 @@ use std::{
 use oci_spec::runtime::{LinuxResources, Spec};
 use tracing::warn;
 
-use crate::pod::Pod;
+use crate::{
+    block_io::{self, Throttles},
+    errors::CallError,
+    pod::Pod,
+};
 
 /// kubelet's scores of pods that may be taken first and last (its `pkg/kubelet/qos`); those between
 /// get theirs by their request.
@@ -32,6 +37,7 @@ pub(crate) struct Wish {
     score: Option<i32>,
     cpus: Option<String>,
     memory_nodes: Option<String>,
+    throttles: Throttles,
 }
 
 impl Wish {
@@ -51,11 +57,22 @@ impl Wish {
 
     /// Takes what an update names.
     pub(crate) fn update(&mut self, resources: &LinuxResources) {
+        self.throttles.update(resources);
         let Some(cpu) = resources.cpu() else { return };
         let named = |list: &Option<String>| list.clone().filter(|list| !list.is_empty());
         self.cpus = named(cpu.cpus()).or(self.cpus.take());
         self.memory_nodes = named(cpu.mems()).or(self.memory_nodes.take());
     }
+}
+
+/// Takes out of resources that go to the guest what numbers processors, memory nodes and devices of
+/// the host, where it holds for the VM.
+pub(crate) fn keep_on_host(resources: &mut LinuxResources) {
+    if let Some(cpu) = resources.cpu_mut() {
+        cpu.set_cpus(None);
+        cpu.set_mems(None);
+    }
+    block_io::take(resources);
 }
 
 /// The place of a pod's processes.
@@ -80,18 +97,25 @@ impl Place {
     }
 
     /// Sets what the pod's containers want together.
-    pub(crate) fn settle_for(&self, pod: &Pod) {
+    pub(crate) fn settle_for(&self, pod: &Pod) -> Result<(), CallError> {
         let wishes = pod
             .containers()
             .into_iter()
             .filter(|container| !container.pause);
         let wishes = wishes.map(|container| container.wish().clone());
-        self.settle(together(wishes));
+        self.settle(together(wishes))
     }
 
-    /// Sets what is wanted; without a wish the score is that of the pod's class. What the host
-    /// refuses is told, and the pod lives on.
-    pub(crate) fn settle(&self, wish: Option<Wish>) {
+    /// A container is gone, and what it wanted with it.
+    pub(crate) fn settle_without(&self, pod: &Pod) {
+        if let Err(error) = self.settle_for(pod) {
+            warn!(%error, "the pod keeps limits of a container that is gone");
+        }
+    }
+
+    /// Sets what is wanted; without a wish the score is that of the pod's class. Where the host
+    /// refuses a score or a cpuset, it is told and the pod lives on.
+    pub(crate) fn settle(&self, wish: Option<Wish>) -> Result<(), CallError> {
         let wish = wish.unwrap_or_default();
         // Not the shim's own, which they were started with.
         self.score(wish.score.or(self.class).unwrap_or_default());
@@ -108,6 +132,7 @@ impl Place {
                 }
             }
         }
+        wish.throttles.hold(&self.directories)
     }
 
     fn score(&self, score: i32) {
@@ -161,6 +186,7 @@ fn together(wishes: impl Iterator<Item = Wish>) -> Option<Wish> {
         },
         cpus: union(one.cpus, other.cpus),
         memory_nodes: union(one.memory_nodes, other.memory_nodes),
+        throttles: one.throttles.and(other.throttles),
     })
 }
 
@@ -180,7 +206,7 @@ mod tests {
         Wish {
             score: Some(score),
             cpus: cpus.map(str::to_owned),
-            memory_nodes: None,
+            ..Wish::default()
         }
     }
 
@@ -243,9 +269,9 @@ mod tests {
             let path = format!("/proc/{}/oom_score_adj", sleeper.id());
             fs::read_to_string(path).unwrap().trim().to_owned()
         };
-        place.settle(None);
+        place.settle(None).unwrap();
         let of_class = score();
-        place.settle(Some(wish(998, Some("0"))));
+        place.settle(Some(wish(998, Some("0")))).unwrap();
         let of_container = score();
         sleeper.kill().unwrap();
         sleeper.wait().unwrap();

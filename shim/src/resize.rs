@@ -30,6 +30,7 @@ use crate::{
     errors::CallError,
     machine_client::Machine,
     pod::{self, Pod},
+    qos,
 };
 
 /// Changes that wait for their turn.
@@ -322,12 +323,13 @@ pub(crate) async fn update(pod: &Pod, id: &str, resources: &[u8]) -> Result<(), 
         .map_err(|error| CallError::Invalid(format!("resources: not OCI resources: {error}")))?;
     let old = container.limits();
     let new = old.updated(&parsed);
+    let wish = container.wish().clone();
     container.wish().update(&parsed);
-    pod.place.settle_for(pod);
-    if let Some(cpu) = parsed.cpu_mut() {
-        cpu.set_cpus(None);
-        cpu.set_mems(None);
+    if let Err(error) = pod.place.settle_for(pod) {
+        *container.wish() = wish;
+        return Err(error);
     }
+    qos::keep_on_host(&mut parsed);
     let request = UpdateContainerRequest {
         container_id: id.to_owned(),
         oci_resources: serde_json::to_vec(&parsed)
@@ -336,6 +338,8 @@ pub(crate) async fn update(pod: &Pod, id: &str, resources: &[u8]) -> Result<(), 
     };
     pod.size.change(old, new).await?;
     if let Err(error) = agent_call!(pod.agent, update_container, &request) {
+        *container.wish() = wish;
+        pod.place.settle_for(pod)?;
         pod.size.change(new, old).await?;
         pod.size.settle().await?;
         return Err(error);

@@ -19,7 +19,7 @@ use oci_spec::runtime::{
     LinuxNamespaceType, Mount, Spec,
 };
 
-use crate::{errors::CallError, huge_pages, id_map::IdMap, passthrough::group::VfioPath};
+use crate::{errors::CallError, huge_pages, id_map::IdMap, passthrough::group::VfioPath, qos};
 
 /// Where the shared directory is mounted in the guest.
 pub(crate) const GUEST_SHARED: &str = "/run/pericarp/shared";
@@ -404,12 +404,8 @@ fn translate_linux(spec: &mut Spec) -> Result<(Option<PathBuf>, Vec<BlockVolume>
     for device in linux.devices().iter().flatten() {
         check_device(device)?;
     }
-    if let Some(resources) = linux.resources_mut()
-        && let Some(cpu) = resources.cpu_mut()
-    {
-        // CPU and node numbers are the host's; the VMM's threads are bound to them there.
-        cpu.set_cpus(None);
-        cpu.set_mems(None);
+    if let Some(resources) = linux.resources_mut() {
+        qos::keep_on_host(resources);
     }
     Ok((pid_namespace, disks))
 }

@@ -230,7 +230,10 @@ spec:
 
 /// A claim of all functions, a request for each.
 fn claim(given: &Given) -> Value {
-    let request = |(name, _): &(&str, Function)| json!({"name": name, "exactly": {"deviceClassName": DRIVER}});
+    let request = |(name, _): &(&str, Function)| {
+        let exactly = json!({"deviceClassName": DRIVER});
+        json!({"name": name, "exactly": exactly})
+    };
     let requests: Vec<Value> = given.functions.iter().map(request).collect();
     json!({
         "apiVersion": "resource.k8s.io/v1", "kind": "ResourceClaim",

@@ -5,6 +5,7 @@ use pericarp_tests::node::containerd::Pod;
 use pericarp_tests::node::images::BUSYBOX;
 use pericarp_tests::node::{Builder, Containerd, Session, Version, pericarp};
 use pericarp_tests::pods::leftovers::Leftovers;
+use pericarp_tests::pods::slow_disk;
 use pericarp_tests::pods::{container_config, pod_config};
 use serde_json::json;
 
@@ -172,6 +173,43 @@ fn a_container_cannot_write_more_than_its_disk_holds() {
     node.shell(&format!("rm {setting}")).unwrap();
     let said = said.unwrap();
     assert!(said.contains("No space left on device"), "{said}");
+}
+
+/// A container of a class of block I/O.
+fn moves_what_its_class_lets_it(node: &Session, runtime: &str) -> Result<()> {
+    let (folder, class) = (slow_disk::FOLDER, slow_disk::CLASS);
+    let ctr = "ctr -n k8s.io";
+    let mount = format!("type=bind,src={folder},dst={folder},options=rbind:rw");
+    let file = slow_disk::CLASSES;
+    node.shell(&format!(
+        "{ctr} run --detach --runtime {runtime} --mount {mount} --blockio-config-file {file} \
+         --blockio-class {class} {BUSYBOX} moves sh -c '{WAIT}'"
+    ))?;
+    let held = slow_disk::holds(node, |line| {
+        node.shell(&format!("{ctr} task exec --exec-id e moves sh -c '{line}'"))
+    });
+    node.shell(&format!(
+        "{ctr} task rm --force moves; {ctr} container rm moves"
+    ))?;
+    held
+}
+
+#[test]
+fn limits_of_block_devices_hold_for_a_vm_too() {
+    let Some(node) = node("storage-limits") else {
+        return;
+    };
+    node.containerd(Version::V23).unwrap();
+    let before = Leftovers::look(&node).unwrap();
+    slow_disk::make(&node).unwrap();
+    let runtimes = ["io.containerd.runc.v2", "io.containerd.pericarp.v2"];
+    let held =
+        runtimes.map(|runtime| moves_what_its_class_lets_it(&node, runtime).context(runtime));
+    slow_disk::remove(&node).unwrap();
+    for held in held {
+        held.unwrap();
+    }
+    Leftovers::nothing_since(&node, &before).unwrap();
 }
 
 #[test]

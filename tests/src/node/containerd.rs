@@ -113,7 +113,9 @@ impl Containerd {
         Command::new(program).args(["--address", &self.socket()])
     }
 
-    fn config_file(&self) -> String {
+    /// Its configuration in the node.
+    #[must_use]
+    pub fn config_file(&self) -> String {
         format!("/etc/{}/config.toml", self.version.name())
     }
 

@@ -3,6 +3,7 @@
 pub mod leftovers;
 pub mod passthrough;
 pub mod scenario;
+pub mod slow_disk;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};

@@ -72,14 +72,16 @@ impl Function {
         Ok(())
     }
 
-    /// Runs a line of shell while its own driver has it, a disk, which is `$d`; then it is for pods.
+    /// Runs a line of shell while its own driver has it, a disk, which is `$d`. It is for pods
+    /// afterwards.
     pub fn on_host(&self, node: &Node, line: &str) -> Result<String> {
         self.bind(node, "")?;
         // Drivers find disks after they are bound, NVMe's in a work queue. Below a controller that
         // may be one of several it has the path (nvme0c0n1), of which its own name is a part.
         let line = format!(
             "cd /sys/bus/pci/devices/{}; shopt -s nullglob
-             until set -- virtio*/block/* nvme/*/nvme*n1; d=${{1-}} d=${{d##*/}}; d=/dev/${{d/c*n/n}}
+             until set -- virtio*/block/* nvme/*/nvme*n1
+                 d=${{1-}} d=${{d##*/}} d=/dev/${{d/c*n/n}}
                  [ -b $d ]; do sleep 0.1; done
              {line}",
             self.address

@@ -3,7 +3,7 @@
 //! The specification speaks of the first version of cgroups; the conversions to the second are
 //! those of runc 1.5 (`opencontainers/cgroups`), so that a pod gets the same share here as there.
 
-use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
+use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources};
 
 use super::super::{error::ContainerError, plan};
 
@@ -100,8 +100,6 @@ fn refuse_what_only_the_first_version_has(
     let cpu = resources.cpu().as_ref();
     let memory = resources.memory().as_ref();
     let block_io = resources.block_io().as_ref();
-    let devices = block_io.and_then(|block_io| block_io.weight_device().as_deref());
-    let mut leaf_weights = devices.unwrap_or_default().iter();
     let asked = [
         ("network", resources.network().is_some()),
         (
@@ -132,10 +130,6 @@ fn refuse_what_only_the_first_version_has(
         (
             "blockIO.leafWeight",
             block_io.and_then(LinuxBlockIo::leaf_weight).unwrap_or(0) > 0,
-        ),
-        (
-            "blockIO.weightDevice.leafWeight",
-            leaf_weights.any(|device| device.leaf_weight().unwrap_or(0) > 0),
         ),
     ];
     match asked.iter().find(|(_, asked)| *asked) {
@@ -325,6 +319,20 @@ fn io_settings(
     settings: &mut Vec<Setting>,
     exists: &impl Fn(&str) -> bool,
 ) -> Result<(), ContainerError> {
+    let throttles = [
+        block_io.throttle_read_bps_device(),
+        block_io.throttle_write_bps_device(),
+        block_io.throttle_read_iops_device(),
+        block_io.throttle_write_iops_device(),
+    ];
+    let mut named = throttles.into_iter().flatten().flatten();
+    let mut weighed = block_io.weight_device().iter().flatten();
+    if named.next().is_some() || weighed.next().is_some() {
+        return Err(ContainerError::invalid(
+            "linux.resources.blockIO",
+            "numbers block devices of the host, whose limits hold there",
+        ));
+    }
     let bfq = exists("io.bfq.weight");
     if let Some(weight) = block_io.weight().filter(|weight| *weight != 0) {
         let field = "linux.resources.blockIO.weight";
@@ -343,58 +351,5 @@ fn io_settings(
         };
         settings.push(setting);
     }
-    for device in block_io.weight_device().iter().flatten() {
-        let field = "linux.resources.blockIO.weightDevice";
-        if let Some(weight) = device.weight().filter(|weight| *weight != 0) {
-            let weight = if bfq {
-                u64::from(weight)
-            } else {
-                1 + (u64::from(weight).max(10) - 10) * 9999 / 990
-            };
-            let file = if bfq { "io.bfq.weight" } else { "io.weight" };
-            let value = format!("{}:{} {weight}", device.major(), device.minor());
-            settings.push(setting(file, value, field));
-        }
-    }
-    settings.extend(io_throttles(block_io));
     Ok(())
-}
-
-fn io_throttles(block_io: &LinuxBlockIo) -> Vec<Setting> {
-    let mut settings = Vec::new();
-    let throttles: [(&str, &Option<Vec<LinuxThrottleDevice>>, &'static str); 4] = [
-        (
-            "rbps",
-            block_io.throttle_read_bps_device(),
-            "linux.resources.blockIO.throttleReadBpsDevice",
-        ),
-        (
-            "wbps",
-            block_io.throttle_write_bps_device(),
-            "linux.resources.blockIO.throttleWriteBpsDevice",
-        ),
-        (
-            "riops",
-            block_io.throttle_read_iops_device(),
-            "linux.resources.blockIO.throttleReadIOPSDevice",
-        ),
-        (
-            "wiops",
-            block_io.throttle_write_iops_device(),
-            "linux.resources.blockIO.throttleWriteIOPSDevice",
-        ),
-    ];
-    for (key, devices, field) in throttles {
-        for device in devices.iter().flatten() {
-            // 0 takes a limit away, as in the first version.
-            let rate = if device.rate() == 0 {
-                "max".to_owned()
-            } else {
-                device.rate().to_string()
-            };
-            let value = format!("{}:{} {key}={rate}", device.major(), device.minor());
-            settings.push(setting("io.max", value, field));
-        }
-    }
-    settings
 }

@@ -90,8 +90,13 @@ fn what_only_the_first_version_of_cgroups_has_is_refused() {
         ),
         ("blockIO.leafWeight", json!({"blockIO": {"leafWeight": 10}})),
         (
-            "blockIO.weightDevice.leafWeight",
-            json!({"blockIO": {"weightDevice": [{"major": 8, "minor": 0, "leafWeight": 10}]}}),
+            "blockIO",
+            json!({"blockIO": {"weightDevice": [{"major": 8, "minor": 0, "weight": 10}]}}),
+        ),
+        (
+            "blockIO",
+            json!({"blockIO": {
+                "throttleReadIOPSDevice": [{"major": 8, "minor": 0, "rate": 10}]}}),
         ),
         ("unified", json!({"unified": {"memory.low": ""}})),
     ] {
@@ -132,14 +137,8 @@ fn the_rest() {
         pairs(&[("pids.max", "max")])
     );
     assert_eq!(
-        settings(json!({"blockIO": {"weight": 1000,
-            "throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1024}],
-            "throttleWriteIOPSDevice": [{"major": 8, "minor": 0, "rate": 0}]}})),
-        pairs(&[
-            ("io.weight", "default 10000"),
-            ("io.max", "8:0 rbps=1024"),
-            ("io.max", "8:0 wiops=max")
-        ])
+        settings(json!({"blockIO": {"weight": 1000}})),
+        pairs(&[("io.weight", "default 10000")])
     );
     assert_eq!(
         settings(json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 5}],

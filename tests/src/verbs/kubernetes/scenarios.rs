@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use crate::node::kubernetes::{FOLDER as KUBERNETES_FOLDER, NODE_NAME};
 use crate::node::{Builder, Command, Containerd, Kubernetes, Node, Version, paths};
 use crate::pods::leftovers::Leftovers;
+use crate::pods::slow_disk;
 
 /// A scenario.
 #[derive(Debug)]
@@ -44,7 +45,7 @@ pub(super) struct Setting<'a> {
 }
 
 /// All of them.
-pub(super) const SCENARIOS: [Scenario; 8] = [
+pub(super) const SCENARIOS: [Scenario; 9] = [
     Scenario {
         name: "kubelet-restart",
         item: "kubelet is killed and started again: the pod lives on, logs and exec work",
@@ -75,6 +76,12 @@ pub(super) const SCENARIOS: [Scenario; 8] = [
                processes, CPU, memory, network",
         controlled: true,
         run: Place::Shared(stats_from_cri),
+    },
+    Scenario {
+        name: "block-io",
+        item: "limits of block I/O: 1 MiB a second from and to a disk of the node",
+        controlled: true,
+        run: Place::Shared(block_io),
     },
     Scenario {
         name: "thirty-pods",
@@ -201,6 +208,15 @@ impl Setting<'_> {
         self.shell(&format!("set -e; {line}")).map(drop)
     }
 
+    /// Waits until kubelet has removed every sandbox that crictl selects.
+    fn no_sandbox(&self, select: &str) -> Result<()> {
+        self.shell(&format!(
+            "timeout 300 sh -c 'while [ -n \"$(crictl pods -q {select})\" ]; do sleep 1; done'"
+        ))
+        .map(drop)
+        .context("kubelet has not removed every sandbox")
+    }
+
     fn delete(&self, name: &str) -> Result<()> {
         self.shell(&format!(
             "kubectl delete pod {name} --wait=true --timeout=120s"
@@ -290,6 +306,46 @@ fn stats_from_cri(at: &Setting<'_>) -> Result<()> {
     })
 }
 
+/// By a class of containerd's, which reads them when it starts.
+fn block_io(at: &Setting<'_>) -> Result<()> {
+    slow_disk::make(at.node)?;
+    let config = at.containerd.config_file();
+    at.shell(&format!(
+        "cp {config} {config}.before
+         cat >>{config} <<'.'\n[plugins.'io.containerd.service.v1.tasks-service']
+         blockio_config_file = '{}'\n.\n",
+        slow_disk::CLASSES
+    ))?;
+    let worked = at.containerd.restart(at.node).and_then(|()| {
+        let name = format!("block-io-{}", at.class);
+        let text = manifest(&name, at.class, "Always", "exec sleep 3600", "{}");
+        let class = slow_disk::CLASS;
+        let labels = "{scenario: pods}";
+        let text = text.replace(
+            labels,
+            &format!(
+                "{labels}, annotations: {{blockio.resources.beta.kubernetes.io/pod: {class}}}"
+            ),
+        );
+        let folder = slow_disk::FOLDER;
+        let volume = format!(
+            "    volumeMounts: [{{name: slow, mountPath: {folder}}}]
+  volumes: [{{name: slow, hostPath: {{path: {folder}}}}}]\n"
+        );
+        at.kubernetes.apply(at.node, &(text + &volume))?;
+        at.ready(&name)?;
+        slow_disk::holds(at.node, |line| {
+            at.shell(&format!("kubectl exec {name} -- sh -c '{line}'"))
+        })?;
+        at.delete(&name)?;
+        at.no_sandbox(&format!("--name {name}"))
+    });
+    at.shell(&format!("mv {config}.before {config}"))?;
+    at.containerd.restart(at.node)?;
+    slow_disk::remove(at.node)?;
+    worked
+}
+
 /// Does `work` while kubelet has one more line of configuration, and restarts it before and after.
 fn with_setting(at: &Setting<'_>, line: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
     let file = format!("{KUBERNETES_FOLDER}/kubelet.yaml");
@@ -342,11 +398,7 @@ fn many_come_and_go(at: &Setting<'_>) -> Result<()> {
         let line =
             format!("kubectl delete pod -l scenario=pods --wait=true --timeout={MANY_TIMEOUT_S}s");
         at.shell_within(&line, MANY_TIMEOUT_S + 60)?;
-        at.shell(
-            "timeout 300 sh -c \
-             'while [ -n \"$(crictl pods -q --label scenario=pods)\" ]; do sleep 1; done'",
-        )
-        .context("kubelet has not removed every sandbox")?;
+        at.no_sandbox("--label scenario=pods")?;
         Leftovers::nothing_since(at.node, &before).with_context(|| format!("round {round}"))?;
     }
     Ok(())
@@ -452,10 +504,7 @@ fn twice_booted(class: &str, disk: &Path) -> Result<()> {
         at.ready(&pod)?;
         at.works(&pod)?;
         at.delete(&pod)?;
-        at.shell(&format!(
-            "timeout 300 sh -c 'while [ -n \"$(crictl pods -q --name {pod})\" ]; do sleep 1; done'"
-        ))
-        .context("kubelet has not removed every sandbox")?;
+        at.no_sandbox(&format!("--name {pod}"))?;
         Leftovers::nothing_since(&node, &before)?;
         at.shell(&format!(
             "before=$(cat <<'.'\n{state}\n.\n)
