@@ -262,7 +262,8 @@ fn translate_mount(
         }
         SourceKind::BlockDevice | SourceKind::CharacterDevice if !is_pseudo(&source) => {
             let reason = format!(
-                "{} is a device of the host that is not passed through",
+                "{} is a device of the host: a disk can be given as a persistent volume of \
+                 volumeMode Block (volumeDevices), a PCI function by its IOMMU group",
                 source.display()
             );
             return Err(invalid(&field, &reason));

@@ -46,10 +46,11 @@ const AT_ONCE: usize = 4;
 const REASON_CHARS_MAX: usize = 200;
 
 /// Cases that a pod in a VM is refused by design, with what says so.
-const REFUSED: [(&str, &str); 3] = [
+const REFUSED: [(&str, &str); 4] = [
     ("host-network", "hostNetwork"),
     ("host-pid", "hostPID"),
     ("bidirectional", "Bidirectional"),
+    ("host-path-block", "mounts[/d].source"),
 ];
 
 /// A case, as its file says.
