@@ -135,7 +135,8 @@ pub(crate) fn resources() -> Vec<Vec<u8>> {
         "cpu":{"shares":2,"quota":-1,"period":7,"cpus":"0-3,5","mems":"0","idle":1},
         "pids":{"limit":-1},"hugepageLimits":[{"pageSize":"2MB","limit":4}],
         "unified":{"memory.high":"max","io.max":"8:0 rbps=1\n8:1 rbps=2"},
-        "blockIO":{"weight":10,"weightDevice":[{"major":8,"minor":0,"weight":10}],
+        "blockIO":{"weight":10}}"#,
+        r#"{"blockIO":{"weightDevice":[{"major":8,"minor":0,"weight":10}],
         "throttleReadBpsDevice":[{"major":8,"minor":0,"rate":0}]}}"#,
     ])
 }
