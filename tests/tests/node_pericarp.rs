@@ -178,6 +178,39 @@ fn a_device_of_the_host_is_refused_and_leaves_its_pod_alone() {
     Leftovers::nothing_since(&node, &before).unwrap();
 }
 
+/// A VM runs where its containers may, and not where one might that is gone.
+fn processors_are_given_back(node: &Session) -> Result<()> {
+    let containerd = node.containerd(Version::V23)?;
+    let before = Leftovers::look(node)?;
+    node.shell("mkdir /sys/fs/cgroup/near; echo +cpuset >/sys/fs/cgroup/cgroup.subtree_control")?;
+    let mut config = pod_config("near");
+    config["linux"] = json!({"cgroup_parent": "/near"});
+    let pod = containerd.run_pod(node, HANDLER, &config)?;
+    let mut containers = Vec::new();
+    for cpus in ["0", "1"] {
+        let mut config = container_config(&format!("on-{cpus}"), BUSYBOX, "exec sleep 1000");
+        config["linux"] = json!({"resources": {"cpuset_cpus": cpus}});
+        containers.push(containerd.run_container(node, &pod, &config)?);
+    }
+    let cpus = format!("cat /sys/fs/cgroup/near/{}/cpuset.cpus", pod.id);
+    let both = node.shell(&cpus)?;
+    containerd.crictl_text(node, &["rm", "--force", &containers[0]])?;
+    let seen = [both, node.shell(&cpus)?].map(|text| text.trim().to_owned());
+    assert_eq!(seen, ["0-1", "1"]);
+    containerd.remove_pod(node, &pod)?;
+    node.shell("rmdir /sys/fs/cgroup/near")?;
+    Leftovers::nothing_since(node, &before)?;
+    Ok(())
+}
+
+#[test]
+fn a_vm_does_not_run_where_a_container_might_that_is_gone() {
+    let Some(node) = node("pericarp-near") else {
+        return;
+    };
+    processors_are_given_back(&node).unwrap();
+}
+
 /// What containers of a pod with its own names, servers and sysctls see of them.
 fn what_a_pod_sees(node: &Session, handler: &str) -> Result<String> {
     let containerd = node.containerd(Version::V23)?;
