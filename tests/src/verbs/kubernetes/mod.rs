@@ -50,7 +50,7 @@ const REFUSED: [(&str, &str); 4] = [
     ("host-network", "hostNetwork"),
     ("host-pid", "hostPID"),
     ("bidirectional", "Bidirectional"),
-    ("host-path-block", "mounts[/d].source"),
+    ("host-path-block", "volumeDevices"),
 ];
 
 /// A case, as its file says.
