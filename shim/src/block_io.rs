@@ -59,11 +59,8 @@ impl Throttles {
         let Some(device) = words.next() else { return };
         let limits = self.0.entry(device.to_owned()).or_default();
         for (name, value) in words.filter_map(|word| word.split_once('=')) {
-            for (_, limit) in KEYS
-                .iter()
-                .zip(&mut *limits)
-                .filter(|(key, _)| **key == name)
-            {
+            let mut places = KEYS.iter().zip(&mut *limits);
+            if let Some((_, limit)) = places.find(|(key, _)| **key == name) {
                 *limit = value.parse().ok();
             }
         }

@@ -252,7 +252,6 @@ pub(crate) async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Resul
     };
     if let Err(error) = built {
         forget(pod, &container.id);
-        pod.place.settle_without(pod);
         let _ = release(pod, &container).await;
         return Err(error);
     }
@@ -290,11 +289,13 @@ fn reserve(pod: &Pod, container: &Arc<Container>) -> Result<(), CallError> {
     Ok(())
 }
 
+/// The pod has a container no more, nor what it wanted of its place on the host.
 fn forget(pod: &Pod, id: &str) {
     pod.containers
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
         .remove(id);
+    pod.place.resettle(pod);
 }
 
 async fn build(
@@ -614,7 +615,6 @@ pub(crate) async fn delete(
     let exit = exit.unwrap_or_else(|| Exit::now(0));
     if exec_id.is_empty() {
         forget(pod, id);
-        pod.place.settle_without(pod);
         let mut event = TaskDelete::new();
         event.container_id = id.to_owned();
         event.pid = process.pid;

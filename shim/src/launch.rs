@@ -395,37 +395,33 @@ mod tests {
 
     use super::*;
 
+    const BOOT: Sizing = Sizing {
+        vcpus: 2,
+        memory_bytes: 128 << 20,
+    };
+    const STAYS: Most = Most {
+        vcpus: BOOT.vcpus,
+        memory_bytes: BOOT.memory_bytes,
+    };
+
+    fn has(most: Most, word: &str) -> bool {
+        command_line(&Config::default().settings, BOOT, most).contains(word)
+    }
+
     #[test]
     fn a_guest_that_may_grow_keeps_what_it_allocates_out_of_added_memory() {
-        let settings = Config::default().settings;
-        let boot = Sizing {
-            vcpus: 1,
-            memory_bytes: 128 << 20,
-        };
-        let stays = Most {
-            vcpus: boot.vcpus,
-            memory_bytes: boot.memory_bytes,
-        };
         let grows = Most {
-            memory_bytes: 2 * boot.memory_bytes,
-            ..stays
+            memory_bytes: 2 * BOOT.memory_bytes,
+            ..STAYS
         };
-        let policy = |most| command_line(&settings, boot, most).contains("auto-movable");
-        assert_eq!((policy(stays), policy(grows)), (false, true));
+        let policy = |most| has(most, "auto-movable");
+        assert_eq!((policy(STAYS), policy(grows)), (false, true));
     }
 
     #[test]
     fn the_guests_kernel_waits_for_no_parked_vcpu() {
-        let settings = Config::default().settings;
-        let boot = Sizing {
-            vcpus: 2,
-            memory_bytes: 128 << 20,
-        };
-        let most = |vcpus| Most {
-            vcpus,
-            memory_bytes: boot.memory_bytes,
-        };
-        let bound = |most| command_line(&settings, boot, most).contains("maxcpus=2");
-        assert_eq!((bound(most(2)), bound(most(4))), (false, true));
+        let spare = Most { vcpus: 4, ..STAYS };
+        let bound = |most| has(most, "maxcpus=2");
+        assert_eq!((bound(STAYS), bound(spare)), (false, true));
     }
 }

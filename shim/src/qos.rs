@@ -3,9 +3,8 @@
 //!
 //! kubelet says it of containers; on the host there is only the VM, so it gets what its containers
 //! get together: all their processors and memory nodes, the sum of their limits, and the lowest of
-//! their scores. Until the
-//! first container comes, the score is that of the pod's class, which the path of its cgroup names
-//! (kubelet's `--cgroups-per-qos`).
+//! their scores. Until the first container comes, the score is that of the pod's class, which the
+//! path of its cgroup names (kubelet's `--cgroups-per-qos`).
 
 use std::{
     collections::BTreeSet,
@@ -106,10 +105,10 @@ impl Place {
         self.settle(together(wishes))
     }
 
-    /// A container is gone, and what it wanted with it.
-    pub(crate) fn settle_without(&self, pod: &Pod) {
+    /// The same when a container is gone or its update is undone, which nothing may stop.
+    pub(crate) fn resettle(&self, pod: &Pod) {
         if let Err(error) = self.settle_for(pod) {
-            warn!(%error, "the pod keeps limits of a container that is gone");
+            warn!(%error, "the pod keeps limits that no container of it has");
         }
     }
 

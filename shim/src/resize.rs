@@ -327,6 +327,7 @@ pub(crate) async fn update(pod: &Pod, id: &str, resources: &[u8]) -> Result<(), 
     container.wish().update(&parsed);
     if let Err(error) = pod.place.settle_for(pod) {
         *container.wish() = wish;
+        pod.place.resettle(pod);
         return Err(error);
     }
     qos::keep_on_host(&mut parsed);
@@ -339,7 +340,7 @@ pub(crate) async fn update(pod: &Pod, id: &str, resources: &[u8]) -> Result<(), 
     pod.size.change(old, new).await?;
     if let Err(error) = agent_call!(pod.agent, update_container, &request) {
         *container.wish() = wish;
-        pod.place.settle_for(pod)?;
+        pod.place.resettle(pod);
         pod.size.change(new, old).await?;
         pod.size.settle().await?;
         return Err(error);
