@@ -1,55 +1,25 @@
 //! `containerd-shim-pericarp-v2`: containerd's shim for pods in virtual machines.
 //!
-//! containerd runs `start` in a bundle; that launches the daemon of the sandbox ([`daemon`]), one
-//! per pod, which owns every resource of the pod on the host. `delete` removes what a dead daemon
-//! left. See ARCHITECTURE.md for the map.
+//! containerd runs `start` in a bundle. That launches the sandbox's daemon
+//! ([`containerd::daemon`]), one per pod, which owns every resource of the pod on the host.
+//! `delete` removes what a dead daemon left. See ARCHITECTURE.md for the map.
 
-mod agent_client;
-mod args;
-mod block_io;
-mod bootstrap;
-mod bundle;
-mod cgroup;
-mod child;
-mod cleanup;
-mod container;
-mod cri;
-mod daemon;
-mod disk;
-mod drivers;
+mod containerd;
 mod errors;
-mod events;
-mod guest_panic;
-mod huge_pages;
-mod id_map;
-mod info;
-mod journal;
-mod launch;
-mod log;
-mod logger;
-mod machine_client;
-mod memory_volumes;
+mod guest;
+mod host;
+mod machine;
 mod network;
-mod options;
 mod passthrough;
 mod pod;
-mod port_forward;
-mod process;
-mod qos;
-mod resize;
-mod rootfs;
-mod sandbox_service;
-mod scope;
-mod share;
-mod spec;
-mod stand_in;
-mod stats;
-mod stdio;
-mod task_service;
+mod storage;
 
 use std::{env, error::Error, process::ExitCode};
 
-use args::{Action, Args};
+use containerd::{
+    args::{Action, Args},
+    bootstrap, cleanup, daemon, info,
+};
 
 fn main() -> ExitCode {
     match run() {

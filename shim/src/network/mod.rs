@@ -33,7 +33,7 @@ use rtnetlink::{Handle, LinkUnspec, new_connection};
 
 use crate::{
     errors::CallError,
-    journal::{Entry, Journal},
+    host::journal::{Entry, Journal},
 };
 use collect::Link;
 

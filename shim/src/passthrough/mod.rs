@@ -32,8 +32,8 @@ use tracing::{info, warn};
 
 use self::group::{Host, HostFunction, IOMMUFD, VfioPath, Wanted};
 use crate::{
-    agent_client::{Agent, agent_call},
     errors::CallError,
+    guest::agent_client::{Agent, agent_call},
     pod::Pod,
 };
 
@@ -317,7 +317,7 @@ pub(crate) async fn plug_for_pod(pod: &Arc<Pod>, groups: &[Wanted]) -> Result<()
 /// on. Gives them with those that are the whole pod's.
 pub(crate) async fn plug_for_container(
     pod: &Arc<Pod>,
-    container: &crate::container::Container,
+    container: &crate::pod::container::Container,
     nodes: Vec<VfioPath>,
 ) -> Result<Vec<Plugged>, CallError> {
     let of_pod = pod.passthrough.of_pod();

@@ -1,0 +1,256 @@
+//! containerd's task service: translates between its messages and [`crate::pod::container`],
+//! nothing else.
+//!
+//! Versions 2 and 3 of the service have the same messages under two names (containerd
+//! `docs/runtime-v2.md`), so one implementation is registered twice.
+
+use std::{collections::HashMap, sync::Arc, sync::atomic::Ordering};
+
+use async_trait::async_trait;
+use containerd_shim_protos::{
+    api::{
+        CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
+        CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest,
+        PauseRequest, PidsRequest, PidsResponse, ProcessInfo, ResizePtyRequest, ResumeRequest,
+        ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest,
+        StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
+    },
+    shim_async::{Task, create_task},
+};
+use ttrpc::asynchronous::{Service, TtrpcContext};
+
+use crate::{
+    containerd::daemon::Daemon,
+    errors::CallError,
+    pod::{
+        container::{self, timestamp},
+        process::Phase,
+        resize,
+    },
+};
+
+type Answer<T> = ttrpc::Result<T>;
+
+/// The service of one daemon.
+#[derive(Debug, Clone)]
+pub(crate) struct TaskService(pub(crate) Arc<Daemon>);
+
+/// The service under both of its names.
+pub(crate) fn services(daemon: &Arc<Daemon>) -> HashMap<String, Service> {
+    let mut all = HashMap::new();
+    for name in ["containerd.task.v3.Task", "containerd.task.v2.Task"] {
+        let service: Arc<dyn Task + Send + Sync> = Arc::new(TaskService(Arc::clone(daemon)));
+        all.extend(
+            create_task(service)
+                .into_values()
+                .map(|service| (name.to_owned(), service)),
+        );
+    }
+    all
+}
+
+/// Runs `work` to its end although the caller may hang up: a call is dropped with its connection,
+/// and containerd closes connections whenever it restarts or gives a pod up.
+pub(crate) async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, CallError>> + Send + 'static,
+) -> Answer<T> {
+    let ended = tokio::spawn(work).await;
+    let result = ended.unwrap_or_else(|error| Err(CallError::host("the call", error)));
+    result.map_err(Into::into)
+}
+
+#[async_trait]
+impl Task for TaskService {
+    async fn create(
+        &self,
+        _: &TtrpcContext,
+        request: CreateTaskRequest,
+    ) -> Answer<CreateTaskResponse> {
+        let pod = self.0.pod().await?;
+        let work = async move { container::create(&pod, &request).await };
+        let pid = to_the_end(work).await?;
+        Ok(CreateTaskResponse {
+            pid,
+            ..Default::default()
+        })
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Answer<StartResponse> {
+        let pod = self.0.pod_of(&request.id).await?;
+        let work = async move { container::start(&pod, &request.id, &request.exec_id).await };
+        let pid = to_the_end(work).await?;
+        Ok(StartResponse {
+            pid,
+            ..Default::default()
+        })
+    }
+
+    async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Answer<DeleteResponse> {
+        let pod = self.0.pod_of(&request.id).await?;
+        let daemon = Arc::clone(&self.0);
+        let work = async move {
+            let deleted = container::delete(&pod, &request.id, &request.exec_id).await;
+            daemon.shut_down_if_wanted().await;
+            deleted
+        };
+        let (pid, exit) = to_the_end(work).await?;
+        Ok(DeleteResponse {
+            pid,
+            exit_status: exit.status,
+            exited_at: Some(timestamp(exit.at)).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> Answer<Empty> {
+        let pod = self.0.pod_of(&request.id).await?;
+        to_the_end(async move { container::exec(&pod, &request).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> Answer<StateResponse> {
+        let pod = self.0.pod_of(&request.id).await?;
+        let container = pod.container(&request.id)?;
+        let process = container.process(&request.exec_id)?;
+        let phase = process.phase();
+        let mut answer = StateResponse {
+            id: request.id,
+            exec_id: request.exec_id,
+            bundle: container.bundle.display().to_string(),
+            pid: process.pid,
+            stdin: process.paths.stdin.clone(),
+            stdout: process.paths.stdout.clone(),
+            stderr: process.paths.stderr.clone(),
+            terminal: process.paths.terminal,
+            ..Default::default()
+        };
+        answer.status = status(phase, container.paused.load(Ordering::Relaxed)).into();
+        if let Phase::Stopped(exit) | Phase::Deleting(Some(exit)) = phase {
+            answer.exit_status = exit.status;
+            answer.exited_at = Some(timestamp(exit.at)).into();
+        }
+        Ok(answer)
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Answer<PidsResponse> {
+        let pod = self.0.pod_of(&request.id).await?;
+        let container = pod.container(&request.id)?;
+        // PIDs of the guest mean nothing on the host.
+        let process = ProcessInfo {
+            pid: container.init.pid,
+            ..Default::default()
+        };
+        Ok(PidsResponse {
+            processes: vec![process],
+            ..Default::default()
+        })
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> Answer<Empty> {
+        let pod = self.0.pod_of(&request.id).await?;
+        container::freeze(&pod, &request.id, true).await?;
+        Ok(Empty::new())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Answer<Empty> {
+        let pod = self.0.pod_of(&request.id).await?;
+        container::freeze(&pod, &request.id, false).await?;
+        Ok(Empty::new())
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> Answer<Empty> {
+        Err(CallError::Unimplemented("checkpoint").into())
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Answer<Empty> {
+        let pod = self.0.pod_of(&request.id).await?;
+        container::kill(
+            &pod,
+            &request.id,
+            &request.exec_id,
+            request.signal,
+            request.all,
+        )
+        .await?;
+        Ok(Empty::new())
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Answer<Empty> {
+        let pod = self.0.pod_of(&request.id).await?;
+        container::resize(
+            &pod,
+            &request.id,
+            &request.exec_id,
+            request.width,
+            request.height,
+        )
+        .await?;
+        Ok(Empty::new())
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> Answer<Empty> {
+        let pod = self.0.pod_of(&request.id).await?;
+        let process = pod.container(&request.id)?.process(&request.exec_id)?;
+        if request.stdin {
+            process.close_stdin();
+        }
+        Ok(Empty::new())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Answer<Empty> {
+        let pod = self.0.pod_of(&request.id).await?;
+        resize::update(&pod, &request.id, &request.resources.value).await?;
+        Ok(Empty::new())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> Answer<WaitResponse> {
+        let pod = self.0.pod_of(&request.id).await?;
+        let process = pod.container(&request.id)?.process(&request.exec_id)?;
+        let exit = process.wait().await?;
+        Ok(WaitResponse {
+            exit_status: exit.status,
+            exited_at: Some(timestamp(exit.at)).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Answer<StatsResponse> {
+        let pod = self.0.pod_of(&request.id).await?;
+        let container = pod.container(&request.id)?;
+        let counters = container::stats(&pod, &container).await?;
+        Ok(StatsResponse {
+            stats: Some(counters).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> Answer<ConnectResponse> {
+        let pod = self.0.pod_of(&request.id).await?;
+        let container = pod.container(&request.id)?;
+        Ok(ConnectResponse {
+            shim_pid: std::process::id(),
+            task_pid: container.init.pid,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..Default::default()
+        })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Answer<Empty> {
+        // containerd calls it after each container; the last one ends the pod.
+        let daemon = Arc::clone(&self.0);
+        to_the_end(async move {
+            daemon.shut_down_if_empty().await;
+            Ok(Empty::new())
+        })
+        .await
+    }
+}
+
+fn status(phase: Phase, paused: bool) -> Status {
+    match phase {
+        Phase::Reserved | Phase::Created | Phase::Starting => Status::CREATED,
+        Phase::Running if paused => Status::PAUSED,
+        Phase::Running => Status::RUNNING,
+        Phase::Stopped(_) | Phase::Deleting(_) => Status::STOPPED,
+    }
+}

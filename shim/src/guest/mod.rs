@@ -1,0 +1,6 @@
+//! What runs in the VM: the agent and its protocol, the specification as it holds there.
+
+pub(crate) mod agent_client;
+pub(crate) mod panics;
+pub(crate) mod port_forward;
+pub(crate) mod spec;

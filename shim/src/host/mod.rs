@@ -1,0 +1,9 @@
+//! The kernel of the node: cgroups, child processes, id maps, and the journal of what to undo.
+
+pub(crate) mod block_io;
+pub(crate) mod cgroup;
+pub(crate) mod child;
+pub(crate) mod id_map;
+pub(crate) mod journal;
+pub(crate) mod placement;
+pub(crate) mod scope;

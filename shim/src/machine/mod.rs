@@ -1,0 +1,4 @@
+//! The VMM of a pod: how it is started, described and controlled.
+
+pub(crate) mod client;
+pub(crate) mod launch;

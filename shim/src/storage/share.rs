@@ -1,0 +1,350 @@
+//! The pod's shared directory and the daemon that serves it to the guest (virtio-fs).
+//!
+//! ```text
+//! <state>/shared                    a mount of its own with shared propagation
+//! <state>/shared/<container>/rootfs the container's root file system, or its read-only layers
+//! <state>/shared/<container>/mount-<n>  a volume, file or directory
+//! ```
+//!
+//! virtiofsd runs in a mount namespace that is a slave of ours, so what is mounted here later
+//! appears there. It sees this directory and nothing else. It ends when the VMM closes the
+//! vhost-user connection.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::net::{UnixListener, UnixStream},
+    },
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::Arc,
+};
+
+use containerd_shim_protos::api::Mount;
+use nix::{
+    fcntl::{OFlag, open},
+    mount::{MsFlags, mount},
+    sys::stat::Mode,
+};
+use pericarp_runtime_config::Settings;
+
+use crate::{
+    errors::CallError,
+    guest::spec::Share,
+    host::{
+        child::Watched,
+        journal::{Entry, Journal, unmount},
+    },
+    storage::rootfs::{Layers, Rootfs},
+};
+
+/// The tag by which the guest mounts it.
+pub(crate) const TAG: &str = "pericarp";
+
+/// The shared directory of a pod.
+#[derive(Debug, Clone)]
+pub(crate) struct SharedDirectory {
+    path: PathBuf,
+}
+
+impl SharedDirectory {
+    /// Makes it beneath the sandbox's state directory.
+    pub(crate) fn make(state: &Path, journal: &mut Journal) -> io::Result<Self> {
+        let path = state.join("shared");
+        journal.note(&Entry::Mount { path: path.clone() })?;
+        fs::create_dir_all(&path)?;
+        bind(&path, &path, false)?;
+        propagate(&path, MsFlags::MS_PRIVATE)?;
+        propagate(&path, MsFlags::MS_SHARED)?;
+        Ok(Self { path })
+    }
+
+    fn container(&self, id: &str) -> PathBuf {
+        self.path.join(id)
+    }
+
+    /// Mounts the host's part of a container's root file system: see [`super::rootfs`].
+    pub(crate) fn mount_rootfs(&self, id: &str, rootfs: &Rootfs) -> Result<(), CallError> {
+        if matches!(rootfs, Rootfs::Image(_)) {
+            return Ok(());
+        }
+        let target = self.container(id).join("rootfs");
+        fs::create_dir_all(&target).map_err(|error| CallError::host(target.display(), error))?;
+        let mounted = match rootfs {
+            Rootfs::Image(_) => Ok(()),
+            Rootfs::Directory(ready) => bind(ready, &target, true),
+            Rootfs::Layers(layers) => self.mount_layers(layers, id, &target),
+            Rootfs::Mounted(mounts) => mounts
+                .iter()
+                .try_for_each(|described| mount_described(described, &target)),
+        };
+        mounted
+            .map_err(|error| CallError::host(format!("root file system of container {id}"), error))
+    }
+
+    /// Mounts layers, read-only.
+    fn mount_layers(&self, layers: &Layers, id: &str, target: &Path) -> io::Result<()> {
+        let mut all = layers.above(&self.path.with_file_name("mask"))?;
+        if let (true, [layer]) = (all.is_empty(), layers.lower.as_slice()) {
+            match &layers.id_map {
+                Some(map) => map.mapper()?.bind(layer, target, false, false)?,
+                None => bind(layer, target, false)?,
+            }
+            return make_read_only(target);
+        }
+        let mapped = self.mapped(layers, id)?;
+        all.extend_from_slice(if mapped.is_empty() {
+            &layers.lower
+        } else {
+            &mapped
+        });
+        self.overlay(&all, layers.user_attributes, target)?;
+        // The overlay has mounts of its own of them.
+        mapped.iter().try_for_each(|path| {
+            unmount(path)?;
+            fs::remove_dir(path)
+        })
+    }
+
+    /// The lower layers with mapped owners, mounted: overlayfs takes no mount that is attached
+    /// nowhere. In the shared directory, whose end is the end of every mount in it.
+    fn mapped(&self, layers: &Layers, id: &str) -> io::Result<Vec<PathBuf>> {
+        let Some(map) = &layers.id_map else {
+            return Ok(Vec::new());
+        };
+        let mapper = map.mapper()?;
+        let numbered = layers.lower.iter().enumerate();
+        let mount = |(number, layer): (usize, &PathBuf)| {
+            let path = self.container(id).join(format!("layer-{number}"));
+            fs::create_dir_all(&path)?;
+            mapper.bind(layer, &path, false, false)?;
+            make_read_only(&path)?;
+            Ok(path)
+        };
+        numbered.map(mount).collect()
+    }
+
+    fn overlay(&self, all: &[PathBuf], user_attributes: bool, target: &Path) -> io::Result<()> {
+        // By descriptor: paths of many layers would not fit the one page that mount(2) takes, nor
+        // could they hold a colon.
+        let opened = all
+            .iter()
+            .map(|layer| open_directory(layer))
+            .collect::<io::Result<Vec<_>>>()?;
+        let paths: Vec<_> = opened
+            .iter()
+            .map(|layer| format!("/proc/self/fd/{}", layer.as_raw_fd()))
+            .collect();
+        let attributes = if user_attributes { ",userxattr" } else { "" };
+        let data = format!("lowerdir={}{attributes}", paths.join(":"));
+        Ok(mount(
+            Some("overlay"),
+            target,
+            Some("overlay"),
+            MsFlags::MS_RDONLY,
+            Some(data.as_str()),
+        )?)
+    }
+
+    /// Shares files and directories with a container.
+    pub(crate) fn add(&self, id: &str, shares: &[Share]) -> Result<(), CallError> {
+        for share in shares {
+            self.add_one(id, share).map_err(|error| {
+                CallError::host(format!("sharing {}", share.source.display()), error)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn add_one(&self, id: &str, share: &Share) -> io::Result<()> {
+        let target = self.container(id).join(&share.name);
+        if share.source.is_dir() {
+            fs::create_dir_all(&target)?;
+        } else {
+            if let Some(parent) = target.parent() {
+                fs::create_dir_all(parent)?;
+            }
+            File::create(&target)?;
+        }
+        match &share.id_map {
+            Some((map, all)) => {
+                let mapper = map.mapper()?;
+                mapper.bind(&share.source, &target, share.recursive, *all)?;
+            }
+            None => bind(&share.source, &target, share.recursive)?,
+        }
+        // Mounts that appear in the source later come along, and nothing goes back.
+        propagate(&target, MsFlags::MS_SLAVE)?;
+        propagate(&target, MsFlags::MS_SHARED)?;
+        if share.read_only {
+            make_read_only(&target)?;
+        }
+        Ok(())
+    }
+
+    /// Takes everything of a container away. Absent is fine.
+    pub(crate) fn remove(&self, id: &str) -> io::Result<()> {
+        let container = self.container(id);
+        let entries = match fs::read_dir(&container) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        for entry in entries {
+            let entry = entry?;
+            unmount(&entry.path())?;
+            if entry.file_type()?.is_dir() {
+                fs::remove_dir(entry.path())?;
+            } else {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        fs::remove_dir(&container)
+    }
+
+    /// Starts the daemon and gives the VMM's end of its socket.
+    pub(crate) fn serve(
+        &self,
+        state: &Path,
+        settings: &Settings,
+        cgroups: Arc<Vec<File>>,
+    ) -> Result<(Watched, OwnedFd), CallError> {
+        let path = state.join("virtiofsd.sock");
+        let failed = |error| CallError::host(path.display(), error);
+        let listener = UnixListener::bind(&path).map_err(failed)?;
+        let socket = UnixStream::connect(&path).map_err(failed)?;
+        fs::remove_file(&path).map_err(failed)?;
+        let binary = &settings.paths.virtiofsd;
+        let mut command = Command::new(binary);
+        command
+            .arg("--fd=3")
+            .arg(format!("--shared-dir={}", self.path.display()))
+            .arg(format!("--cache={}", settings.storage.virtiofs_cache))
+            .arg(format!(
+                "--thread-pool-size={}",
+                settings.storage.virtiofs_threads
+            ))
+            .args([
+                "--sandbox=namespace",
+                "--announce-submounts",
+                "--xattr",
+                "--inode-file-handles=never",
+            ])
+            .args(["--log-level=error"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let watched =
+            Watched::spawn(command, vec![(listener.as_raw_fd(), 3)], cgroups).map_err(|error| {
+                CallError::host(format!("file-system daemon {}", binary.display()), error)
+            })?;
+        Ok((watched, socket.into()))
+    }
+}
+
+fn bind(source: &Path, target: &Path, recursive: bool) -> io::Result<()> {
+    let recursion = if recursive {
+        MsFlags::MS_REC
+    } else {
+        MsFlags::empty()
+    };
+    Ok(mount(
+        Some(source),
+        target,
+        None::<&str>,
+        MsFlags::MS_BIND | recursion,
+        None::<&str>,
+    )?)
+}
+
+fn make_read_only(target: &Path) -> io::Result<()> {
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    Ok(mount(
+        None::<&str>,
+        target,
+        None::<&str>,
+        flags,
+        None::<&str>,
+    )?)
+}
+
+fn open_directory(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    Ok(open(path, flags, Mode::empty())?)
+}
+
+fn propagate(target: &Path, kind: MsFlags) -> io::Result<()> {
+    Ok(mount(
+        None::<&str>,
+        target,
+        None::<&str>,
+        kind | MsFlags::MS_REC,
+        None::<&str>,
+    )?)
+}
+
+/// Mounts one entry of containerd's list at `target`.
+fn mount_described(described: &Mount, target: &Path) -> io::Result<()> {
+    let (flags, data) = split_options(&described.options);
+    if described.type_ == "bind" || flags.contains(MsFlags::MS_BIND) {
+        bind(
+            Path::new(&described.source),
+            target,
+            flags.contains(MsFlags::MS_REC),
+        )?;
+        if flags.contains(MsFlags::MS_RDONLY) {
+            make_read_only(target)?;
+        }
+        return Ok(());
+    }
+    let data = data.join(",");
+    mount(
+        Some(described.source.as_str()),
+        target,
+        Some(described.type_.as_str()),
+        flags,
+        (!data.is_empty()).then_some(data.as_str()),
+    )?;
+    Ok(())
+}
+
+/// mount(8)'s words that are flags of mount(2), and the rest, which is the file system's own.
+fn split_options(options: &[String]) -> (MsFlags, Vec<&str>) {
+    let mut flags = MsFlags::empty();
+    let mut data = Vec::new();
+    for option in options {
+        match option.as_str() {
+            "ro" => flags |= MsFlags::MS_RDONLY,
+            "rw" => flags &= !MsFlags::MS_RDONLY,
+            "nosuid" => flags |= MsFlags::MS_NOSUID,
+            "nodev" => flags |= MsFlags::MS_NODEV,
+            "noexec" => flags |= MsFlags::MS_NOEXEC,
+            "noatime" => flags |= MsFlags::MS_NOATIME,
+            "nodiratime" => flags |= MsFlags::MS_NODIRATIME,
+            "relatime" => flags |= MsFlags::MS_RELATIME,
+            "sync" => flags |= MsFlags::MS_SYNCHRONOUS,
+            "bind" => flags |= MsFlags::MS_BIND,
+            "rbind" => flags |= MsFlags::MS_BIND | MsFlags::MS_REC,
+            other => data.push(other),
+        }
+    }
+    (flags, data)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_flags_or_data() {
+        let words = ["ro", "lowerdir=/a:/b", "rbind"].map(str::to_owned);
+        let (flags, data) = split_options(&words);
+        assert_eq!(
+            flags,
+            MsFlags::MS_RDONLY | MsFlags::MS_BIND | MsFlags::MS_REC
+        );
+        assert_eq!(data, ["lowerdir=/a:/b"]);
+    }
+}
