@@ -16,7 +16,7 @@ use nix::sys::signal::Signal;
 use pericarp_runtime_config::Config;
 use protobuf::Message;
 
-use crate::{containerd::args::Args, host::journal, pod::container::timestamp};
+use crate::{containerd::args::Args, host::journal, network, pod::container::timestamp};
 
 /// What `delete` could not remove.
 #[derive(Debug, thiserror::Error)]
@@ -38,7 +38,7 @@ pub(crate) fn delete(args: &Args) -> Result<(), CleanupError> {
         .run_dir;
     let state = run_dir.join(&args.id);
     if state.is_dir() {
-        journal::undo(&state)?;
+        journal::undo(&state, network::remove_tap)?;
     }
     let bundle = args.bundle.clone().or_else(|| env::current_dir().ok());
     if let Some(bundle) = bundle {

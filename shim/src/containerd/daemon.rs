@@ -31,7 +31,7 @@ use crate::{
     containerd::{
         args::Args,
         bootstrap::{LISTENER_DESCRIPTOR, TTRPC_ADDRESS},
-        sandbox_service, task_service,
+        events, sandbox_service, task_service,
     },
     errors::CallError,
     pod::{Pod, Request, bundle::Bundle, events::Publisher},
@@ -170,7 +170,8 @@ async fn serve(args: &Args) -> Result<(), DaemonError> {
         .ok()
         .and_then(|address| address.as_pathname().map(PathBuf::from));
     let address = env::var(TTRPC_ADDRESS).unwrap_or_default();
-    let publisher = Publisher::start(address, args.namespace.clone());
+    let (publisher, queue) = Publisher::new(args.namespace.clone());
+    tokio::spawn(events::send_all(address, queue));
     let daemon = Arc::new(Daemon {
         options: RuntimeOptions {
             config_path: args.config.clone(),

@@ -4,6 +4,7 @@ pub(crate) mod args;
 pub(crate) mod bootstrap;
 pub(crate) mod cleanup;
 pub(crate) mod daemon;
+pub(crate) mod events;
 pub(crate) mod info;
 pub(crate) mod log;
 pub(crate) mod options;

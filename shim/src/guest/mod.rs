@@ -2,5 +2,7 @@
 
 pub(crate) mod agent_client;
 pub(crate) mod panics;
+pub(crate) mod paths;
 pub(crate) mod port_forward;
 pub(crate) mod spec;
+pub(crate) mod vfio;

@@ -21,9 +21,8 @@ use oci_spec::runtime::{
 
 use crate::{
     errors::CallError,
+    guest::{paths, vfio::VfioPath},
     host::{id_map::IdMap, placement},
-    passthrough::group::VfioPath,
-    storage::huge_pages,
 };
 
 /// Where the shared directory is mounted in the guest.
@@ -323,7 +322,7 @@ pub(crate) fn bind_sources(spec: &Spec) -> BTreeSet<&PathBuf> {
 fn guests_own(kind: &SourceKind, source: &Path, destination: &Path) -> Option<PathBuf> {
     match kind {
         SourceKind::SharedMemory if destination == Path::new("/dev/shm") => Some(GUEST_SHM.into()),
-        SourceKind::HugePages => Some(huge_pages::guest_path(source)),
+        SourceKind::HugePages => Some(paths::huge_page_volume(source)),
         _ => None,
     }
 }

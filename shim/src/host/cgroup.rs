@@ -22,6 +22,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// Where cgroups are mounted.
 pub(crate) const ROOT: &str = "/sys/fs/cgroup";
+/// Memory of the VMM and the file-system daemon beside the guest's, which the pod's limit must
+/// leave.
+const PROCESSES_BYTES: u64 = 16 << 20;
+
 /// How long killed processes may take to leave a cgroup.
 const EMPTY_MS: u64 = 5_000;
 /// Enough of cpu.stat to have its first line.
@@ -51,6 +55,32 @@ pub(crate) fn make(directory: &Path) -> io::Result<File> {
     OpenOptions::new()
         .write(true)
         .open(directory.join("cgroup.procs"))
+}
+
+/// Why a limit of `cgroup`, or above it, would end a VM that has used all of its memory.
+pub(crate) fn memory_limit_below(cgroup: &Path, memory_bytes: u64) -> Option<String> {
+    let needed = memory_bytes + PROCESSES_BYTES;
+    let (limit, place) = lowest_limit(cgroup, Path::new(ROOT))?;
+    (limit < needed).then(|| {
+        format!(
+            "{} MiB with its processes, but {} allows {} MiB: raise overhead.podFixed.memory of \
+             the RuntimeClass",
+            needed >> 20,
+            place.display(),
+            limit >> 20
+        )
+    })
+}
+
+/// The lowest limit of memory from `cgroup` up to `root`, and whose it is.
+fn lowest_limit(cgroup: &Path, root: &Path) -> Option<(u64, PathBuf)> {
+    let above = cgroup.ancestors().take_while(|path| *path != root);
+    let limits = above.filter_map(|path| {
+        let file = path.join("memory.max");
+        let text = fs::read_to_string(&file).ok()?;
+        Some((text.trim().parse().ok()?, file))
+    });
+    limits.min_by_key(|(limit, _)| *limit)
 }
 
 /// Counts the processor time of everything in a sandbox's cgroup.
@@ -271,5 +301,29 @@ mod tests {
     #[test]
     fn removal_of_what_is_not_there() {
         remove(Path::new("/sys/fs/cgroup/pericarp-test-absent")).unwrap();
+    }
+
+    #[test]
+    fn the_lowest_limit_counts() {
+        let root = tempfile::tempdir().unwrap();
+        let pod = root.path().join("kubepods/pod1");
+        let sandbox = pod.join("sandbox");
+        fs::create_dir_all(&sandbox).unwrap();
+        fs::write(root.path().join("memory.max"), "1\n").unwrap();
+        assert_eq!(lowest_limit(&sandbox, root.path()), None);
+        fs::write(sandbox.join("memory.max"), "max\n").unwrap();
+        fs::write(pod.join("memory.max"), "268435456\n").unwrap();
+        fs::write(pod.with_file_name("memory.max"), "536870912\n").unwrap();
+        let (limit, place) = lowest_limit(&sandbox, root.path()).unwrap();
+        assert_eq!((limit, place), (256 << 20, pod.join("memory.max")));
+        // The root of real cgroups has no such file.
+        fs::remove_file(root.path().join("memory.max")).unwrap();
+        let below = |mib: u64| memory_limit_below(&sandbox, mib << 20);
+        assert!(below(240).is_none());
+        let error = below(241).unwrap();
+        assert!(
+            error.contains("257 MiB") && error.contains("overhead"),
+            "{error}"
+        );
     }
 }

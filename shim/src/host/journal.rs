@@ -62,9 +62,12 @@ impl Journal {
     }
 }
 
+/// Removes the tap `name`, and what redirects to it from `peer`, in a network namespace.
+pub(crate) type RemoveTap = fn(namespace: &Path, name: &str, peer: &str) -> io::Result<()>;
+
 /// Undoes everything in the journal of `dir` and removes `dir`. What cannot be undone is reported
 /// and does not stop the rest.
-pub(crate) fn undo(dir: &Path) -> Result<(), UndoError> {
+pub(crate) fn undo(dir: &Path, remove_tap: RemoveTap) -> Result<(), UndoError> {
     let entries = match File::open(dir.join("journal")) {
         Ok(file) => read(file),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
@@ -77,7 +80,7 @@ pub(crate) fn undo(dir: &Path) -> Result<(), UndoError> {
     };
     let mut first = None;
     for entry in entries.iter().rev() {
-        if let Err(source) = undo_one(entry) {
+        if let Err(source) = undo_one(entry, remove_tap) {
             warn!(?entry, %source, "cannot be undone");
             first.get_or_insert(UndoError {
                 object: format!("{entry:?}"),
@@ -116,7 +119,7 @@ fn read(file: File) -> Vec<Entry> {
         .collect()
 }
 
-fn undo_one(entry: &Entry) -> io::Result<()> {
+fn undo_one(entry: &Entry, remove_tap: RemoveTap) -> io::Result<()> {
     match entry {
         Entry::Process { pid, start } => end_process(*pid, *start),
         Entry::Mount { path } => unmount(path),
@@ -125,7 +128,7 @@ fn undo_one(entry: &Entry) -> io::Result<()> {
             namespace,
             name,
             peer,
-        } => crate::network::remove_tap(namespace, name, peer),
+        } => remove_tap(namespace, name, peer),
         Entry::Path { path } => remove(path),
     }
 }
@@ -213,9 +216,9 @@ mod tests {
             })
             .unwrap();
         journal.file.write_all(b"{\"kind\":\"pa").unwrap();
-        undo(&state).unwrap();
+        undo(&state, |_, _, _| Ok(())).unwrap();
         assert!(!outer.exists() && !state.exists());
-        undo(&state).unwrap();
+        undo(&state, |_, _, _| Ok(())).unwrap();
     }
 
     #[test]

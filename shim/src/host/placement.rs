@@ -18,7 +18,6 @@ use tracing::warn;
 use crate::{
     errors::CallError,
     host::block_io::{self, Throttles},
-    pod::Pod,
 };
 
 /// kubelet's scores of pods that may be taken first and last (its `pkg/kubelet/qos`); those between
@@ -95,21 +94,9 @@ impl Place {
         self.directories.first().map(PathBuf::as_path)
     }
 
-    /// Sets what the pod's containers want together.
-    pub(crate) fn settle_for(&self, pod: &Pod) -> Result<(), CallError> {
-        let wishes = pod
-            .containers()
-            .into_iter()
-            .filter(|container| !container.pause);
-        let wishes = wishes.map(|container| container.wish().clone());
+    /// Gives the processes what `wishes`, one a container, come to together.
+    pub(crate) fn settle_for(&self, wishes: impl Iterator<Item = Wish>) -> Result<(), CallError> {
         self.settle(together(wishes))
-    }
-
-    /// The same when a container is gone or its update is undone, which nothing may stop.
-    pub(crate) fn resettle(&self, pod: &Pod) {
-        if let Err(error) = self.settle_for(pod) {
-            warn!(%error, "the pod keeps limits that no container of it has");
-        }
     }
 
     /// Sets what is wanted; without a wish the score is that of the pod's class. Where the host

@@ -35,11 +35,15 @@ use crate::{
         child::Watched,
         journal::{Entry, Journal},
     },
-    machine::client::Machine,
+    machine::{
+        client::Machine,
+        size::{BLOCK_BYTES, Most, Plan},
+    },
     network::Attachment,
-    pod::resize::{BLOCK_BYTES, Most, Plan},
-    storage::share,
 };
+
+/// The tag by which the guest mounts the shared directory.
+pub(crate) const SHARE_TAG: &str = "pericarp";
 
 /// Everything a machine is started from.
 #[derive(Debug)]
@@ -345,7 +349,7 @@ fn vsock_device(path: &Path, agent: OwnedFd) -> Result<Described, CallError> {
 }
 
 fn file_system_device(socket: OwnedFd) -> Result<Described, CallError> {
-    let tag = Text::new("tag", share::TAG).map_err(field)?;
+    let tag = Text::new("tag", SHARE_TAG).map_err(field)?;
     let (device, _) = plain_device(
         "shared",
         DeviceKind::Fs(Fs {

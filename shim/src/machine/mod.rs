@@ -2,3 +2,4 @@
 
 pub(crate) mod client;
 pub(crate) mod launch;
+pub(crate) mod size;

@@ -10,7 +10,7 @@ use std::{
 
 use pericarp_runtime_config::{PciAddress, PciSelector, is_vfio_driver};
 
-use crate::errors::CallError;
+use crate::{errors::CallError, guest::vfio::VfioPath};
 
 /// Functions of one group: beyond 256 functions of a bus there are bridges only.
 const FUNCTIONS_MAX: usize = 1024;
@@ -23,38 +23,6 @@ const BRIDGE: u32 = 0x06;
 pub(crate) struct HostFunction {
     /// "0000:3b:00.0".
     pub(crate) address: String,
-}
-
-/// Node of the host that gives functions memory without groups, where the kernel has it.
-pub(crate) const IOMMUFD: &str = "/dev/iommu";
-
-/// Whether a device's path is one of VFIO's, and its group.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum VfioPath {
-    /// `/dev/vfio/vfio` or `/dev/iommu`, which come along with functions and say nothing.
-    Container,
-    /// `/dev/vfio/<group>`.
-    Group(u32),
-    /// `/dev/vfio/devices/vfio<number>`, a function's own.
-    Device(u32),
-    /// `/dev/vfio/noiommu-<group>` and whatever else may come.
-    Other,
-}
-
-impl VfioPath {
-    /// Reads a path; `None` when it has nothing to do with VFIO.
-    pub(crate) fn of(path: &Path) -> Option<Self> {
-        if path == Path::new(IOMMUFD) {
-            return Some(Self::Container);
-        }
-        let name = path.strip_prefix("/dev/vfio").ok()?.to_str()?;
-        let device = name.strip_prefix("devices/vfio").map(str::parse);
-        Some(match (name, device) {
-            ("vfio", _) => Self::Container,
-            (_, Some(Ok(number))) => Self::Device(number),
-            _ => name.parse().map_or(Self::Other, Self::Group),
-        })
-    }
 }
 
 /// The host's files about devices.
@@ -362,18 +330,5 @@ mod tests {
         assert_eq!(error, "linux.devices[/dev/vfio/devices/vfio3]: no");
         assert!(host.wanted(VfioPath::Device(4)).is_err());
         assert!(host.wanted(VfioPath::Container).is_err());
-    }
-
-    #[test]
-    fn paths_of_vfio_are_known() {
-        let of = |path: &str| VfioPath::of(Path::new(path));
-        assert_eq!(of("/dev/vfio/vfio"), Some(VfioPath::Container));
-        assert_eq!(of("/dev/vfio/12"), Some(VfioPath::Group(12)));
-        assert_eq!(of("/dev/vfio/noiommu-0"), Some(VfioPath::Other));
-        assert_eq!(of("/dev/vfio/devices/vfio0"), Some(VfioPath::Device(0)));
-        assert_eq!(of("/dev/vfio/devices/noiommu-vfio0"), Some(VfioPath::Other));
-        assert_eq!(of("/dev/iommu"), Some(VfioPath::Container));
-        assert_eq!(of("/dev/vfiox"), None);
-        assert_eq!(of("/dev/null"), None);
     }
 }

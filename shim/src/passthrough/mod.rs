@@ -30,23 +30,25 @@ use pericarp_runtime_config::{PciSelector, keys::Settings};
 use pericarp_sys::vfio::{Container, Group};
 use tracing::{info, warn};
 
-use self::group::{Host, HostFunction, IOMMUFD, VfioPath, Wanted};
+use self::group::{Host, HostFunction, Wanted};
 use crate::{
     errors::CallError,
-    guest::agent_client::{Agent, agent_call},
-    pod::Pod,
+    guest::{
+        agent_client::{Agent, agent_call},
+        vfio::{IOMMUFD, VfioPath},
+    },
+    host::cgroup,
+    machine::client::Machine,
 };
 
 /// Node of the host from which containers of VFIO come.
 const CONTAINER: &str = "/dev/vfio/vfio";
 
-/// Memory of the VMM and the file-system daemon beside the guest's, which the pod's limit must
-/// leave.
-const PROCESSES_BYTES: u64 = 16 << 20;
-
 /// What a pod needs to be given functions.
 #[derive(Debug)]
 pub(crate) struct Passthrough {
+    machine: Machine,
+    agent: Agent,
     allowed: Vec<PciSelector>,
     memory_bytes: u64,
     cgroup: Option<std::path::PathBuf>,
@@ -104,9 +106,17 @@ struct Opened {
 }
 
 impl Passthrough {
-    /// For a pod whose VM has `memory_bytes` and lives in `cgroup`.
-    pub(crate) fn new(allowed: &[PciSelector], memory_bytes: u64, cgroup: Option<&Path>) -> Self {
+    /// For the VM behind `machine` and `agent`, which has `memory_bytes` and lives in `cgroup`.
+    pub(crate) fn new(
+        machine: &Machine,
+        agent: &Agent,
+        allowed: &[PciSelector],
+        memory_bytes: u64,
+        cgroup: Option<&Path>,
+    ) -> Self {
         Self {
+            machine: machine.clone(),
+            agent: agent.clone(),
             allowed: allowed.to_vec(),
             memory_bytes,
             cgroup: cgroup.map(Path::to_owned),
@@ -175,10 +185,119 @@ impl Passthrough {
 
     /// Why the pod's own limit would end it once all of its memory is pinned.
     fn limit_below(&self) -> Option<String> {
-        let below = limit_below(self.cgroup.as_deref()?, self.memory_bytes)?;
+        let below = cgroup::memory_limit_below(self.cgroup.as_deref()?, self.memory_bytes)?;
         Some(format!(
             "all memory of the VM is pinned while it has a device: {below}"
         ))
+    }
+
+    /// Gives a pod that has no container yet the functions of its settings, for all of them.
+    pub(crate) async fn plug_for_pod(self: &Arc<Self>, groups: &[Wanted]) -> Result<(), CallError> {
+        for wanted in groups {
+            let plugged = self.plug(wanted).await?;
+            self.keep(plugged);
+        }
+        if !groups.is_empty() {
+            // Drivers begin now, not with the first container.
+            let agent = patient(&self.agent, &self.of_pod());
+            agent_call!(agent, rescan_devices, &Empty::new())?;
+        }
+        Ok(())
+    }
+
+    /// Plugs in the functions that `node` of the host means, for a container that has the functions
+    /// `own` already. Returns the new ones.
+    pub(crate) async fn plug_for_container(
+        self: &Arc<Self>,
+        node: VfioPath,
+        own: &[Plugged],
+    ) -> Result<Vec<Plugged>, CallError> {
+        let wanted = Host::default().wanted(node)?;
+        // Nodes of two functions of a group mean the same.
+        let has = |functions: &[Plugged]| functions.iter().any(|one| one.is_of(wanted.group));
+        if has(&self.of_pod()) || has(own) {
+            return Ok(Vec::new());
+        }
+        self.plug(&wanted).await
+    }
+
+    /// Gives the guest every function of a group. On failure it has none of them.
+    async fn plug(self: &Arc<Self>, wanted: &Wanted) -> Result<Vec<Plugged>, CallError> {
+        let (opener, asked) = (Arc::clone(self), wanted.clone());
+        // Opening resets the functions, which takes its time.
+        let opened = tokio::task::spawn_blocking(move || opener.open(&asked)).await;
+        let opened = opened.map_err(|error| CallError::host(&wanted.field, error))??;
+        let mut plugged = Vec::new();
+        for one in opened {
+            match self.plug_one(wanted, one).await {
+                Ok(function) => plugged.push(function),
+                Err(error) => {
+                    let mut lets_go = true;
+                    for function in &plugged {
+                        lets_go = self.unplug(function, lets_go).await;
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(plugged)
+    }
+
+    async fn plug_one(&self, wanted: &Wanted, opened: Opened) -> Result<Plugged, CallError> {
+        let host_address = &opened.function.address;
+        let name = device_name(host_address);
+        let by_group = opened.descriptors.len() > 2;
+        let device = describe(&name, wanted.group, by_group)
+            .map_err(|error| CallError::Host(format!("function {host_address}: {error}")))?;
+        let machine = self.machine.with_more_time(self.pinning());
+        let added = machine.add_device(device, opened.descriptors);
+        let address = added.await.map_err(|error| match error {
+            CallError::Host(reason) => {
+                wanted.refuse(format_args!("function {host_address}: {reason}"))
+            }
+            other => other,
+        })?;
+        let address = address.to_string();
+        info!(
+            host_address,
+            address, "a function of the host is the guest's"
+        );
+        Ok(Plugged {
+            name,
+            host: (host_address.clone(), wanted.clone()),
+            address,
+        })
+    }
+
+    /// Takes the function back, also from a guest that does not let go. False when the guest did
+    /// not answer; then it is not asked again.
+    pub(crate) async fn unplug(&self, function: &Plugged, lets_go: bool) -> bool {
+        let lets_go = lets_go && self.ask(function).await;
+        let function_name = &function.name;
+        match self.machine.remove_device(function_name).await {
+            Ok(()) => info!(function_name, "a function is the host's again"),
+            Err(CallError::Gone(_)) => {}
+            Err(error) => warn!(function_name, %error, "a function stays until the VM ends"),
+        }
+        lets_go
+    }
+
+    /// Asks the guest to let go; false when it did not answer.
+    async fn ask(&self, function: &Plugged) -> bool {
+        let request = RemoveDeviceRequest {
+            pci_address: function.address.clone(),
+            ..Default::default()
+        };
+        match agent_call!(self.agent, remove_device, &request) {
+            Ok(_) | Err(CallError::Gone(_)) => true,
+            // A guest that never looked has nothing to let go of.
+            Err(error) if error.is_not_found() => true,
+            // It is taken all the same: the function is the host's.
+            Err(error) => {
+                warn!(function = function.name, %error, "the guest keeps a function");
+                !error.is_deadline()
+            }
+        }
     }
 }
 
@@ -254,32 +373,6 @@ fn open_group(
     Ok(all)
 }
 
-/// Why a limit of `cgroup`, or above it, would end a VM that has used all of its memory.
-pub(crate) fn limit_below(cgroup: &Path, memory_bytes: u64) -> Option<String> {
-    let needed = memory_bytes + PROCESSES_BYTES;
-    let (limit, place) = lowest_limit(cgroup, Path::new("/sys/fs/cgroup"))?;
-    (limit < needed).then(|| {
-        format!(
-            "{} MiB with its processes, but {} allows {} MiB: raise overhead.podFixed.memory of \
-             the RuntimeClass",
-            needed >> 20,
-            place.display(),
-            limit >> 20
-        )
-    })
-}
-
-/// The lowest limit of memory from `cgroup` up to `root`, and whose it is.
-fn lowest_limit(cgroup: &Path, root: &Path) -> Option<(u64, std::path::PathBuf)> {
-    let above = cgroup.ancestors().take_while(|path| *path != root);
-    let limits = above.filter_map(|path| {
-        let file = path.join("memory.max");
-        let text = std::fs::read_to_string(&file).ok()?;
-        Some((text.trim().parse().ok()?, file))
-    });
-    limits.min_by_key(|(limit, _)| *limit)
-}
-
 fn open(path: impl AsRef<Path>) -> io::Result<OwnedFd> {
     let file = OpenOptions::new().read(true).write(true).open(path);
     file.map(|file: File| file.into())
@@ -299,122 +392,10 @@ pub(crate) fn wanted(settings: &Settings) -> Result<Vec<Wanted>, CallError> {
     Ok(groups)
 }
 
-/// Gives a pod that has no container yet the functions of its settings, for all of them.
-pub(crate) async fn plug_for_pod(pod: &Arc<Pod>, groups: &[Wanted]) -> Result<(), CallError> {
-    for wanted in groups {
-        let plugged = plug(pod, wanted).await?;
-        pod.passthrough.keep(plugged);
-    }
-    if !groups.is_empty() {
-        // Drivers begin now, not with the first container.
-        let agent = patient(&pod.agent, &pod.passthrough.of_pod());
-        agent_call!(agent, rescan_devices, &Empty::new())?;
-    }
-    Ok(())
-}
-
-/// Plugs in the functions that `nodes` of the host mean, for a container that has them from then
-/// on. Gives them with those that are the whole pod's.
-pub(crate) async fn plug_for_container(
-    pod: &Arc<Pod>,
-    container: &crate::pod::container::Container,
-    nodes: Vec<VfioPath>,
-) -> Result<Vec<Plugged>, CallError> {
-    let of_pod = pod.passthrough.of_pod();
-    for node in nodes {
-        let wanted = Host::default().wanted(node)?;
-        // Nodes of two functions of a group mean the same.
-        let has = |functions: &[Plugged]| functions.iter().any(|one| one.is_of(wanted.group));
-        if has(&of_pod) || has(&container.functions()) {
-            continue;
-        }
-        let plugged = plug(pod, &wanted).await?;
-        container.functions().extend(plugged);
-    }
-    let own = container.functions().clone();
-    Ok(of_pod.into_iter().chain(own).collect())
-}
-
-/// Gives the guest every function of a group. On failure it has none of them.
-async fn plug(pod: &Arc<Pod>, wanted: &Wanted) -> Result<Vec<Plugged>, CallError> {
-    let (opener, asked) = (Arc::clone(pod), wanted.clone());
-    // Opening resets the functions, which takes its time.
-    let opened = tokio::task::spawn_blocking(move || opener.passthrough.open(&asked)).await;
-    let opened = opened.map_err(|error| CallError::host(&wanted.field, error))??;
-    let mut plugged = Vec::new();
-    for one in opened {
-        match plug_one(pod, wanted, one).await {
-            Ok(function) => plugged.push(function),
-            Err(error) => {
-                let mut lets_go = true;
-                for function in &plugged {
-                    lets_go = function.unplug(pod, lets_go).await;
-                }
-                return Err(error);
-            }
-        }
-    }
-    Ok(plugged)
-}
-
-async fn plug_one(pod: &Arc<Pod>, wanted: &Wanted, opened: Opened) -> Result<Plugged, CallError> {
-    let host_address = &opened.function.address;
-    let name = device_name(host_address);
-    let by_group = opened.descriptors.len() > 2;
-    let device = describe(&name, wanted.group, by_group)
-        .map_err(|error| CallError::Host(format!("function {host_address}: {error}")))?;
-    let machine = pod.machine.with_more_time(pod.passthrough.pinning());
-    let added = machine.add_device(device, opened.descriptors);
-    let address = added.await.map_err(|error| match error {
-        CallError::Host(reason) => wanted.refuse(format_args!("function {host_address}: {reason}")),
-        other => other,
-    })?;
-    let address = address.to_string();
-    info!(
-        host_address,
-        address, "a function of the host is the guest's"
-    );
-    Ok(Plugged {
-        name,
-        host: (host_address.clone(), wanted.clone()),
-        address,
-    })
-}
-
 impl Plugged {
     /// Whether it came with this group.
     fn is_of(&self, group: u32) -> bool {
         self.host.1.group == group
-    }
-
-    /// Takes the function back, also from a guest that does not let go. False when the guest did
-    /// not answer; then it is not asked again.
-    pub(crate) async fn unplug(&self, pod: &Arc<Pod>, lets_go: bool) -> bool {
-        let lets_go = lets_go && self.ask(pod).await;
-        match pod.machine.remove_device(&self.name).await {
-            Ok(()) => info!(function = self.name, "a function is the host's again"),
-            Err(CallError::Gone(_)) => {}
-            Err(error) => warn!(function = self.name, %error, "a function stays until the VM ends"),
-        }
-        lets_go
-    }
-
-    /// Asks the guest to let go; false when it did not answer.
-    async fn ask(&self, pod: &Arc<Pod>) -> bool {
-        let request = RemoveDeviceRequest {
-            pci_address: self.address.clone(),
-            ..Default::default()
-        };
-        match agent_call!(pod.agent, remove_device, &request) {
-            Ok(_) | Err(CallError::Gone(_)) => true,
-            // A guest that never looked has nothing to let go of.
-            Err(error) if error.is_not_found() => true,
-            // It is taken all the same: the function is the host's.
-            Err(error) => {
-                warn!(function = self.name, %error, "the guest keeps a function");
-                !error.is_deadline()
-            }
-        }
     }
 }
 
@@ -461,29 +442,5 @@ mod tests {
         let words = "linux.devices[/dev/vfio/7]: function 0000:3b:00.0: no driver of 0000:00:09.0";
         assert_eq!(said("no driver of 0000:00:09.0"), words);
         assert_eq!(said("something else"), "something else");
-    }
-
-    #[test]
-    fn the_lowest_limit_counts() {
-        let root = tempfile::tempdir().unwrap();
-        let pod = root.path().join("kubepods/pod1");
-        let sandbox = pod.join("sandbox");
-        std::fs::create_dir_all(&sandbox).unwrap();
-        std::fs::write(root.path().join("memory.max"), "1\n").unwrap();
-        assert_eq!(lowest_limit(&sandbox, root.path()), None);
-        std::fs::write(sandbox.join("memory.max"), "max\n").unwrap();
-        std::fs::write(pod.join("memory.max"), "268435456\n").unwrap();
-        std::fs::write(pod.with_file_name("memory.max"), "536870912\n").unwrap();
-        let (limit, place) = lowest_limit(&sandbox, root.path()).unwrap();
-        assert_eq!((limit, place), (256 << 20, pod.join("memory.max")));
-        // The root of real cgroups has no such file.
-        std::fs::remove_file(root.path().join("memory.max")).unwrap();
-        let passthrough = |mib: u64| Passthrough::new(&[], mib << 20, Some(&sandbox));
-        assert!(passthrough(240).limit_below().is_none());
-        let error = passthrough(241).limit_below().unwrap();
-        assert!(
-            error.contains("257 MiB") && error.contains("overhead"),
-            "{error}"
-        );
     }
 }

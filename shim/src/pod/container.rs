@@ -41,7 +41,7 @@ use crate::{
     pod::{
         Pod,
         bundle::{Bundle, Role},
-        files,
+        devices, files,
         placeholder::{self, StandIn},
         process::{Exit, LOST_STATUS, Process},
         resize::Limits,
@@ -49,8 +49,8 @@ use crate::{
         stdio::{Copying, HostEnds, Paths},
     },
     storage::{
-        disk::{self, Disk},
-        huge_pages, memory_volumes,
+        disk::Disk,
+        huge_pages,
         rootfs::{self, Rootfs},
     },
 };
@@ -297,7 +297,7 @@ fn forget(pod: &Pod, id: &str) {
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
         .remove(id);
-    pod.place.resettle(pod);
+    pod.resettle_place();
 }
 
 async fn build(
@@ -308,7 +308,7 @@ async fn build(
 ) -> Result<(), CallError> {
     let id = &container.id;
     pod.size.join(container.limits()).await?;
-    pod.place.settle_for(pod)?;
+    pod.settle_place()?;
     if pod.by_sandbox_service {
         files::add_mounts(&mut bundle.spec, &pod.state);
     }
@@ -322,17 +322,17 @@ async fn build(
     if !pod.guest_seccomp {
         spec::drop_seccomp(&mut bundle.spec);
     }
-    let memory = memory_volumes::attach(pod, &bundle.spec, id).await?;
+    let memory = pod.memory.attach(&pod.agent, &bundle.spec, id).await?;
     let mut translated = spec::translate(bundle.spec, id, |source| memory.kind(source))?;
     let (terminal_width, terminal_height) = terminal_size(&translated.spec);
     share(pod, id, &rootfs, translated.shares).await?;
-    let attached = rootfs::attach(pod, id, &rootfs, cache).await?;
+    let attached = rootfs::attach(&pod.disks, id, &rootfs, cache).await?;
     *container.disk() = attached.disk;
-    huge_pages::attach(pod, &translated.spec).await?;
+    huge_pages::attach(&pod.agent, &translated.spec).await?;
     let mut storages = attached.storages;
     storages.extend(memory.storages);
-    storages.extend(disk::plug_volumes(pod, container, &translated.disks).await?);
-    let functions = passthrough::plug_for_container(pod, container, translated.functions).await?;
+    storages.extend(devices::plug_volumes(pod, container, &translated.disks).await?);
+    let functions = devices::plug_functions(pod, container, translated.functions).await?;
     if let Some(root) = translated.spec.root_mut() {
         root.set_path(attached.path);
     }
@@ -663,12 +663,12 @@ async fn release(pod: &Arc<Pod>, container: &Container) -> Result<(), CallError>
     let mut lets_go = true;
     let functions = std::mem::take(&mut *container.functions());
     for function in functions {
-        lets_go = function.unplug(pod, lets_go).await;
+        lets_go = pod.passthrough.unplug(&function, lets_go).await;
     }
     let disk = container.disk().take();
     let volumes = std::mem::take(&mut *container.volumes());
     for disk in disk.into_iter().chain(volumes) {
-        lets_go = disk.unplug(pod, lets_go).await;
+        lets_go = pod.disks.unplug(&disk, lets_go).await;
     }
     let shared = pod.shared.clone();
     let id = container.id.clone();

@@ -14,6 +14,7 @@
 
 pub(crate) mod bundle;
 pub(crate) mod container;
+pub(crate) mod devices;
 pub(crate) mod events;
 pub(crate) mod files;
 pub(crate) mod logger;
@@ -42,7 +43,6 @@ use pericarp_protocol::guest::{
 };
 use pericarp_runtime_config::{
     Config, Demand, HostCapacity, PodConfig, RuntimeOptions, Settings, Sizing,
-    Storage as StorageSettings,
 };
 use serde::Serialize;
 use tokio::{io::AsyncReadExt, net::unix::pipe, sync::watch, time::timeout};
@@ -63,7 +63,8 @@ use crate::{
     },
     machine::{
         client::Machine,
-        launch::{Launch, Launched, entropy, launch},
+        launch::{Launch, Launched, SHARE_TAG, entropy, launch},
+        size::Plan,
     },
     network,
     passthrough::{self, Passthrough, group::Wanted},
@@ -74,13 +75,11 @@ use crate::{
         files::PodFiles,
         placeholder::StandIn,
         process::{Exit, LOST_STATUS},
-        resize::{Plan, Size},
+        resize::Size,
     },
     storage::{
-        driver_image,
-        huge_pages::Pool,
-        memory_volumes::MemoryVolumes,
-        share::{self, SharedDirectory},
+        disk::Disks, driver_image, huge_pages::Pool, memory_volumes::MemoryVolumes,
+        share::SharedDirectory,
     },
 };
 
@@ -145,15 +144,14 @@ pub(crate) struct Pod {
     pub(crate) guest_seccomp: bool,
     /// What was decided about its volumes in memory.
     pub(crate) memory: MemoryVolumes,
-    /// The pod's settings of disks.
-    pub(crate) storage: StorageSettings,
+    /// Its disks.
+    pub(crate) disks: Disks,
     stand_in: StandIn,
     network_namespace: Option<PathBuf>,
     /// What gives it functions of the host.
-    pub(crate) passthrough: Passthrough,
+    pub(crate) passthrough: Arc<Passthrough>,
     exit: watch::Sender<Option<Exit>>,
     next_stream: AtomicU64,
-    next_disk: AtomicU64,
 }
 
 impl Pod {
@@ -197,32 +195,33 @@ impl Pod {
         journal.note(&daemon.entry()).map_err(failed)?;
         let namespace = request.network_namespace.as_deref();
         let attached = network::attach(namespace, settings, &mut journal).await?;
-        let launched = launch(
-            Launch {
-                settings,
-                plan,
-                state,
-                cgroups,
-                file_system,
-                interfaces: attached.interfaces,
-            },
-            &mut journal,
-        );
+        let described = Launch {
+            settings,
+            plan,
+            state,
+            cgroups,
+            file_system,
+            interfaces: attached.interfaces,
+        };
+        let launched = launch(described, &mut journal);
         let (launched, ()) = tokio::try_join!(launched, start_scope(request, daemon.pid))?;
         tokio::spawn(end_without_files(daemon, launched.process.clone()));
         let (machine, process, agent) = greet(launched, settings, state).await?;
         write_state(request, state, plan.boot, process.pid).map_err(failed)?;
         place.settle(None)?;
         let size = follow(settings, plan, state, (&machine, &agent));
-        let passthrough = Passthrough::new(
+        let passthrough = Arc::new(Passthrough::new(
+            &machine,
+            &agent,
             &settings.security.passthrough_devices,
             plan.boot.memory_bytes,
             place.directory(),
-        );
+        ));
         let pod = Arc::new(Self {
             id: request.id.clone(),
             namespace: request.namespace.clone(),
             state: state.to_owned(),
+            disks: Disks::new(&machine, &agent, &settings.storage),
             machine,
             agent,
             vmm: process,
@@ -237,12 +236,10 @@ impl Pod {
             by_sandbox_service: request.files.is_some(),
             guest_seccomp: settings.security.guest_seccomp,
             memory: MemoryVolumes::of(&request.annotations, plan.boot.memory_bytes),
-            storage: settings.storage.clone(),
             stand_in: stand_in(namespace)?,
             network_namespace: request.network_namespace.clone(),
             exit: watch::Sender::new(None),
             next_stream: AtomicU64::new(1),
-            next_disk: AtomicU64::new(1),
         });
         pod.configure(request, attached.guest, &devices).await?;
         pod.start_tasks(request);
@@ -259,7 +256,7 @@ impl Pod {
     ) -> Result<(), CallError> {
         let mut sandbox = self.sandbox_request(request, network)?;
         if let Some(image) = drivers {
-            sandbox.storages.push(image.plug(self).await?);
+            sandbox.storages.push(image.plug(&self.disks).await?);
             sandbox.drivers_path = driver_image::GUEST_PATH.to_owned();
             let agent = driver_image::Image::patient(&self.agent);
             let configured = agent_call!(agent, configure_sandbox, &sandbox);
@@ -267,7 +264,7 @@ impl Pod {
         } else {
             agent_call!(self.agent, configure_sandbox, &sandbox)?;
         }
-        passthrough::plug_for_pod(self, functions).await
+        self.passthrough.plug_for_pod(functions).await
     }
 
     /// What goes on beside the calls, as long as the VM lives.
@@ -289,7 +286,7 @@ impl Pod {
         let mut shared = Storage::new();
         shared.mount_point = spec::GUEST_SHARED.to_owned();
         shared.source = Some(Source::SharedDirectory(SharedSource {
-            tag: share::TAG.to_owned(),
+            tag: SHARE_TAG.to_owned(),
             ..Default::default()
         }));
         Ok(ConfigureSandboxRequest {
@@ -316,11 +313,6 @@ impl Pod {
         self.next_stream.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// A number for a disk that no other disk of this VM had.
-    pub(crate) fn disk_number(&self) -> u64 {
-        self.next_disk.fetch_add(1, Ordering::Relaxed)
-    }
-
     /// The PID that containerd is told for the pod.
     pub(crate) fn pid(&self) -> u32 {
         self.stand_in.number()
@@ -339,6 +331,21 @@ impl Pod {
             .values()
             .cloned()
             .collect()
+    }
+
+    /// Gives the VM's processes what its containers ask of the host.
+    pub(crate) fn settle_place(&self) -> Result<(), CallError> {
+        let containers = self.containers().into_iter();
+        let containers = containers.filter(|container| !container.pause);
+        self.place
+            .settle_for(containers.map(|container| container.wish().clone()))
+    }
+
+    /// The same after a container is gone or an update failed, when nobody waits for an answer.
+    pub(crate) fn resettle_place(&self) {
+        if let Err(error) = self.settle_place() {
+            warn!(%error, "the pod keeps host limits that none of its containers has");
+        }
     }
 
     /// The container called `id`.
@@ -467,7 +474,8 @@ pub(crate) fn note_size(directory: &Path, sizing: Sizing) -> io::Result<()> {
 
 /// Undoes the journal of a sandbox; what is left over is reported by the journal itself.
 async fn undo(state: PathBuf) {
-    let undone = tokio::task::spawn_blocking(move || journal::undo(&state)).await;
+    let undone =
+        tokio::task::spawn_blocking(move || journal::undo(&state, network::remove_tap)).await;
     if let Ok(Err(error)) = undone {
         warn!(%error, "something of the sandbox is left");
     }

@@ -8,7 +8,10 @@ use std::{
     io,
     os::unix::fs::MetadataExt,
     path::Path,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use nix::sys::stat;
@@ -17,15 +20,16 @@ use pericarp_protocol::{
     guest::{BlockDevice, RemoveDeviceRequest, Storage, storage::Source},
     machine::{Blk, CacheMode, Descriptor, Device, DeviceKind, FieldError, RateLimit, Text},
 };
+use pericarp_runtime_config::Storage as Settings;
 use tracing::warn;
 
 use crate::{
     errors::CallError,
     guest::{
-        agent_client::agent_call,
+        agent_client::{Agent, agent_call},
         spec::{self, BlockVolume},
     },
-    pod::{Pod, container::Container},
+    machine::client::Machine,
 };
 
 /// A file or block device that is open for a guest.
@@ -89,70 +93,89 @@ impl Disk {
             ..Default::default()
         }
     }
+}
+
+/// Plugs disks into one VM and takes them back.
+#[derive(Debug, Clone)]
+pub(crate) struct Disks {
+    machine: Machine,
+    agent: Agent,
+    settings: Settings,
+    /// Number of the next disk: no two disks of a VM have the same name.
+    next: Arc<AtomicU64>,
+}
+
+impl Disks {
+    /// Disks of the VM behind `machine` and `agent`.
+    pub(crate) fn new(machine: &Machine, agent: &Agent, settings: &Settings) -> Self {
+        Self {
+            machine: machine.clone(),
+            agent: agent.clone(),
+            settings: settings.clone(),
+            next: Arc::new(AtomicU64::new(1)),
+        }
+    }
+
+    /// Size of a container's writable disk.
+    pub(crate) fn scratch_bytes(&self) -> u64 {
+        self.settings.scratch_size_mib << 20
+    }
 
     /// Gives the guest a disk.
-    pub(crate) async fn plug(
-        pod: &Arc<Pod>,
-        file: DiskFile,
-        cache: CacheMode,
-    ) -> Result<Self, CallError> {
-        let name = format!("disk-{}", pod.disk_number());
-        let device = describe(&name, file.read_only, cache, limit(&pod.storage))
+    pub(crate) async fn plug(&self, file: DiskFile, cache: CacheMode) -> Result<Disk, CallError> {
+        let name = format!("disk-{}", self.next.fetch_add(1, Ordering::Relaxed));
+        let device = describe(&name, file.read_only, cache, limit(&self.settings))
             .map_err(|error| CallError::Host(format!("disk {name}: {error}")))?;
         let descriptors = vec![file.file.into()];
-        let address = pod.machine.add_device(device, descriptors).await?;
-        Ok(Self {
+        let address = self.machine.add_device(device, descriptors).await?;
+        Ok(Disk {
             name,
             address: address.to_string(),
         })
     }
 
+    /// Gives the guest a block device that container `id` has as its volume of this number.
+    pub(crate) async fn plug_volume(
+        &self,
+        id: &str,
+        number: usize,
+        volume: &BlockVolume,
+    ) -> Result<(Disk, Storage), CallError> {
+        let file = DiskFile::of_host(volume)?;
+        let disk = self.plug(file, CacheMode::WriteBack).await?;
+        let node = disk.as_node(&spec::guest_volume(id, number), &volume.path);
+        Ok((disk, node))
+    }
+
     /// Takes the disk back from a guest that lets go. What is left of it goes with the VM. False
     /// when the guest did not answer.
-    pub(crate) async fn unplug(&self, pod: &Arc<Pod>, lets_go: bool) -> bool {
+    pub(crate) async fn unplug(&self, disk: &Disk, lets_go: bool) -> bool {
         if !lets_go {
             return false;
         }
         let request = RemoveDeviceRequest {
-            pci_address: self.address.clone(),
+            pci_address: disk.address.clone(),
             ..Default::default()
         };
-        let released = match agent_call!(pod.agent, remove_device, &request) {
+        let released = match agent_call!(self.agent, remove_device, &request) {
             // A guest that never looked has nothing to let go of.
             Err(error) if error.is_not_found() => Ok(()),
             other => other.map(drop),
         };
         let removed = match released {
-            Ok(()) => pod.machine.remove_device(&self.name).await,
+            Ok(()) => self.machine.remove_device(&disk.name).await,
             Err(error) => Err(error),
         };
         let lets_go = !removed.as_ref().is_err_and(CallError::is_deadline);
         match removed {
             Ok(()) | Err(CallError::Gone(_)) => {}
-            Err(error) => warn!(disk = self.name, %error, "a disk stays until the VM ends"),
+            Err(error) => warn!(disk = disk.name, %error, "a disk stays until the VM ends"),
         }
         lets_go
     }
 }
 
-/// Gives the guest the block devices that a container has as volumes.
-pub(crate) async fn plug_volumes(
-    pod: &Arc<Pod>,
-    container: &Container,
-    volumes: &[BlockVolume],
-) -> Result<Vec<Storage>, CallError> {
-    let mut storages = Vec::new();
-    for (number, volume) in volumes.iter().enumerate() {
-        let file = DiskFile::of_host(volume)?;
-        let disk = Disk::plug(pod, file, CacheMode::WriteBack).await?;
-        let node = spec::guest_volume(&container.id, number);
-        storages.push(disk.as_node(&node, &volume.path));
-        container.volumes().push(disk);
-    }
-    Ok(storages)
-}
-
-fn limit(storage: &pericarp_runtime_config::Storage) -> RateLimit {
+fn limit(storage: &Settings) -> RateLimit {
     RateLimit {
         operations_per_s: storage.disk_requests_per_s,
         bytes_per_s: storage.disk_kib_per_s << 10,

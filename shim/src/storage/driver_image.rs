@@ -3,7 +3,7 @@
 //!
 //! The shim never looks into it; the agent does (`agent/src/drivers/`).
 
-use std::{fs::File, os::unix::fs::FileTypeExt, path::PathBuf, sync::Arc, time::Duration};
+use std::{fs::File, os::unix::fs::FileTypeExt, path::PathBuf, time::Duration};
 
 use pericarp_protocol::{
     guest::{BlockDevice, Storage, storage::Source},
@@ -15,8 +15,7 @@ use pericarp_runtime_config::Settings;
 use crate::{
     errors::CallError,
     guest::agent_client::Agent,
-    pod::Pod,
-    storage::disk::{Disk, DiskFile},
+    storage::disk::{DiskFile, Disks},
 };
 
 /// The key of the configuration, which errors begin with.
@@ -51,14 +50,14 @@ impl Image {
     }
 
     /// Gives the guest the image as a disk.
-    pub(crate) async fn plug(&self, pod: &Arc<Pod>) -> Result<Storage, CallError> {
+    pub(crate) async fn plug(&self, disks: &Disks) -> Result<Storage, CallError> {
         let failed = |error| CallError::host(format!("{KEY}: {}", self.path.display()), error);
         let file = DiskFile {
             file: self.file.try_clone().map_err(failed)?,
             read_only: true,
         };
         // It stays until the VM ends.
-        let disk = Disk::plug(pod, file, CacheMode::WriteBack).await?;
+        let disk = disks.plug(file, CacheMode::WriteBack).await?;
         Ok(storage(disk.address))
     }
 

@@ -16,16 +16,20 @@ use oci_spec::runtime::Spec;
 use pericarp_protocol::guest::{Scratch, Storage, storage::Source};
 use pericarp_runtime_config::{self as config, Settings};
 
-use crate::{errors::CallError, guest::agent_client::agent_call, passthrough, pod::Pod};
+use crate::{
+    errors::CallError,
+    guest::{
+        agent_client::{Agent, agent_call},
+        paths::HUGE_PAGES,
+    },
+    host::cgroup,
+};
 
 /// The size of page that guests have a pool of.
 const PAGE_BYTES: u64 = 2 << 20;
 
 /// How its cgroup's files call it.
 const PAGE_NAME: &str = "2MB";
-
-/// Where volumes of huge pages are in the guest.
-const GUEST: &str = "/run/pericarp/huge";
 
 /// Pages that the pod with this cgroup may have; 0 where nobody said so.
 fn pages_of(cgroup: &Path) -> Result<u64, CallError> {
@@ -89,7 +93,7 @@ impl Pool {
         let Some(directory) = sandbox.filter(|_| self.pages > 0) else {
             return Ok(());
         };
-        match passthrough::limit_below(directory, memory_bytes) {
+        match cgroup::memory_limit_below(directory, memory_bytes) {
             None => Ok(()),
             Some(below) => Err(CallError::Invalid(format!(
                 "resources.limits.hugepages-2Mi: the pages of a VM are ordinary memory: {below}"
@@ -98,15 +102,9 @@ impl Pool {
     }
 }
 
-/// Where in the guest the volume of huge pages at `source` of the host is.
-pub(crate) fn guest_path(source: &Path) -> PathBuf {
-    let name = source.to_string_lossy().replace('/', "-");
-    Path::new(GUEST).join(name.trim_start_matches('-'))
-}
-
 /// Mounts the volumes of huge pages that a container has and no other of its pod had before: as on
 /// the host, containers of a pod see each other's files in them.
-pub(crate) async fn attach(pod: &Pod, spec: &Spec) -> Result<(), CallError> {
+pub(crate) async fn attach(agent: &Agent, spec: &Spec) -> Result<(), CallError> {
     for mount_point in volumes(spec) {
         let scratch = Scratch {
             huge_page_size_bytes: PAGE_BYTES,
@@ -117,7 +115,7 @@ pub(crate) async fn attach(pod: &Pod, spec: &Spec) -> Result<(), CallError> {
             source: Some(Source::Scratch(scratch)),
             ..Default::default()
         };
-        match agent_call!(pod.agent, add_storage, &storage) {
+        match agent_call!(agent, add_storage, &storage) {
             Err(error) if !error.is_already_there() => return Err(error),
             _ => {}
         }
@@ -128,7 +126,9 @@ pub(crate) async fn attach(pod: &Pod, spec: &Spec) -> Result<(), CallError> {
 fn volumes(spec: &Spec) -> BTreeSet<&PathBuf> {
     let mounts = spec.mounts().iter().flatten();
     let sources = mounts.filter_map(|mount| mount.source().as_ref());
-    sources.filter(|source| source.starts_with(GUEST)).collect()
+    sources
+        .filter(|source| source.starts_with(HUGE_PAGES))
+        .collect()
 }
 
 #[cfg(test)]
@@ -136,6 +136,7 @@ mod tests {
     use pericarp_runtime_config::Config;
 
     use super::*;
+    use crate::guest::paths::huge_page_volume;
 
     fn pod(files: &[(&str, &str)]) -> (tempfile::TempDir, PathBuf) {
         let folder = tempfile::tempdir().unwrap();
@@ -198,7 +199,7 @@ mod tests {
     #[test]
     fn each_volume_is_mounted_once() {
         let source = Path::new("/var/lib/kubelet/pods/u/volumes/kubernetes.io~empty-dir/h");
-        let guest = guest_path(source);
+        let guest = huge_page_volume(source);
         let mount = |at: &str, source: &Path| {
             let source = source.to_string_lossy();
             serde_json::json!({"destination": at, "type": "bind", "source": source})
@@ -211,6 +212,6 @@ mod tests {
         let spec = serde_json::json!({"ociVersion": "1.2.0", "mounts": mounts});
         let spec: Spec = serde_json::from_value(spec).unwrap();
         assert_eq!(volumes(&spec).into_iter().collect::<Vec<_>>(), [&guest]);
-        assert!(guest.starts_with(GUEST) && guest.parent() == Some(Path::new(GUEST)));
+        assert!(guest.starts_with(HUGE_PAGES) && guest.parent() == Some(Path::new(HUGE_PAGES)));
     }
 }

@@ -16,7 +16,6 @@ use std::{
     io,
     os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, chown},
     path::{Path, PathBuf},
-    sync::Arc,
 };
 
 use containerd_shim_protos::api::Mount;
@@ -29,8 +28,7 @@ use crate::{
     errors::CallError,
     guest::spec,
     host::id_map::IdMap,
-    pod::Pod,
-    storage::disk::{Disk, DiskFile},
+    storage::disk::{Disk, DiskFile, Disks},
 };
 
 /// Name of the disk's file in a snapshot's upper directory.
@@ -292,7 +290,7 @@ pub(crate) struct Attached {
 /// Brings the root of container `id` to the guest; its host mounts are made already. `cache` is of
 /// a disk above layers.
 pub(crate) async fn attach(
-    pod: &Arc<Pod>,
+    disks: &Disks,
     id: &str,
     rootfs: &Rootfs,
     cache: CacheMode,
@@ -311,7 +309,7 @@ pub(crate) async fn attach(
         }),
         Rootfs::Image(image) => {
             let file = image.open().map_err(failed(&image.path))?;
-            let disk = Disk::plug(pod, file, CacheMode::WriteBack).await?;
+            let disk = disks.plug(file, CacheMode::WriteBack).await?;
             let mut storage = on_disk(&disk, &image.fs_type, false, assembled.clone());
             storage.options = image.options.clone();
             if image.read_only {
@@ -327,9 +325,8 @@ pub(crate) async fn attach(
             let writable = format!("{GUEST_DISK}{id}");
             let (above, disk) = match &layers.upper {
                 Some(upper) if !layers.read_only => {
-                    let size_bytes = pod.storage.scratch_size_mib << 20;
-                    let file = open_disk(upper, size_bytes).map_err(failed(upper))?;
-                    let disk = Disk::plug(pod, file, cache).await?;
+                    let file = open_disk(upper, disks.scratch_bytes()).map_err(failed(upper))?;
+                    let disk = disks.plug(file, cache).await?;
                     let mut storage = on_disk(&disk, "ext4", true, writable.clone());
                     // Blocks go back to the host when files are deleted. The file reads as zeroes
                     // already, so that nothing need be cleared.

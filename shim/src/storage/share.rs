@@ -40,9 +40,6 @@ use crate::{
     storage::rootfs::{Layers, Rootfs},
 };
 
-/// The tag by which the guest mounts it.
-pub(crate) const TAG: &str = "pericarp";
-
 /// The shared directory of a pod.
 #[derive(Debug, Clone)]
 pub(crate) struct SharedDirectory {

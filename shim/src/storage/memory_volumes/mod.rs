@@ -29,10 +29,9 @@ use tracing::warn;
 use crate::{
     errors::CallError,
     guest::{
-        agent_client::agent_call,
+        agent_client::{Agent, agent_call},
         spec::{self, SourceKind},
     },
-    pod::Pod,
 };
 
 mod find;
@@ -98,6 +97,46 @@ impl MemoryVolumes {
         }
     }
 
+    /// Finds the mounts of container `id` that lie in volumes of the guest, and mounts the volumes
+    /// that no container of the pod had before.
+    pub(crate) async fn attach(
+        &self,
+        agent: &Agent,
+        spec: &Spec,
+        id: &str,
+    ) -> Result<Found, CallError> {
+        let mut found = Found::default();
+        let Some(uid) = &self.uid else {
+            return Ok(found);
+        };
+        for source in spec::bind_sources(spec) {
+            let failed = |error| CallError::host(format!("volume {}", source.display()), error);
+            let Some(place) = look(source, uid).map_err(failed)? else {
+                continue;
+            };
+            let Some(volume) = self.decide(&place).map_err(failed)? else {
+                continue;
+            };
+            volume
+                .mounted
+                .get_or_try_init(|| mount(agent, &volume))
+                .await?;
+            let mount_point = volume.storage.mount_point.clone();
+            let whole = place.beneath.as_os_str().is_empty();
+            let target = match &place.bind {
+                None if whole => mount_point,
+                _ => {
+                    let target = format!("{GUEST_PART}{id}-{}", found.storages.len());
+                    let part = part_storage(&place, mount_point, target.clone())?;
+                    found.storages.push(part);
+                    target
+                }
+            };
+            found.places.insert(source.clone(), target.into());
+        }
+        Ok(found)
+    }
+
     /// Whose the volume is that `place` lies in.
     fn decide(&self, place: &Place) -> io::Result<Decided> {
         let mut decided = self.decided.lock().unwrap_or_else(PoisonError::into_inner);
@@ -122,43 +161,8 @@ impl MemoryVolumes {
     }
 }
 
-/// Finds the mounts of container `id` that lie in volumes of the guest, and mounts the volumes that
-/// no container of the pod had before.
-pub(crate) async fn attach(pod: &Pod, spec: &Spec, id: &str) -> Result<Found, CallError> {
-    let mut found = Found::default();
-    let Some(uid) = &pod.memory.uid else {
-        return Ok(found);
-    };
-    for source in spec::bind_sources(spec) {
-        let failed = |error| CallError::host(format!("volume {}", source.display()), error);
-        let Some(place) = look(source, uid).map_err(failed)? else {
-            continue;
-        };
-        let Some(volume) = pod.memory.decide(&place).map_err(failed)? else {
-            continue;
-        };
-        volume
-            .mounted
-            .get_or_try_init(|| mount(pod, &volume))
-            .await?;
-        let mount_point = volume.storage.mount_point.clone();
-        let whole = place.beneath.as_os_str().is_empty();
-        let target = match &place.bind {
-            None if whole => mount_point,
-            _ => {
-                let target = format!("{GUEST_PART}{id}-{}", found.storages.len());
-                let part = part_storage(&place, mount_point, target.clone())?;
-                found.storages.push(part);
-                target
-            }
-        };
-        found.places.insert(source.clone(), target.into());
-    }
-    Ok(found)
-}
-
-async fn mount(pod: &Pod, volume: &Volume) -> Result<(), CallError> {
-    match agent_call!(pod.agent, add_storage, &volume.storage) {
+async fn mount(agent: &Agent, volume: &Volume) -> Result<(), CallError> {
+    match agent_call!(agent, add_storage, &volume.storage) {
         // There already: its answer to an earlier call came too late.
         Err(error) if !error.is_already_there() => Err(error),
         _ => Ok(()),
