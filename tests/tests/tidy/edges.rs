@@ -82,8 +82,8 @@ fn crate_edges() {
     judge("crate-edges", violations);
 }
 
-#[test]
-fn every_member_has_edges() {
+/// The folders of all crates of the workspace, in order.
+pub(crate) fn members() -> Vec<String> {
     let members = manifest("")["workspace"]["members"].clone();
     let mut members: Vec<String> = members
         .as_array()
@@ -91,10 +91,15 @@ fn every_member_has_edges() {
         .iter()
         .filter_map(|member| member.as_str().map(str::to_owned))
         .collect();
-    let mut known: Vec<&str> = EDGES.iter().map(|edge| edge.0).collect();
     members.sort();
+    members
+}
+
+#[test]
+fn every_member_has_edges() {
+    let mut known: Vec<&str> = EDGES.iter().map(|edge| edge.0).collect();
     known.sort_unstable();
-    assert_eq!(members, known, "EDGES names each member of the workspace");
+    assert_eq!(members(), known, "EDGES names each member of the workspace");
     assert!(PRODUCT_CRATES.iter().all(|name| known.contains(name)));
 }
 

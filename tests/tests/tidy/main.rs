@@ -5,8 +5,11 @@
 //! and no root.
 
 mod edges;
+mod floors;
+mod references;
 mod source;
 mod text;
+mod tokens;
 
 use std::{
     fs,
