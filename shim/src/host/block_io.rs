@@ -1,4 +1,4 @@
-//! Limits of containers on block devices of the host.
+//! DeviceLimits of containers on block devices of the host.
 //!
 //! `linux.resources.blockIO` numbers devices as the host does (OCI runtime specification,
 //! config-linux.md, "Block IO"). What a container reads and writes there is done by the VMM and the
@@ -22,11 +22,11 @@ const FILE: &str = "io.max";
 const KEYS: [&str; 4] = ["rbps", "wbps", "riops", "wiops"];
 
 /// The limits of a device, in the order of [`KEYS`].
-type Limits = [Option<u64>; KEYS.len()];
+type DeviceLimits = [Option<u64>; KEYS.len()];
 
-/// Limits of devices, by their numbers as `io.max` has them.
+/// DeviceLimits of devices, by their numbers as `io.max` has them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Throttles(BTreeMap<String, Limits>);
+pub(crate) struct Throttles(BTreeMap<String, DeviceLimits>);
 
 impl Throttles {
     /// Takes what resources name, and leaves what they do not. 0 takes a limit away, as it does in
@@ -124,7 +124,7 @@ impl Throttles {
     }
 }
 
-fn line(device: &str, limits: Limits) -> String {
+fn line(device: &str, limits: DeviceLimits) -> String {
     let word = |(key, limit): (&str, Option<u64>)| match limit {
         Some(limit) => format!(" {key}={limit}"),
         None => format!(" {key}=max"),

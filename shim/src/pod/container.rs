@@ -41,10 +41,10 @@ use crate::{
     pod::{
         Pod,
         bundle::{Bundle, Role},
+        demand::ContainerLimits,
         devices, files,
         placeholder::{self, StandIn},
         process::{Exit, LOST_STATUS, Process},
-        resize::Limits,
         stats::{self, Sample},
         stdio::{Copying, HostEnds, Paths},
     },
@@ -72,7 +72,7 @@ pub(crate) struct Container {
     /// Frozen.
     pub(crate) paused: AtomicBool,
     /// What it may use.
-    limits: Mutex<Limits>,
+    limits: Mutex<ContainerLimits>,
     /// What it asks of its place on the host.
     wish: Mutex<Wish>,
     /// What stands for it on the host; the pod's own stands for the pause container.
@@ -103,12 +103,12 @@ impl Container {
     }
 
     /// What it may use.
-    pub(crate) fn limits(&self) -> Limits {
+    pub(crate) fn limits(&self) -> ContainerLimits {
         *self.limits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// It may use something else from now on; its limits are among its counters.
-    pub(crate) fn note_limits(&self, limits: Limits) {
+    pub(crate) fn note_limits(&self, limits: ContainerLimits) {
         *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
         *self.sample() = None;
     }
@@ -237,7 +237,7 @@ pub(crate) async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Resul
         pause,
         stand_in,
         paused: AtomicBool::new(false),
-        limits: Mutex::new(Limits::of(&bundle.spec)),
+        limits: Mutex::new(ContainerLimits::of(&bundle.spec)),
         wish: Mutex::new(Wish::of(&bundle.spec)),
         sample: Mutex::default(),
         disk: Mutex::default(),

@@ -14,6 +14,7 @@
 
 pub(crate) mod bundle;
 pub(crate) mod container;
+pub(crate) mod demand;
 pub(crate) mod devices;
 pub(crate) mod events;
 pub(crate) mod files;

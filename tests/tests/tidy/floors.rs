@@ -62,21 +62,18 @@ const FLOORS: &[(&str, &[Floor])] = &[
     (
         "shim",
         &[
-            (
-                "main",
-                "containerd pod machine storage passthrough network guest host errors",
-            ),
+            ("main", "containerd"),
             (
                 "containerd",
-                "pod machine storage passthrough network guest host errors",
+                "pod storage passthrough machine network guest host errors",
             ),
             (
                 "pod",
-                "machine storage passthrough network guest host errors",
+                "storage passthrough machine network guest host errors",
             ),
-            ("machine", "passthrough network guest host errors"),
-            ("storage", "passthrough network guest host errors"),
-            ("passthrough", "guest host errors"),
+            ("storage", "machine guest host errors"),
+            ("passthrough", "machine guest host errors"),
+            ("machine", "network guest host errors"),
             ("network", "guest host errors"),
             ("guest", "host errors"),
             ("host", "errors"),
