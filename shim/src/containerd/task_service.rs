@@ -24,6 +24,7 @@ use crate::{
     errors::CallError,
     pod::{
         container::{self, timestamp},
+        ending,
         process::Phase,
         resize,
     },
@@ -164,7 +165,7 @@ impl Task for TaskService {
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Answer<Empty> {
         let pod = self.0.pod_of(&request.id).await?;
-        container::kill(
+        ending::kill(
             &pod,
             &request.id,
             &request.exec_id,

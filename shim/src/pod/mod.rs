@@ -16,6 +16,7 @@ pub(crate) mod bundle;
 pub(crate) mod container;
 pub(crate) mod demand;
 pub(crate) mod devices;
+pub(crate) mod ending;
 pub(crate) mod events;
 pub(crate) mod files;
 pub(crate) mod logger;
@@ -673,7 +674,7 @@ async fn pass_events(pod: Arc<Pod>) {
         match event.event {
             // The guest names the container, so it is believed only if there is one.
             Some(event::Event::OutOfMemory(oom)) if pod.container(&oom.container_id).is_ok() => {
-                container::out_of_memory(&pod, &oom.container_id).await;
+                ending::out_of_memory(&pod, &oom.container_id).await;
             }
             Some(event::Event::DeviceGone(device)) => {
                 debug!(
