@@ -51,7 +51,9 @@ pub(crate) fn services(daemon: &Arc<Daemon>) -> HashMap<String, Service> {
 }
 
 /// Runs `work` to its end although the caller may hang up: a call is dropped with its connection,
-/// and containerd closes connections whenever it restarts or gives a pod up.
+/// and containerd closes connections whenever it restarts or gives a pod up. Every call that speaks
+/// to the agent runs like this: ttrpc closes the agent's connection when a call is dropped while
+/// its request is being written.
 pub(crate) async fn to_the_end<T: Send + 'static>(
     work: impl Future<Output = Result<T, CallError>> + Send + 'static,
 ) -> Answer<T> {
@@ -149,13 +151,13 @@ impl Task for TaskService {
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> Answer<Empty> {
         let pod = self.0.pod_of(&request.id).await?;
-        container::freeze(&pod, &request.id, true).await?;
+        to_the_end(async move { container::freeze(&pod, &request.id, true).await }).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Answer<Empty> {
         let pod = self.0.pod_of(&request.id).await?;
-        container::freeze(&pod, &request.id, false).await?;
+        to_the_end(async move { container::freeze(&pod, &request.id, false).await }).await?;
         Ok(Empty::new())
     }
 
@@ -165,26 +167,20 @@ impl Task for TaskService {
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Answer<Empty> {
         let pod = self.0.pod_of(&request.id).await?;
-        ending::kill(
-            &pod,
-            &request.id,
-            &request.exec_id,
-            request.signal,
-            request.all,
-        )
+        to_the_end(async move {
+            let (id, exec_id) = (&request.id, &request.exec_id);
+            ending::kill(&pod, id, exec_id, request.signal, request.all).await
+        })
         .await?;
         Ok(Empty::new())
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Answer<Empty> {
         let pod = self.0.pod_of(&request.id).await?;
-        container::resize(
-            &pod,
-            &request.id,
-            &request.exec_id,
-            request.width,
-            request.height,
-        )
+        to_the_end(async move {
+            let (id, exec_id) = (&request.id, &request.exec_id);
+            container::resize(&pod, id, exec_id, request.width, request.height).await
+        })
         .await?;
         Ok(Empty::new())
     }
@@ -200,7 +196,8 @@ impl Task for TaskService {
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Answer<Empty> {
         let pod = self.0.pod_of(&request.id).await?;
-        resize::update(&pod, &request.id, &request.resources.value).await?;
+        let work = async move { resize::update(&pod, &request.id, &request.resources.value).await };
+        to_the_end(work).await?;
         Ok(Empty::new())
     }
 
@@ -218,7 +215,7 @@ impl Task for TaskService {
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Answer<StatsResponse> {
         let pod = self.0.pod_of(&request.id).await?;
         let container = pod.container(&request.id)?;
-        let counters = container::stats(&pod, &container).await?;
+        let counters = to_the_end(async move { container::stats(&pod, &container).await }).await?;
         Ok(StatsResponse {
             stats: Some(counters).into(),
             ..Default::default()

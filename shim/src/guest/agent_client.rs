@@ -27,6 +27,9 @@ use crate::errors::CallError;
 /// Longest line that the VMM or the agent answers to a stream's opening.
 const ANSWER_BYTES_MAX: usize = 256;
 
+/// How much later ttrpc's own deadline is than ours, so that ours always comes first.
+const CLIENT_DEADLINE_DELAY: Duration = Duration::from_secs(1);
+
 /// Connection to a living agent.
 #[derive(Clone)]
 pub(crate) struct Agent {
@@ -43,16 +46,17 @@ impl std::fmt::Debug for Agent {
     }
 }
 
-/// Makes one call with the usual deadline and maps its error: `agent.call("start", |c, ctx|
-/// c.start_process(ctx, &request))`.
+/// Makes one call with the agent's deadline and maps its error:
+/// `agent_call!(pod.agent, start_process, &request)`.
 macro_rules! agent_call {
     ($agent:expr, $method:ident, $request:expr) => {{
         let agent = &$agent;
         agent
-            .client()
-            .$method(agent.context(), $request)
+            .answered(
+                stringify!($method),
+                agent.client().$method(agent.context(), $request),
+            )
             .await
-            .map_err(|error| agent.failure(stringify!($method), error))
     }};
 }
 pub(crate) use agent_call;
@@ -96,20 +100,39 @@ impl Agent {
         }
     }
 
-    /// A context with the usual deadline.
+    /// A context whose deadline is later than the one of [`Self::answered`].
     pub(crate) fn context(&self) -> Context {
-        ttrpc::context::with_duration(self.call_limit)
+        ttrpc::context::with_duration(self.call_limit + CLIENT_DEADLINE_DELAY)
+    }
+
+    /// Waits for the answer of a call, at most until the deadline.
+    ///
+    /// ttrpc reports its own deadline with the same error variant as a broken connection, so the
+    /// deadline is kept here: a slow agent must never be taken for a dead one.
+    pub(crate) async fn answered<T>(
+        &self,
+        call: &'static str,
+        answer: impl Future<Output = ttrpc::Result<T>>,
+    ) -> Result<T, CallError> {
+        match timeout(self.call_limit, answer).await {
+            Ok(answered) => answered.map_err(|error| self.failure(call, error)),
+            Err(_) => Err(self.deadline(call)),
+        }
+    }
+
+    fn deadline(&self, call: &'static str) -> CallError {
+        CallError::Deadline {
+            peer: "the guest's agent",
+            call,
+            limit: self.call_limit,
+        }
     }
 
     /// What a failed call means to containerd.
     pub(crate) fn failure(&self, call: &'static str, error: TtrpcError) -> CallError {
         match error {
             TtrpcError::RpcStatus(status) => match status.code() {
-                Code::DEADLINE_EXCEEDED => CallError::Deadline {
-                    peer: "the guest's agent",
-                    call,
-                    limit: self.call_limit,
-                },
+                Code::DEADLINE_EXCEEDED => self.deadline(call),
                 code => CallError::Agent(code, status.message().to_owned()),
             },
             error => CallError::Gone(format!("the guest's agent is gone ({call}: {error})")),
@@ -189,6 +212,8 @@ async fn read_line(stream: &mut UnixStream) -> io::Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use pericarp_protocol::guest::StatsRequest;
+
     use super::*;
 
     fn frame(hello: &Hello) -> Vec<u8> {
@@ -231,5 +256,34 @@ mod tests {
             .await
             .unwrap_err();
         assert!(matches!(error, CallError::Deadline { .. }));
+    }
+
+    /// An agent that said hello and never answers a call, and its end of the connection.
+    async fn silent_agent(limit: Duration) -> (Agent, UnixStream) {
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        let hello = Hello {
+            protocol_major: GUEST_PROTOCOL_MAJOR,
+            ..Hello::default()
+        };
+        guest.write_all(&frame(&hello)).await.unwrap();
+        let greeted = Agent::greet(ours, "/v".into(), Duration::from_secs(5), limit).await;
+        (greeted.unwrap().0, guest)
+    }
+
+    #[tokio::test]
+    async fn a_slow_agent_is_not_taken_for_a_dead_one() {
+        let (agent, _guest) = silent_agent(Duration::from_millis(20)).await;
+        let request = StatsRequest::new();
+        let error = agent_call!(agent, stats, &request).unwrap_err();
+        assert!(error.is_deadline(), "{error:?}");
+    }
+
+    #[tokio::test]
+    async fn a_closed_connection_is_a_dead_agent_at_once() {
+        let (agent, guest) = silent_agent(Duration::from_secs(60)).await;
+        drop(guest);
+        let request = StatsRequest::new();
+        let error = agent_call!(agent, stats, &request).unwrap_err();
+        assert!(matches!(error, CallError::Gone(_)), "{error:?}");
     }
 }
