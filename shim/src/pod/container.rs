@@ -42,7 +42,7 @@ use crate::{
         bundle::{Bundle, Role},
         demand::ContainerLimits,
         devices,
-        ending::{ended, watch},
+        ending::{ended, exited_at, start_failed, watch},
         files,
         placeholder::{self, StandIn},
         process::{Exit, LOST_STATUS, Process},
@@ -251,6 +251,10 @@ pub(crate) async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Resul
     pod.publisher
         .publish(topics::TASK_CREATE_EVENT_TOPIC, Box::new(event))
         .await;
+    if !container.pause {
+        let init = Arc::clone(&container.init);
+        tokio::spawn(watch(Arc::clone(pod), container.id.clone(), init));
+    }
     Ok(pid)
 }
 
@@ -460,6 +464,7 @@ pub(crate) async fn exec(pod: &Arc<Pod>, request: &ExecProcessRequest) -> Result
     pod.publisher
         .publish(topics::TASK_EXEC_ADDED_EVENT_TOPIC, Box::new(event))
         .await;
+    tokio::spawn(watch(Arc::clone(pod), container.id.clone(), process_entry));
     Ok(())
 }
 
@@ -497,11 +502,11 @@ pub(crate) async fn start(pod: &Arc<Pod>, id: &str, exec_id: &str) -> Result<u32
     if !container.pause {
         let started = agent_call!(pod.agent, start_process, &request_of(id, exec_id));
         if let Err(error) = started {
-            process.end_start(false);
+            start_failed(pod, id, &process, &error).await;
             return Err(error);
         }
     }
-    // The start is told before the end can be: the end is watched only from here on.
+    // The start is told before the end: `watch` waits for `end_start`.
     if exec_id.is_empty() {
         let mut event = TaskStart::new();
         event.container_id = id.to_owned();
@@ -519,9 +524,6 @@ pub(crate) async fn start(pod: &Arc<Pod>, id: &str, exec_id: &str) -> Result<u32
             .await;
     }
     process.end_start(true);
-    if !container.pause {
-        tokio::spawn(watch(Arc::clone(pod), id.to_owned(), Arc::clone(&process)));
-    }
     Ok(process.pid)
 }
 
@@ -535,12 +537,16 @@ pub(crate) async fn delete(
     let process = container.process(exec_id)?;
     let exit = process.begin_delete()?;
     let deleted = delete_claimed(pod, &container, &process).await;
-    if let Err(error) = deleted {
-        process.undo_delete();
-        return Err(error);
-    }
-    // containerd's own shim reports 0 for what never ran.
-    let exit = exit.unwrap_or_else(|| Exit::now(0));
+    let last = match deleted {
+        Ok(last) => last,
+        Err(error) => {
+            process.undo_delete();
+            return Err(error);
+        }
+    };
+    // What never ran was ended by this delete, and whoever waits for its end hears of it.
+    let exit = exit.unwrap_or(last);
+    ended(pod, id, &process, exit).await;
     if exec_id.is_empty() {
         forget(pod, id);
         let mut event = TaskDelete::new();
@@ -557,30 +563,35 @@ pub(crate) async fn delete(
     Ok((process.pid, exit))
 }
 
+/// Deletes a process from the guest and answers how the guest says that it ended.
 async fn delete_claimed(
     pod: &Arc<Pod>,
     container: &Container,
     process: &Process,
-) -> Result<(), CallError> {
+) -> Result<Exit, CallError> {
     if container.pause {
-        return Ok(());
+        return Ok(Exit::now(LOST_STATUS));
     }
     let deleted = agent_call!(
         pod.agent,
         delete_process,
         &request_of(&container.id, &process.exec_id)
     );
-    match deleted {
+    let exit = match deleted {
+        Ok(response) => Exit {
+            status: response.exit_status,
+            at: exited_at(response.exited_at_ns),
+        },
         // A guest that is gone has nothing left to delete.
-        Ok(_) | Err(CallError::Gone(_)) => {}
-        Err(error) if error.is_not_found() => {}
+        Err(CallError::Gone(_)) => Exit::now(LOST_STATUS),
+        Err(error) if error.is_not_found() => Exit::now(LOST_STATUS),
         Err(error) => return Err(error),
-    }
+    };
     process.finish_copying().await;
     if process.exec_id.is_empty() {
         release(pod, container).await?;
     }
-    Ok(())
+    Ok(exit)
 }
 
 /// Takes back what of the host the container had; the guest has let go of it.

@@ -10,6 +10,7 @@ use containerd_shim_protos::{
     topics,
 };
 use pericarp_protocol::guest::SignalRequest;
+use tokio::time::timeout;
 use tracing::debug;
 
 use crate::{
@@ -18,17 +19,25 @@ use crate::{
     pod::{
         Pod,
         container::{request_of, timestamp},
-        process::{Exit, LOST_STATUS, Process},
+        process::{Exit, LOST_STATUS, Phase, Process},
     },
 };
 
 /// The one signal that a dead guest has obeyed.
 const SIGKILL: u32 = 9;
+/// How a process ended that could not be started and whose guest does not say more: runc's init
+/// exits with this status then.
+const START_FAILED_STATUS: u32 = 255;
+/// How long a process that could not be started may take to end.
+const FAILED_START_ENDS_MAX: Duration = Duration::from_secs(2);
 
 /// Takes note of an end and tells containerd once.
 pub(crate) async fn ended(pod: &Pod, id: &str, process: &Process, exit: Exit) -> bool {
     if !process.stop(exit) {
         return false;
+    }
+    if !process.tells_its_end() {
+        return true;
     }
     let mut event = TaskExit::new();
     event.container_id = id.to_owned();
@@ -46,7 +55,29 @@ pub(crate) async fn ended(pod: &Pod, id: &str, process: &Process, exit: Exit) ->
     true
 }
 
-/// Waits for the guest's word of a process's end.
+/// Ends a process that could not be started: as under runc, it is stopped before containerd hears
+/// of the failure, so that it can be deleted at once.
+pub(crate) async fn start_failed(pod: &Pod, id: &str, process: &Process, error: &CallError) {
+    // Without an answer it may run yet: a kill must reach it, and its end will be told.
+    process.end_start(error.is_deadline());
+    let CallError::Agent(..) = error else { return };
+    let kill = SignalRequest {
+        container_id: id.to_owned(),
+        exec_id: process.exec_id.clone(),
+        signal: SIGKILL,
+        ..Default::default()
+    };
+    // It ends by itself in most cases, and then this finds nothing.
+    let _ = agent_call!(pod.agent, signal_process, &kill);
+    if timeout(FAILED_START_ENDS_MAX, process.wait())
+        .await
+        .is_err()
+    {
+        ended(pod, id, process, Exit::now(START_FAILED_STATUS)).await;
+    }
+}
+
+/// Tells how a process ended as soon as the guest does; from Create on.
 pub(crate) async fn watch(pod: Arc<Pod>, id: String, process: Arc<Process>) {
     let request = request_of(&id, &process.exec_id);
     // No deadline: a process may run for years. The end of the VM ends the wait.
@@ -72,6 +103,7 @@ pub(crate) async fn watch(pod: Arc<Pod>, id: String, process: Arc<Process>) {
             Exit::now(LOST_STATUS)
         }
     };
+    process.start_over().await;
     ended(&pod, &id, &process, exit).await;
 }
 
@@ -117,6 +149,13 @@ pub(crate) async fn kill(
     if container.pause {
         ended(pod, id, &process, Exit::now(128 + signal)).await;
         return Ok(());
+    }
+    if !exec_id.is_empty() && process.phase() == Phase::Created {
+        // As in containerd's own shim; containerd then goes on to the delete.
+        return Err(CallError::WrongState(format!(
+            "kill {}: it has not been started",
+            process.name
+        )));
     }
     let request = SignalRequest {
         container_id: id.to_owned(),

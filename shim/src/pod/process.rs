@@ -3,19 +3,24 @@
 //! ```text
 //!            create            start              exit
 //! (reserved) ------> Created --------> Running ---------> Stopped --delete--> (gone)
-//!                       |      failed     |                  ^
-//!                       |<----------------'                  |
-//!                       '------------ exit (killed, VM gone) '
+//!                       |                                    ^
+//!                       '-- exit (killed, failed start, VM gone)
 //! ```
+//!
+//! A process is watched from Create on, so it has an end even when it never ran. An end that comes
+//! during a start is held back until containerd has been told of the start.
 //!
 //! The decisions are pure functions of [`Phase`]; the lock around it is never held across a wait.
 
 use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::SystemTime,
 };
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::{
     errors::CallError,
@@ -92,8 +97,10 @@ impl Phase {
     /// An end is final: a second one changes nothing.
     fn stop(self, exit: Exit) -> Option<Self> {
         match self {
-            Self::Stopped(_) | Self::Deleting(_) | Self::Reserved => None,
+            Self::Stopped(_) | Self::Deleting(Some(_)) | Self::Reserved => None,
             Self::Created | Self::Starting | Self::Running => Some(Self::Stopped(exit)),
+            // A delete of a process that never ran ends it.
+            Self::Deleting(None) => Some(Self::Deleting(Some(exit))),
         }
     }
 }
@@ -110,6 +117,10 @@ pub(crate) struct Process {
     /// What containerd asked for.
     pub(crate) paths: Paths,
     phase: Mutex<Phase>,
+    /// Its start has succeeded.
+    ran: AtomicBool,
+    /// Wakes those who wait for the end of a start.
+    start_over: Notify,
     exit: watch::Sender<Option<Exit>>,
     copying: Mutex<Option<Copying>>,
 }
@@ -132,6 +143,8 @@ impl Process {
             pid,
             paths,
             phase: Mutex::new(Phase::Reserved),
+            ran: AtomicBool::new(false),
+            start_over: Notify::new(),
             exit: watch::Sender::new(None),
             copying: Mutex::new(None),
         }
@@ -166,14 +179,35 @@ impl Process {
 
     /// The start succeeded or failed. A process that ended meanwhile stays ended.
     pub(crate) fn end_start(&self, started: bool) {
-        let mut phase = locked(&self.phase);
-        if *phase == Phase::Starting {
-            *phase = if started {
-                Phase::Running
-            } else {
-                Phase::Created
-            };
+        self.ran.fetch_or(started, Ordering::Relaxed);
+        {
+            let mut phase = locked(&self.phase);
+            if *phase == Phase::Starting {
+                *phase = if started {
+                    Phase::Running
+                } else {
+                    Phase::Created
+                };
+            }
         }
+        self.start_over.notify_waiters();
+    }
+
+    /// Waits until no start is in flight.
+    pub(crate) async fn start_over(&self) {
+        loop {
+            let over = self.start_over.notified();
+            if self.phase() != Phase::Starting {
+                return;
+            }
+            over.await;
+        }
+    }
+
+    /// Whether containerd is told of its end. As in containerd's own shim, an exec that never ran
+    /// has no exit event; a container's init always has one.
+    pub(crate) fn tells_its_end(&self) -> bool {
+        self.exec_id.is_empty() || self.ran.load(Ordering::Relaxed)
     }
 
     /// Claims the right to delete it; the answer is how it had ended.
@@ -196,7 +230,7 @@ impl Process {
         }
     }
 
-    /// It ended; false when that was known.
+    /// Notes how it ended; false when that was known.
     pub(crate) fn stop(&self, exit: Exit) -> bool {
         let next = {
             let mut phase = locked(&self.phase);
@@ -208,6 +242,7 @@ impl Process {
         };
         if next.is_some() {
             self.exit.send_replace(Some(exit));
+            self.start_over.notify_waiters();
         }
         next.is_some()
     }
@@ -282,12 +317,45 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_start_can_be_deleted() {
+    fn what_never_ran_ends_in_its_delete() {
         let process = process();
         process.created(None);
-        process.begin_start().unwrap();
-        process.end_start(false);
         assert_eq!(process.begin_delete().unwrap(), None);
+        let exit = Exit::now(137);
+        assert!(process.stop(exit));
+        assert!(!process.stop(Exit::now(0)));
+        // The delete failed: the end is not forgotten.
+        process.undo_delete();
+        assert_eq!(process.phase(), Phase::Stopped(exit));
+    }
+
+    #[tokio::test]
+    async fn an_end_waits_for_the_end_of_the_start() {
+        let process = std::sync::Arc::new(process());
+        process.created(None);
+        process.start_over().await;
+        process.begin_start().unwrap();
+        let waiter = tokio::spawn({
+            let process = process.clone();
+            async move { process.start_over().await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!waiter.is_finished());
+        process.end_start(true);
+        waiter.await.unwrap();
+    }
+
+    #[test]
+    fn an_exec_that_never_ran_has_no_exit_event() {
+        let exec = Process::reserve("c", "e", 1, Paths::default());
+        exec.created(None);
+        assert!(!exec.tells_its_end() && process().tells_its_end());
+        exec.begin_start().unwrap();
+        exec.end_start(false);
+        assert!(!exec.tells_its_end());
+        exec.begin_start().unwrap();
+        exec.end_start(true);
+        assert!(exec.tells_its_end());
     }
 
     #[test]
