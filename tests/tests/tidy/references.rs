@@ -1,19 +1,21 @@
 //! Finds which source file of a crate uses which other, without a compiler.
 //!
-//! Starts at the crate's roots and follows `mod`, as rustc does, so that a module under
-//! `#[cfg(test)]` is never seen. In each file it reads `use` declarations and paths in code, macros
-//! included, and resolves them to the file of the innermost module that they name. A name that a
-//! `mod.rs` exports with `pub use` leads to that `mod.rs`, and from there to its definition. What
-//! needs types stays unseen: a method call is no reference to the file of the method.
+//! Starts at the crate roots and follows `mod` declarations as rustc does, except those under
+//! `#[cfg(test)]`. Reads `use` declarations and paths in code, including macros, and resolves each
+//! to the file of the innermost module that it names. A name that a `mod.rs` re-exports leads to
+//! that `mod.rs`; the `pub use` there is an edge to the definition. Method calls and macros in
+//! textual scope are not seen: they would need types and expansion.
+
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::tokens::{Token, tokens};
 
-/// Most renames that are followed from one path; a chain in real code has two.
+/// Limit of renames followed for one path, against `use` declarations that name each other.
 const RENAMES_MAX: usize = 8;
 
-/// Words with which an item or statement starts that does not end at a comma.
+/// First words of items and statements, which do not end at a comma as fields and arms do.
 const ITEM_WORDS: &[&str] = &[
     "async",
     "const",
@@ -32,26 +34,26 @@ const ITEM_WORDS: &[&str] = &[
     "use",
 ];
 
-/// Files of one crate: path beneath `src`, and text.
+/// Files of one crate: path relative to `src`, and text.
 pub(crate) type Sources = BTreeMap<String, String>;
 
-/// A root file, and the names of the modules from there on.
+/// A crate root and the module names from there on.
 type Module = Vec<String>;
 
-/// One file uses another of the same crate.
+/// One file uses another file of the same crate.
 #[derive(Debug)]
 pub(crate) struct Edge {
-    /// The file that uses, beneath `src`.
+    /// The using file, relative to `src`.
     pub(crate) from: String,
-    /// The file that is used, beneath `src`.
+    /// The used file, relative to `src`.
     pub(crate) to: String,
     /// Line of the first use in `from`.
     pub(crate) line: usize,
-    /// The paths as they are written, each once.
+    /// The distinct paths as written.
     pub(crate) paths: BTreeSet<String>,
 }
 
-/// A path that stands in a file.
+/// A path written in a file.
 #[derive(Debug)]
 struct Mention {
     scope: Module,
@@ -63,14 +65,15 @@ struct Mention {
 /// What the files of a crate declare and mention.
 #[derive(Debug, Default)]
 struct Index {
-    /// The file in which each module stands.
+    /// The file that holds each module.
     modules: BTreeMap<Module, String>,
-    /// Names that `use` brings into a module, and the paths behind them.
+    /// Names that `use` brings into a module, with the path that each stands for.
     names: BTreeMap<(Module, String), Vec<String>>,
     mentions: Vec<Mention>,
 }
 
-/// Every edge between two files of the crate that others know as `library`, ordered by file.
+/// Returns every edge between two files of a crate, ordered by file. `library` is the name of the
+/// crate in paths.
 pub(crate) fn edges(sources: &Sources, library: &str) -> Vec<Edge> {
     let mut index = Index::default();
     for root in sources.keys().filter(|path| is_root(path)) {
@@ -110,7 +113,7 @@ impl Index {
             .map(String::as_str)
     }
 
-    /// The path from a root on; none if it leads to another crate or starts with a local item.
+    /// Resolves a path to one from a crate root; `None` if it leads to another crate or to an item.
     fn absolute(
         &self,
         scope: &[String],
@@ -151,7 +154,7 @@ impl Index {
     }
 }
 
-/// Reads one file and the files of the modules that it declares.
+/// Reads a file and, recursively, the files of the modules that it declares.
 fn read(sources: &Sources, index: &mut Index, file: &str, scope: Module) {
     let text = &sources[file];
     index.modules.insert(scope.clone(), file.to_owned());
@@ -174,26 +177,26 @@ fn read(sources: &Sources, index: &mut Index, file: &str, scope: Module) {
     }
 }
 
-/// Walks the tokens of one file.
+/// Reads the tokens of one file.
 struct Reader<'a> {
     tokens: Vec<Token<'a>>,
     at: usize,
     file: &'a str,
     /// The module around the current token.
     scope: Module,
-    /// Length of the scope of the file itself.
+    /// Length of the module path of the file itself.
     depth: usize,
-    /// For each open brace, whether it is that of a module.
+    /// For each open brace, whether it opened a module.
     braces: Vec<bool>,
-    /// The file that `#[path]` names for the next module.
+    /// The file that `#[path]` gives for the next module.
     path_attribute: Option<&'a str>,
-    /// Modules with files of their own, and where those may lie.
+    /// Modules in files of their own, with the possible paths of those files.
     children: Vec<(Module, Vec<String>)>,
     index: &'a mut Index,
 }
 
 impl<'a> Reader<'a> {
-    /// The text of a token from the current one on, empty beyond the end.
+    /// Returns the text of the token `ahead` of the current one, empty beyond the end.
     fn peek(&self, ahead: usize) -> &'a str {
         self.tokens
             .get(self.at + ahead)
@@ -231,7 +234,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Passes an attribute, and what it keeps for tests.
+    /// Skips an attribute, and the item behind it if that is test code.
     fn attribute(&mut self) {
         let is_inner = self.peek(1) == "!";
         self.at += if is_inner { 2 } else { 1 };
@@ -249,7 +252,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Passes what stands between the bracket here and its counterpart.
+    /// Skips a bracket, its counterpart and everything between them.
     fn group(&mut self) {
         let mut depth = 0_usize;
         while self.at < self.tokens.len() {
@@ -265,7 +268,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Passes `pub` with what stands in its parentheses: visibility is no use.
+    /// Skips `pub` and `pub(..)`: the path in a visibility is not a use.
     fn visibility(&mut self) {
         self.at += 1;
         if self.peek(0) == "(" && matches!(self.peek(1), "crate" | "super" | "self" | "in") {
@@ -273,7 +276,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Passes an item, a statement, a field or a match arm.
+    /// Skips an item, a statement, a field or a match arm.
     fn skip_item(&mut self) {
         while self.peek(0) == "#" {
             self.at += 1;
@@ -335,12 +338,12 @@ impl<'a> Reader<'a> {
         self.children.push((module, candidates));
     }
 
-    /// Reads one tree of a `use`, from its first name on.
+    /// Reads one tree of a `use` declaration behind `prefix`.
     fn tree(&mut self, prefix: &[String]) {
         let mut segments = prefix.to_vec();
         let line = self.tokens.get(self.at).map_or(0, |token| token.line);
         if self.peek(0) == "::" {
-            // An empty name is none of this crate.
+            // The empty name keeps the path from being resolved in this crate.
             segments.push(String::new());
             self.at += 1;
         }
@@ -385,7 +388,7 @@ impl<'a> Reader<'a> {
         self.mention(line, segments);
     }
 
-    /// Reads a path in code up to its last name.
+    /// Reads a path in code.
     fn path(&mut self) {
         let is_tail = self.at > 0 && self.tokens[self.at - 1].text == "::";
         let line = self.tokens[self.at].line;

@@ -1,6 +1,6 @@
 //! Splits a Rust source into its tokens: names, `::`, literals, and single characters.
 //!
-//! Comments are left out and a string is one token, so nothing in them is taken for code.
+//! Comments are dropped and a string is one token, so their content is never taken for code.
 
 /// A token and the line that it starts on.
 #[derive(Debug, Clone, Copy)]
@@ -9,7 +9,7 @@ pub(crate) struct Token<'a> {
     pub(crate) line: usize,
 }
 
-/// All tokens of a source that rustc accepts.
+/// Returns all tokens of a source file that rustc accepts.
 pub(crate) fn tokens(source: &str) -> Vec<Token<'_>> {
     let mut found = Vec::new();
     let mut rest = source;
@@ -28,7 +28,7 @@ pub(crate) fn tokens(source: &str) -> Vec<Token<'_>> {
     found
 }
 
-/// Bytes of the comment or token that starts here.
+/// Returns the length in bytes of the comment or token at the start of `rest`.
 fn length(rest: &str, first: char) -> usize {
     if rest.starts_with("//") {
         return rest.find('\n').unwrap_or(rest.len());
@@ -57,7 +57,7 @@ fn is_of_word(c: char) -> bool {
     c.is_alphanumeric() || c == '_'
 }
 
-/// Bytes of a block comment; they nest.
+/// Returns the length of a block comment; block comments nest.
 fn comment(rest: &str) -> usize {
     let mut depth = 0;
     let mut at = 0;
@@ -78,7 +78,7 @@ fn comment(rest: &str) -> usize {
     at
 }
 
-/// Bytes of a string, raw or not, if one starts here.
+/// Returns the length of a string, raw or not, if `rest` starts with one.
 fn string(rest: &str) -> Option<usize> {
     let prefix = rest
         .find(|c: char| !matches!(c, 'b' | 'c' | 'r'))
@@ -95,7 +95,7 @@ fn string(rest: &str) -> Option<usize> {
     Some(prefix + 1 + closing(content, '"'))
 }
 
-/// Bytes up to and with the closing quote, which a backslash before it hides.
+/// Returns the length up to and including the closing quote; a backslash escapes it.
 fn closing(content: &str, quote: char) -> usize {
     let mut is_escaped = false;
     for (at, c) in content.char_indices() {
@@ -107,7 +107,7 @@ fn closing(content: &str, quote: char) -> usize {
     content.len()
 }
 
-/// Bytes of a character or of a lifetime.
+/// Returns the length of a character literal or lifetime.
 fn quote(rest: &str) -> usize {
     let content = &rest[1..];
     let mut chars = content.chars();
