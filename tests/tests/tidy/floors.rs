@@ -28,14 +28,14 @@ const FLOORS: &[(&str, &[Floor])] = &[
     (
         "vmm",
         &[
-            ("fuzzing", ". machine event_loop devices arch pci control"),
-            (".", "machine event_loop devices arch pci control"),
-            ("machine", "event_loop devices arch pci control"),
-            ("event_loop", "devices pci"),
-            ("devices", "pci"),
+            ("fuzzing", ". control machine devices event_loop arch pci"),
+            (".", "control machine devices event_loop arch pci"),
+            ("control", "machine"),
+            ("machine", "devices event_loop arch pci"),
+            ("devices", "event_loop pci"),
+            ("event_loop", "pci"),
             ("arch", ""),
             ("pci", ""),
-            ("control", ""),
         ],
     ),
     // TODO (#14): tighten once the files are moved.

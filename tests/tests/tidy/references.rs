@@ -50,7 +50,15 @@ pub(crate) struct Edge {
     /// Line of the first use in `from`.
     pub(crate) line: usize,
     /// The distinct paths as written.
-    pub(crate) paths: BTreeSet<String>,
+    paths: BTreeSet<String>,
+}
+
+impl Edge {
+    /// Formats the paths for a message.
+    pub(crate) fn paths(&self) -> String {
+        let paths: Vec<&str> = self.paths.iter().map(String::as_str).collect();
+        paths.join(", ")
+    }
 }
 
 /// A path written in a file.

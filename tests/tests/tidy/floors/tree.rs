@@ -113,16 +113,22 @@ impl Tree {
     pub(super) fn floor_violations(&self, floors: &[Floor]) -> Vec<Violation> {
         let mut violations = Vec::new();
         for ((from, to), edges) in self.floor_edges(floors) {
+            let (Some(from_at), Some(to_at)) = (position(floors, from), position(floors, to))
+            else {
+                // Reported below, once.
+                continue;
+            };
             if may_use(floors, from, to) {
                 continue;
             }
+            let why = if to_at < from_at {
+                "an upward edge"
+            } else {
+                "an edge that FLOORS does not list"
+            };
             for edge in edges {
-                let paths: Vec<&str> = edge.paths.iter().map(String::as_str).collect();
-                let what = format!(
-                    "{from} -> {to}, {} ({}): {EDGE_REMEDY}",
-                    refusal(floors, from, to),
-                    paths.join(", ")
-                );
+                let paths = edge.paths();
+                let what = format!("{from} -> {to}, {why} ({paths}): {EDGE_REMEDY}");
                 violations.push((self.place(&edge.from), edge.line, what));
             }
         }
@@ -248,9 +254,8 @@ impl Tree {
 
 /// Formats one edge for the listing.
 fn show(edge: &Edge) -> String {
-    let paths: Vec<&str> = edge.paths.iter().map(String::as_str).collect();
     let Edge { from, line, to, .. } = edge;
-    format!("    {from}:{line} -> {to} ({})\n", paths.join(", "))
+    format!("    {from}:{line} -> {to} ({})\n", edge.paths())
 }
 
 /// Splits the first string of a floor into its title and the names of its folders and files.
@@ -266,15 +271,6 @@ pub(super) fn position(floors: &[Floor], title: &str) -> Option<usize> {
 
 fn may_use(floors: &[Floor], from: &str, to: &str) -> bool {
     position(floors, from).is_some_and(|index| floors[index].1.split(' ').any(|used| used == to))
-}
-
-/// Says why the table does not allow an edge.
-fn refusal(floors: &[Floor], from: &str, to: &str) -> &'static str {
-    match (position(floors, from), position(floors, to)) {
-        (Some(from), Some(to)) if to < from => "an upward edge",
-        (Some(_), Some(_)) => "an edge that FLOORS does not list",
-        _ => "one of them has no line in FLOORS",
-    }
 }
 
 /// Finds the shortest path from one file to another.
