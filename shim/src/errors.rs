@@ -69,6 +69,11 @@ impl CallError {
         matches!(self, Self::Deadline { .. })
     }
 
+    /// True when the peer is gone.
+    pub(crate) fn is_gone(&self) -> bool {
+        matches!(self, Self::Gone(_))
+    }
+
     /// True when the object is not there (any more).
     pub(crate) fn is_not_found(&self) -> bool {
         self.code() == Code::NOT_FOUND

@@ -14,6 +14,7 @@ use protobuf::Message;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::UnixStream,
+    sync::watch,
     time::timeout,
 };
 use ttrpc::{
@@ -36,6 +37,8 @@ pub(crate) struct Agent {
     client: AgentClient,
     vsock: PathBuf,
     call_limit: Duration,
+    /// The VM is over: no call is waited for any more.
+    hung_up: watch::Sender<bool>,
 }
 
 impl std::fmt::Debug for Agent {
@@ -82,6 +85,7 @@ impl Agent {
                 client,
                 vsock,
                 call_limit,
+                hung_up: watch::Sender::new(false),
             },
             hello,
         ))
@@ -100,6 +104,19 @@ impl Agent {
         }
     }
 
+    /// The same agent, whose calls may take `limit`.
+    pub(crate) fn within(&self, limit: Duration) -> Self {
+        Self {
+            call_limit: limit,
+            ..self.clone()
+        }
+    }
+
+    /// Fails every call, those in flight too: the VM is over.
+    pub(crate) fn hang_up(&self) {
+        self.hung_up.send_replace(true);
+    }
+
     /// A context whose deadline is later than the one of [`Self::answered`].
     pub(crate) fn context(&self) -> Context {
         ttrpc::context::with_duration(self.call_limit + CLIENT_DEADLINE_DELAY)
@@ -114,9 +131,16 @@ impl Agent {
         call: &'static str,
         answer: impl Future<Output = ttrpc::Result<T>>,
     ) -> Result<T, CallError> {
-        match timeout(self.call_limit, answer).await {
-            Ok(answered) => answered.map_err(|error| self.failure(call, error)),
-            Err(_) => Err(self.deadline(call)),
+        let mut hung_up = self.hung_up.subscribe();
+        tokio::select! {
+            biased;
+            _ = hung_up.wait_for(|hung_up| *hung_up) => {
+                Err(CallError::Gone(format!("the VM has been ended ({call})")))
+            }
+            answered = timeout(self.call_limit, answer) => match answered {
+                Ok(answered) => answered.map_err(|error| self.failure(call, error)),
+                Err(_) => Err(self.deadline(call)),
+            },
         }
     }
 

@@ -97,6 +97,13 @@ impl Watched {
         self.ended.borrow().is_some()
     }
 
+    /// Whether the kernel is ending it: PF_EXITING among its flags (proc(5), field 9 of stat).
+    pub(crate) fn is_exiting(&self) -> bool {
+        const PF_EXITING: u64 = 4;
+        let flags = || journal::stat_field(self.pid, 9);
+        !self.has_ended() && flags().is_some_and(|flags| flags & PF_EXITING != 0)
+    }
+
     /// Kills it.
     pub(crate) fn kill(&self) {
         if !self.has_ended() {

@@ -174,17 +174,19 @@ fn end_process(pid: i32, start: u64) -> io::Result<()> {
     }
 }
 
-/// When the process began, in clock ticks since boot (proc(5), field 22 of stat).
+/// When the process began, in clock ticks since boot.
 pub(crate) fn start_time(pid: i32) -> Option<u64> {
+    stat_field(pid, 22)
+}
+
+/// A number of `/proc/<pid>/stat` (proc(5)), from field 4 on.
+pub(crate) fn stat_field(pid: i32, number: usize) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The command's name is in brackets and may hold anything: count from its end. Field 3 follows
     // it.
-    stat.rsplit_once(')')?
-        .1
-        .split_whitespace()
-        .nth(19)?
-        .parse()
-        .ok()
+    let fields = stat.rsplit_once(')')?.1;
+    let index = number.checked_sub(3)?;
+    fields.split_whitespace().nth(index)?.parse().ok()
 }
 
 #[cfg(test)]

@@ -42,7 +42,7 @@ struct Outgoing {
 #[derive(Debug, Clone)]
 pub(crate) struct Machine {
     requests: mpsc::Sender<Outgoing>,
-    ended: watch::Receiver<Option<String>>,
+    ended: watch::Sender<Option<String>>,
     /// The size of memory that the guest reached last, in bytes.
     memory: watch::Receiver<u64>,
     limit: Duration,
@@ -53,7 +53,8 @@ impl Machine {
     pub(crate) fn new(socket: OwnedFd, limit: Duration) -> io::Result<Self> {
         let socket = UnixDatagram::from_std(socket.into())?;
         let (requests, receiver) = mpsc::channel(QUEUE_MAX);
-        let (ended_sender, ended) = watch::channel(None);
+        let ended = watch::Sender::new(None);
+        let end = ended.clone();
         let (memory_sender, memory) = watch::channel(0);
         tokio::spawn(async move {
             let mut owner = Owner {
@@ -67,7 +68,7 @@ impl Machine {
             for (_, reply) in owner.pending.drain() {
                 let _ = reply.send(Err(CallError::Gone(reason.clone())));
             }
-            let _ = ended_sender.send(Some(reason));
+            note_end(&end, reason);
         });
         Ok(Self {
             requests,
@@ -102,13 +103,20 @@ impl Machine {
             self.requests.send(outgoing).await.map_err(|_| gone())?;
             answer.await.map_err(|_| gone())?
         };
-        timeout(self.limit, exchange)
-            .await
-            .map_err(|_| CallError::Deadline {
+        tokio::select! {
+            biased;
+            exchanged = timeout(self.limit, exchange) => exchanged.map_err(|_| CallError::Deadline {
                 peer: "the VMM",
                 call: "request",
                 limit: self.limit,
-            })?
+            })?,
+            reason = self.ended() => Err(CallError::Gone(reason)),
+        }
+    }
+
+    /// Counts the machine as ended although the VMM's end of the socket is still open.
+    pub(crate) fn give_up(&self, reason: &str) {
+        note_end(&self.ended, reason.to_owned());
     }
 
     /// Attaches a device and tells where the guest finds it.
@@ -170,7 +178,7 @@ impl Machine {
 
     /// Waits for the end of the machine and tells why it ended.
     pub(crate) async fn ended(&self) -> String {
-        let mut ended = self.ended.clone();
+        let mut ended = self.ended.subscribe();
         match ended.wait_for(Option::is_some).await {
             Ok(reason) => reason.clone().unwrap_or_default(),
             Err(_) => "the VMM's owner ended".to_owned(),
@@ -183,6 +191,15 @@ impl Machine {
             .clone()
             .unwrap_or_else(|| "the VMM is gone".to_owned())
     }
+}
+
+/// The first reason stays.
+fn note_end(ended: &watch::Sender<Option<String>>, reason: String) {
+    ended.send_if_modified(|known| {
+        let first = known.is_none();
+        known.get_or_insert(reason);
+        first
+    });
 }
 
 struct Owner {

@@ -4,11 +4,12 @@
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
+    pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use containerd_shim_protos::{
@@ -30,7 +31,8 @@ use pericarp_protocol::{
     stream::Header,
 };
 use protobuf::well_known_types::{any::Any, timestamp::Timestamp};
-use tokio::net::UnixStream;
+use tokio::{net::UnixStream, time::timeout};
+use tracing::warn;
 
 use crate::{
     errors::CallError,
@@ -56,6 +58,9 @@ use crate::{
     },
 };
 
+/// How long taking a container's mounts away may take.
+const UNMOUNT_MAX: Duration = Duration::from_secs(3);
+
 /// A container.
 #[derive(Debug)]
 pub(crate) struct Container {
@@ -69,6 +74,8 @@ pub(crate) struct Container {
     pub(crate) pause: bool,
     /// Frozen.
     pub(crate) paused: AtomicBool,
+    /// Somebody waits for its end after SIGKILL.
+    pub(crate) doomed: AtomicBool,
     /// What it may use.
     limits: Mutex<ContainerLimits>,
     /// What it asks of its place on the host.
@@ -215,6 +222,7 @@ pub(crate) async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Resul
         pause,
         stand_in,
         paused: AtomicBool::new(false),
+        doomed: AtomicBool::new(false),
         limits: Mutex::new(ContainerLimits::of(&bundle.spec)),
         wish: Mutex::new(Wish::of(&bundle.spec)),
         sample: Mutex::default(),
@@ -256,6 +264,43 @@ pub(crate) async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Resul
         tokio::spawn(watch(Arc::clone(pod), container.id.clone(), init));
     }
     Ok(pid)
+}
+
+#[cfg(test)]
+impl Container {
+    /// A created container without anything on the host.
+    pub(crate) fn made(pod: &Arc<Pod>, id: &str) -> Arc<Self> {
+        let container = Arc::new(Self {
+            id: id.to_owned(),
+            bundle: PathBuf::new(),
+            init: Arc::new(Process::reserve(id, "", 1, Paths::default())),
+            pause: false,
+            paused: AtomicBool::new(false),
+            doomed: AtomicBool::new(false),
+            limits: Mutex::default(),
+            wish: Mutex::default(),
+            stand_in: None,
+            sample: Mutex::default(),
+            disk: Mutex::default(),
+            volumes: Mutex::default(),
+            functions: Mutex::default(),
+            execs: Mutex::default(),
+        });
+        container.init.created(None);
+        reserve(pod, &container).unwrap();
+        let init = Arc::clone(&container.init);
+        tokio::spawn(watch(Arc::clone(pod), id.to_owned(), init));
+        container
+    }
+
+    /// A created exec.
+    pub(crate) fn exec_made(&self, pod: &Arc<Pod>, exec_id: &str) -> Arc<Process> {
+        let exec = Arc::new(Process::reserve(&self.id, exec_id, 1, Paths::default()));
+        exec.created(None);
+        self.execs().insert(exec_id.to_owned(), Arc::clone(&exec));
+        tokio::spawn(watch(Arc::clone(pod), self.id.clone(), Arc::clone(&exec)));
+        exec
+    }
 }
 
 fn reserve(pod: &Pod, container: &Arc<Container>) -> Result<(), CallError> {
@@ -572,11 +617,22 @@ async fn delete_claimed(
     if container.pause {
         return Ok(Exit::now(LOST_STATUS));
     }
-    let deleted = agent_call!(
-        pod.agent,
-        delete_process,
-        &request_of(&container.id, &process.exec_id)
-    );
+    let request = request_of(&container.id, &process.exec_id);
+    let mut call = pin!(async { agent_call!(pod.agent, delete_process, &request) });
+    let deleted = match timeout(pod.kill_limit, &mut call).await {
+        Ok(deleted) => deleted,
+        Err(_) => {
+            // It may unmount a large disk; but nothing is waited for that a dead guest would do.
+            if !pod.agent_answers(&container.id).await {
+                let id = &container.id;
+                pod.give_up(&format!(
+                    "container {id} cannot be deleted: its agent is silent"
+                ))
+                .await;
+            }
+            call.await
+        }
+    };
     let exit = match deleted {
         Ok(response) => Exit {
             status: response.exit_status,
@@ -609,13 +665,18 @@ async fn release(pod: &Arc<Pod>, container: &Container) -> Result<(), CallError>
     }
     let shared = pod.shared.clone();
     let id = container.id.clone();
-    tokio::task::spawn_blocking(move || shared.remove(&id))
-        .await
-        .map_err(|error| CallError::host("unmounting", error))?
-        .map_err(|error| {
-            let object = format!("shared directory of container {}", container.id);
-            CallError::host(object, error)
-        })
+    let object = format!("shared directory of container {}", container.id);
+    let removal = tokio::task::spawn_blocking(move || shared.remove(&id));
+    match timeout(UNMOUNT_MAX, removal).await {
+        Ok(removed) => removed
+            .map_err(|error| CallError::host("unmounting", error))?
+            .map_err(|error| CallError::host(object, error)),
+        Err(_) => {
+            // A file system of the host hangs. What is left goes with the pod.
+            warn!(object, limit = ?UNMOUNT_MAX, "unmounting takes too long and is left alone");
+            Ok(())
+        }
+    }
 }
 
 /// `ResizePty`.

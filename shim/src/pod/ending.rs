@@ -1,7 +1,21 @@
-//! How processes of a pod end: what the guest tells of it, what containerd is told, and `Kill`.
+//! How processes of a pod and its VM end: what the guest tells of it, what containerd is told, and
+//! `Kill`.
+//!
+//! Removal is bounded whatever state guest, agent and VMM are in:
+//!
+//! ```text
+//! SIGKILL to a container ──> its end is told within timeouts.kill_ms ──> done
+//!            │ the agent does not answer, or processes are left
+//!            v
+//!      the VM is ended (SIGKILL to the VMM) ──> every process ends with 137, every call fails at once
+//! ```
+//!
+//! SIGKILL ends a stopped VMM and one in a frozen cgroup (version 2) too. A VMM that does not end
+//! within [`VMM_ENDS_MAX`] waits for the host's kernel; the pod goes on without it.
 
 use std::{
     sync::Arc,
+    sync::atomic::Ordering,
     time::{Duration, SystemTime},
 };
 
@@ -9,17 +23,18 @@ use containerd_shim_protos::{
     events::task::{TaskExit, TaskOOM},
     topics,
 };
-use pericarp_protocol::guest::SignalRequest;
-use tokio::time::timeout;
-use tracing::debug;
+use pericarp_protocol::guest::{ContainerRequest, SignalRequest};
+use tokio::time::{Instant, timeout, timeout_at};
+use tracing::{debug, warn};
 
 use crate::{
     errors::CallError,
     guest::agent_client::agent_call,
     pod::{
         Pod,
-        container::{request_of, timestamp},
+        container::{Container, request_of, timestamp},
         process::{Exit, LOST_STATUS, Phase, Process},
+        undo,
     },
 };
 
@@ -30,6 +45,91 @@ const SIGKILL: u32 = 9;
 const START_FAILED_STATUS: u32 = 255;
 /// How long a process that could not be started may take to end.
 const FAILED_START_ENDS_MAX: Duration = Duration::from_secs(2);
+/// How long a VMM may take to end when it is asked to.
+const SHUT_DOWN_MAX: Duration = Duration::from_secs(2);
+/// How long a VMM may take to end after SIGKILL before the pod goes on without it.
+const VMM_ENDS_MAX: Duration = Duration::from_secs(2);
+/// How long the kernel may take to free the memory of a killed VMM before its cgroup and directory
+/// are removed.
+const VMM_EXITS_MAX: Duration = Duration::from_secs(30);
+/// How long an agent that is about to be given up may take for a small question.
+const PROBE_MAX: Duration = Duration::from_secs(1);
+/// Time in which a VMM whose guest has hung up ends: the connection's end is the first sign of it,
+/// and not its reason.
+pub(crate) const LAST_WORDS_MAX: Duration = Duration::from_secs(2);
+
+impl Pod {
+    /// Notes how the sandbox ended; false when it had ended before.
+    pub(crate) fn note_end(&self, exit: Exit) -> bool {
+        self.exit
+            .send_if_modified(|known| known.is_none() && known.replace(exit).is_none())
+    }
+
+    /// Ends the VM; what is on the host stays until [`Self::tear_down`].
+    pub(crate) async fn stop(&self) {
+        self.note_end(Exit::now(0));
+        if timeout(SHUT_DOWN_MAX, self.machine.shut_down())
+            .await
+            .is_err()
+        {
+            debug!("the VMM does not answer and is killed");
+        }
+        self.end_vm().await;
+    }
+
+    /// Ends the VM and removes everything of the pod.
+    pub(crate) async fn tear_down(&self) {
+        self.stop().await;
+        // Its cgroup is busy until the memory is free, which takes seconds for a large VM.
+        if self.vmm.is_exiting() && timeout(VMM_EXITS_MAX, self.vmm.ended()).await.is_err() {
+            warn!(pid = self.vmm.pid, "the VMM is still ending");
+        }
+        undo(self.state.clone()).await;
+    }
+
+    /// Kills the VMM and waits for its end, for a bounded time. From then on no call waits for the
+    /// agent or the VMM.
+    async fn end_vm(&self) {
+        self.vmm.kill();
+        self.agent.hang_up();
+        if timeout(VMM_ENDS_MAX, self.vmm.ended()).await.is_err() {
+            warn!(
+                pid = self.vmm.pid,
+                "the VMM does not end at once after SIGKILL"
+            );
+        }
+        self.machine.give_up("the VM was ended");
+    }
+
+    /// Ends the VM because it does not work any more. `why` names the container where it matters.
+    pub(crate) async fn give_up(&self, why: &str) {
+        if self.note_end(Exit::now(LOST_STATUS)) {
+            warn!(why, "the VM is ended");
+        }
+        self.end_vm().await;
+    }
+
+    /// The agent's connection broke. A guest that ended by itself says why on the VMM's socket.
+    pub(crate) async fn agent_lost(&self) {
+        if timeout(LAST_WORDS_MAX, self.machine.ended()).await.is_err() {
+            self.give_up("the connection to its agent broke").await;
+        }
+    }
+
+    /// Whether the agent answers at all: a question about container `id` that it needs not wait for.
+    pub(crate) async fn agent_answers(&self, id: &str) -> bool {
+        let agent = self.agent.within(PROBE_MAX);
+        let answer = agent_call!(agent, pids, &container_request(id));
+        !matches!(&answer, Err(error) if error.is_deadline() || error.is_gone())
+    }
+}
+
+fn container_request(id: &str) -> ContainerRequest {
+    ContainerRequest {
+        container_id: id.to_owned(),
+        ..Default::default()
+    }
+}
 
 /// Takes note of an end and tells containerd once.
 pub(crate) async fn ended(pod: &Pod, id: &str, process: &Process, exit: Exit) -> bool {
@@ -100,6 +200,10 @@ pub(crate) async fn watch(pod: Arc<Pod>, id: String, process: Arc<Process>) {
         }
         Err(error) => {
             debug!(%error, process = process.name, "the agent cannot tell how a process ended");
+            if !matches!(error, ttrpc::Error::RpcStatus(_)) {
+                // The process lives until the VM ends, which a broken connection brings about.
+                pod.ended().await;
+            }
             Exit::now(LOST_STATUS)
         }
     };
@@ -164,11 +268,76 @@ pub(crate) async fn kill(
         all,
         ..Default::default()
     };
+    if signal == SIGKILL && exec_id.is_empty() {
+        return kill_for_sure(pod, &container, &request).await;
+    }
     match agent_call!(pod.agent, signal_process, &request) {
-        Err(CallError::Gone(_)) if signal == SIGKILL => {
+        Err(error) if error.is_gone() && signal == SIGKILL => {
+            // A broken connection ends the VM, and its end is the process's.
+            pod.ended().await;
             ended(pod, id, &process, Exit::now(LOST_STATUS)).await;
             Ok(())
         }
         other => other.map(drop),
     }
+}
+
+/// SIGKILL to a container: what does not obey within the limit ends with its VM.
+async fn kill_for_sure(
+    pod: &Arc<Pod>,
+    container: &Arc<Container>,
+    request: &SignalRequest,
+) -> Result<(), CallError> {
+    let deadline = Instant::now() + pod.kill_limit;
+    let agent = pod.agent.within(pod.kill_limit);
+    let answered = agent_call!(agent, signal_process, request);
+    match answered {
+        Err(error) if error.is_deadline() || error.is_gone() => {
+            if error.is_gone() {
+                pod.agent_lost().await;
+            } else {
+                let id = &container.id;
+                pod.give_up(&format!("container {id} cannot be killed: {error}"))
+                    .await;
+            }
+            let exit = Exit::now(LOST_STATUS);
+            ended(pod, &container.id, &container.init, exit).await;
+            Ok(())
+        }
+        answered => {
+            if !container.doomed.swap(true, Ordering::Relaxed) {
+                tokio::spawn(expect_end(Arc::clone(pod), Arc::clone(container), deadline));
+            }
+            answered.map(drop)
+        }
+    }
+}
+
+/// Ends the VM of a container that is not gone at `deadline`, after SIGKILL.
+async fn expect_end(pod: Arc<Pod>, container: Arc<Container>, deadline: Instant) {
+    if timeout_at(deadline, container.init.wait()).await.is_ok() {
+        return;
+    }
+    let id = &container.id;
+    let agent = pod.agent.within(PROBE_MAX);
+    let left = match agent_call!(agent, pids, &container_request(id)) {
+        Ok(left) => left.processes.len(),
+        Err(error) => {
+            pod.give_up(&format!(
+                "container {id} did not end after SIGKILL: {error}"
+            ))
+            .await;
+            return;
+        }
+    };
+    if left == 0 {
+        // Output that nobody reads holds back the guest's word.
+        ended(&pod, id, &container.init, Exit::now(LOST_STATUS)).await;
+        return;
+    }
+    let limit = pod.kill_limit;
+    pod.give_up(&format!(
+        "container {id} still has {left} processes {limit:?} after SIGKILL"
+    ))
+    .await;
 }

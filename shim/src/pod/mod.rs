@@ -73,6 +73,7 @@ use crate::{
     pod::{
         bundle::Bundle,
         container::Container,
+        ending::LAST_WORDS_MAX,
         events::Publisher,
         files::PodFiles,
         placeholder::StandIn,
@@ -87,10 +88,6 @@ use crate::{
 
 /// Bytes of the guest's log that are kept for a diagnosis.
 const GUEST_LOG_BYTES_MAX: u64 = 1 << 20;
-
-/// Time in which a VMM whose guest has hung up ends: the connection's end is the first sign of it,
-/// and not its reason.
-const LAST_WORDS_MAX: Duration = Duration::from_secs(2);
 
 /// What a pod is made from.
 #[derive(Debug, Clone, Default)]
@@ -152,6 +149,8 @@ pub(crate) struct Pod {
     network_namespace: Option<PathBuf>,
     /// What gives it functions of the host.
     pub(crate) passthrough: Arc<Passthrough>,
+    /// How long a container may take to end after SIGKILL.
+    pub(crate) kill_limit: Duration,
     exit: watch::Sender<Option<Exit>>,
     next_stream: AtomicU64,
 }
@@ -240,6 +239,7 @@ impl Pod {
             memory: MemoryVolumes::of(&request.annotations, plan.boot.memory_bytes),
             stand_in: stand_in(namespace)?,
             network_namespace: request.network_namespace.clone(),
+            kill_limit: Duration::from_millis(settings.timeouts.kill_ms),
             exit: watch::Sender::new(None),
             next_stream: AtomicU64::new(1),
         });
@@ -376,21 +376,6 @@ impl Pod {
             .ok()
             .and_then(|exit| *exit);
         known.unwrap_or_else(|| Exit::now(LOST_STATUS))
-    }
-
-    /// Ends the VM; what is on the host stays until [`Self::tear_down`].
-    pub(crate) async fn stop(&self) {
-        self.exit
-            .send_if_modified(|exit| exit.is_none() && exit.replace(Exit::now(0)).is_none());
-        self.machine.shut_down().await;
-        self.vmm.kill();
-        self.vmm.ended().await;
-    }
-
-    /// Ends the VM and removes everything of the pod.
-    pub(crate) async fn tear_down(&self) {
-        self.stop().await;
-        undo(self.state.clone()).await;
     }
 }
 
@@ -662,8 +647,14 @@ async fn keep_guest_log(console: OwnedFd, path: Option<PathBuf>) {
     }
 }
 
-/// Passes the agent's events on. The stream ends with the guest.
+/// Passes the agent's events on. The stream ends with the agent's connection, and the VM with it:
+/// nobody could ask anything of such a guest any more.
 async fn pass_events(pod: Arc<Pod>) {
+    pass_events_on(&pod).await;
+    pod.agent_lost().await;
+}
+
+async fn pass_events_on(pod: &Pod) {
     let subscribed = pod
         .agent
         .client()
@@ -674,7 +665,7 @@ async fn pass_events(pod: Arc<Pod>) {
         match event.event {
             // The guest names the container, so it is believed only if there is one.
             Some(event::Event::OutOfMemory(oom)) if pod.container(&oom.container_id).is_ok() => {
-                ending::out_of_memory(&pod, &oom.container_id).await;
+                ending::out_of_memory(pod, &oom.container_id).await;
             }
             Some(event::Event::DeviceGone(device)) => {
                 debug!(
@@ -725,8 +716,8 @@ fn stand_in(network_namespace: Option<&Path>) -> Result<StandIn, CallError> {
 async fn watch_end(pod: Arc<Pod>) {
     let reason = pod.machine.ended().await;
     pod.vmm.kill();
-    pod.exit
-        .send_if_modified(|exit| exit.is_none() && exit.replace(Exit::now(LOST_STATUS)).is_none());
+    pod.agent.hang_up();
+    pod.note_end(Exit::now(LOST_STATUS));
     for container in pod.containers() {
         if container.lost(&pod).await {
             warn!(
@@ -744,6 +735,9 @@ pub(crate) fn nanoseconds(time: SystemTime) -> i64 {
         .unwrap_or_default();
     i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }
+
+#[cfg(test)]
+mod contract_tests;
 
 #[cfg(test)]
 mod tests {

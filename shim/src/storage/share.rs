@@ -58,6 +58,14 @@ impl SharedDirectory {
         Ok(Self { path })
     }
 
+    /// The directory that is there already.
+    #[cfg(test)]
+    pub(crate) fn at(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+        }
+    }
+
     fn container(&self, id: &str) -> PathBuf {
         self.path.join(id)
     }
