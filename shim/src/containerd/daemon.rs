@@ -67,6 +67,7 @@ pub(crate) struct Daemon {
     publisher: Publisher,
     booted: watch::Sender<Booted>,
     booting: AtomicBool,
+    boot_cancelled: Notify,
     wanted_down: AtomicBool,
     ending: Notify,
 }
@@ -79,7 +80,8 @@ impl Daemon {
         }
         let daemon = Arc::clone(self);
         tokio::spawn(async move {
-            let booted = Pod::boot(request, daemon.publisher.clone()).await;
+            let cancelled = daemon.boot_cancelled.notified();
+            let booted = Pod::boot(request, daemon.publisher.clone(), cancelled).await;
             if let Err(error) = &booted {
                 error!(%error, "the pod cannot boot");
             }
@@ -139,11 +141,18 @@ impl Daemon {
         }
     }
 
+    /// The pod that shall end: one that still boots is given up, and none is left of it.
+    pub(crate) async fn pod_to_end(&self) -> Option<Arc<Pod>> {
+        if !self.booting.load(Ordering::SeqCst) {
+            return None;
+        }
+        self.boot_cancelled.notify_one();
+        self.pod().await.ok()
+    }
+
     /// Ends pod and daemon.
     pub(crate) async fn shut_down(&self) {
-        if self.booting.load(Ordering::SeqCst)
-            && let Ok(pod) = self.pod().await
-        {
+        if let Some(pod) = self.pod_to_end().await {
             pod.tear_down().await;
         }
         debug!("the pod is gone, the daemon ends");
@@ -160,7 +169,10 @@ pub(crate) fn run(args: &Args) -> Result<(), DaemonError> {
         .enable_all()
         .build()
         .map_err(DaemonError::Setup)?;
-    runtime.block_on(serve(args))
+    let served = runtime.block_on(serve(args));
+    // A thread that hangs on a file system of the host must not keep the daemon.
+    runtime.shutdown_background();
+    served
 }
 
 async fn serve(args: &Args) -> Result<(), DaemonError> {
@@ -181,6 +193,7 @@ async fn serve(args: &Args) -> Result<(), DaemonError> {
         publisher,
         booted: watch::Sender::new(None),
         booting: AtomicBool::new(false),
+        boot_cancelled: Notify::new(),
         wanted_down: AtomicBool::new(false),
         ending: Notify::new(),
     });

@@ -88,7 +88,7 @@ impl Sandbox for SandboxService {
     ) -> Answer<StopSandboxResponse> {
         let daemon = Arc::clone(&self.0);
         to_the_end(async move {
-            if let Ok(pod) = daemon.pod().await {
+            if let Some(pod) = daemon.pod_to_end().await {
                 pod.stop().await;
             }
             Ok(StopSandboxResponse::new())

@@ -8,6 +8,9 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{self, BufRead, BufReader, Write},
     path::{Path, PathBuf},
+    sync::mpsc::sync_channel,
+    thread,
+    time::Duration,
 };
 
 use nix::{
@@ -17,6 +20,9 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 use tracing::warn;
+
+/// How long one step of undoing may take; emptying a cgroup is the longest.
+const STEP_MAX: Duration = Duration::from_secs(6);
 
 /// Something that outlives the daemon unless it is undone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,9 +71,13 @@ impl Journal {
 /// Removes the tap `name`, and what redirects to it from `peer`, in a network namespace.
 pub(crate) type RemoveTap = fn(namespace: &Path, name: &str, peer: &str) -> io::Result<()>;
 
-/// Undoes everything in the journal of `dir` and removes `dir`. What cannot be undone is reported
-/// and does not stop the rest.
+/// Undoes everything in the journal of `dir` and removes `dir`. What cannot be undone, or takes
+/// longer than [`STEP_MAX`], is reported and does not stop the rest.
 pub(crate) fn undo(dir: &Path, remove_tap: RemoveTap) -> Result<(), UndoError> {
+    undo_within(dir, remove_tap, STEP_MAX)
+}
+
+fn undo_within(dir: &Path, remove_tap: RemoveTap, limit: Duration) -> Result<(), UndoError> {
     let entries = match File::open(dir.join("journal")) {
         Ok(file) => read(file),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
@@ -80,7 +90,7 @@ pub(crate) fn undo(dir: &Path, remove_tap: RemoveTap) -> Result<(), UndoError> {
     };
     let mut first = None;
     for entry in entries.iter().rev() {
-        if let Err(source) = undo_one(entry, remove_tap) {
+        if let Err(source) = undo_bounded(entry, remove_tap, limit) {
             warn!(?entry, %source, "cannot be undone");
             first.get_or_insert(UndoError {
                 object: format!("{entry:?}"),
@@ -117,6 +127,23 @@ fn read(file: File) -> Vec<Entry> {
         .map_while(Result::ok)
         .filter_map(|line| serde_json::from_str(&line).ok())
         .collect()
+}
+
+/// Undoes `entry` in a thread of its own, which is left behind when the kernel lets it hang: on a
+/// file system of the host that does not answer, say.
+fn undo_bounded(entry: &Entry, remove_tap: RemoveTap, limit: Duration) -> io::Result<()> {
+    let (told, answer) = sync_channel(1);
+    let own = entry.clone();
+    let work = move || {
+        let _ = told.send(undo_one(&own, remove_tap));
+    };
+    thread::Builder::new().name("undo".to_owned()).spawn(work)?;
+    answer.recv_timeout(limit).unwrap_or_else(|_| {
+        Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            format!("not done within {limit:?}"),
+        ))
+    })
 }
 
 fn undo_one(entry: &Entry, remove_tap: RemoveTap) -> io::Result<()> {
@@ -221,6 +248,30 @@ mod tests {
         undo(&state, |_, _, _| Ok(())).unwrap();
         assert!(!outer.exists() && !state.exists());
         undo(&state, |_, _, _| Ok(())).unwrap();
+    }
+
+    #[test]
+    fn a_step_that_hangs_is_reported_and_does_not_stop_the_rest() {
+        fn hangs(_: &Path, _: &str, _: &str) -> io::Result<()> {
+            loop {
+                thread::park();
+            }
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(dir.path()).unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "x").unwrap();
+        let path = file.clone();
+        journal.note(&Entry::Path { path }).unwrap();
+        let tap = Entry::Tap {
+            namespace: "/n".into(),
+            name: "tap0".to_owned(),
+            peer: "eth0".to_owned(),
+        };
+        journal.note(&tap).unwrap();
+        let error = undo_within(dir.path(), hangs, Duration::from_millis(20)).unwrap_err();
+        assert!(error.to_string().contains("tap0"), "{error}");
+        assert!(!file.exists() && dir.path().join("journal").exists());
     }
 
     #[test]

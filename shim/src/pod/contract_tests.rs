@@ -384,6 +384,19 @@ async fn other_signals_and_execs_have_no_such_limit() {
 }
 
 #[tokio::test]
+async fn a_boot_is_given_up_when_the_sandbox_shall_end() {
+    let request = Request {
+        id: "never-boots".to_owned(),
+        ..Request::default()
+    };
+    let (publisher, _events) = Publisher::new("k8s.io".to_owned());
+    let error = Pod::boot(request, publisher, std::future::ready(()))
+        .await
+        .unwrap_err();
+    assert!(error.is_gone(), "{error:?}");
+}
+
+#[tokio::test]
 async fn a_stopped_vmm_is_ended_within_seconds() {
     let mut world = world(Manner::Obeys).await;
     send_signal(Pid::from_raw(world.pod.vmm.pid), Signal::SIGSTOP).unwrap();

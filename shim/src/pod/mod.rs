@@ -156,10 +156,11 @@ pub(crate) struct Pod {
 }
 
 impl Pod {
-    /// Boots a pod. On failure nothing is left.
+    /// Boots a pod, unless it is `cancelled` meanwhile. On failure nothing is left.
     pub(crate) async fn boot(
         request: Request,
         publisher: Publisher,
+        cancelled: impl Future<Output = ()>,
     ) -> Result<Arc<Self>, CallError> {
         let mut config = configure(&request)?;
         let sandbox = cgroups_path(&request).map(|path| cgroup::directories(&path));
@@ -168,7 +169,12 @@ impl Pod {
         let plan = Plan::of(&config.settings, demand(&request)?, host_capacity())?;
         pool.check(sandbox.first(), plan.boot.memory_bytes)?;
         let state = config.settings.paths.run_dir.join(&request.id);
-        match Self::boot_in(&request, (config, plan), &state, publisher).await {
+        let booted = tokio::select! {
+            biased;
+            () = cancelled => Err(CallError::Gone("the sandbox was ended while it booted".into())),
+            booted = Self::boot_in(&request, (config, plan), &state, publisher) => booted,
+        };
+        match booted {
             Ok(pod) => Ok(pod),
             Err(error) => {
                 undo(state).await;
