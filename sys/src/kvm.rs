@@ -4,16 +4,18 @@ use std::{
     collections::BTreeMap,
     io,
     os::fd::{AsRawFd, IntoRawFd, OwnedFd},
-    sync::{Arc, Mutex, PoisonError},
+    ptr::NonNull,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU8, Ordering},
+    },
 };
 
-use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_MEM_READONLY, kvm_run, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 use crate::mapping::Backing;
-
-/// `KVM_SET_SIGNAL_MASK`: `_IOW(KVMIO, 0x8b, struct kvm_signal_mask)`, whose fixed part is 4 bytes.
-const KVM_SET_SIGNAL_MASK: libc::Ioctl = 0x4004_ae8b;
 
 /// `KVM_PRE_FAULT_MEMORY`: `_IOWR(KVMIO, 0xd5, struct kvm_pre_fault_memory)` of 64 bytes.
 const KVM_PRE_FAULT_MEMORY: libc::Ioctl = 0xc040_aed5;
@@ -114,29 +116,78 @@ impl Drop for Slots {
     }
 }
 
-/// Makes the vCPU's run end for `signal` although the thread blocks it, with no moment at which it
-/// could be missed.
+/// The `immediate_exit` flag of one vCPU: while it is set, `KVM_RUN` returns `EINTR` before it
+/// enters the guest. Other threads set it, so the flag has a mapping of its own.
+#[derive(Debug)]
+pub struct ImmediateExit {
+    run: NonNull<kvm_run>,
+}
+
+// SAFETY: the mapping belongs to this value, and only its flag is accessed, atomically.
+unsafe impl Send for ImmediateExit {}
+// SAFETY: as above.
+unsafe impl Sync for ImmediateExit {}
+
+impl ImmediateExit {
+    /// Maps the flag of `vcpu`.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn new(vcpu: &VcpuFd) -> io::Result<Self> {
+        // SAFETY: a new mapping at an address that the kernel chooses; it replaces nothing.
+        let mapped = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                size_of::<kvm_run>(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                vcpu.as_raw_fd(),
+                0,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let run = NonNull::new(mapped.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
+        Ok(Self { run })
+    }
+
+    fn flag(&self) -> &AtomicU8 {
+        // SAFETY: the mapping covers the structure and lives as long as `self`; through it the flag
+        // is accessed in no other way.
+        unsafe { AtomicU8::from_ptr(&raw mut (*self.run.as_ptr()).immediate_exit) }
+    }
+
+    /// Makes this and every later `KVM_RUN` return, until [`Self::take`]. A vCPU that is in the
+    /// guest needs a signal as well.
+    pub fn set(&self) {
+        self.flag().store(1, Ordering::SeqCst);
+    }
+
+    /// Clears the flag, and returns whether it was set.
+    pub fn take(&self) -> bool {
+        self.flag().swap(0, Ordering::SeqCst) != 0
+    }
+}
+
+impl Drop for ImmediateExit {
+    fn drop(&mut self) {
+        // SAFETY: `new` mapped exactly this range, and no reference to it outlives `self`.
+        unsafe { libc::munmap(self.run.as_ptr().cast(), size_of::<kvm_run>()) };
+    }
+}
+
+/// Installs a handler for `signal` that does nothing, so that the signal makes `KVM_RUN` return.
+/// Other system calls go on after it.
 ///
 /// # Errors
 /// The kernel's.
-pub fn interrupt_run_by(vcpu: &VcpuFd, signal: i32) -> io::Result<()> {
-    #[repr(C)]
-    struct Mask {
-        length: u32,
-        blocked: [u8; 8],
-    }
-    let bit = u32::try_from(signal - 1).map_err(io::Error::other)?;
-    let blocked = !1_u64.checked_shl(bit).unwrap_or(0);
-    let mask = Mask {
-        length: 8,
-        blocked: blocked.to_ne_bytes(),
-    };
-    // SAFETY: `mask` is a `struct kvm_signal_mask` with its 8 bytes of signals, read by the kernel
-    // only.
-    let result = unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_SIGNAL_MASK, &raw const mask) };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
+pub fn handle_interrupt(signal: Signal) -> io::Result<()> {
+    extern "C" fn nothing(_signal: libc::c_int) {}
+    let handler = SigHandler::Handler(nothing);
+    let action = SigAction::new(handler, SaFlags::SA_RESTART, SigSet::empty());
+    // SAFETY: the handler touches nothing, so it may run at any point of any thread.
+    unsafe { sigaction(signal, &action) }?;
     Ok(())
 }
 
@@ -170,4 +221,36 @@ pub fn pre_fault(vcpu: &VcpuFd, guest_address: u64, length: u64) -> io::Result<(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kvm() -> Option<Kvm> {
+        match Kvm::new() {
+            Ok(kvm) => Some(kvm),
+            Err(error) => {
+                println!("skipped: /dev/kvm: {error}");
+                None
+            }
+        }
+    }
+
+    #[test]
+    fn the_flag_ends_a_run_until_it_is_taken() {
+        let Some(kvm) = kvm() else { return };
+        let vm = kvm.create_vm().unwrap();
+        let mut vcpu = vm.create_vcpu(0).unwrap();
+        let exit = ImmediateExit::new(&vcpu).unwrap();
+        assert!(!exit.take());
+        exit.set();
+        for _ in 0..2 {
+            assert_eq!(vcpu.run().unwrap_err().errno(), libc::EINTR);
+        }
+        assert!(exit.take());
+        assert!(!exit.take());
+        // Without memory the first instruction exits or fails, but not by a signal.
+        assert!(!matches!(vcpu.run(), Err(error) if error.errno() == libc::EINTR));
+    }
 }

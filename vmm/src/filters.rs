@@ -63,7 +63,7 @@ const COMMON: &[Rule] = &[
     (
         libc::SYS_rt_sigreturn,
         Always,
-        "return from a signal handler",
+        "return from the handler of the signal that ends a run",
     ),
     (libc::SYS_sigaltstack, Always, "a thread's end"),
     (
@@ -99,11 +99,6 @@ const VCPU: &[Rule] = &[
         libc::SYS_ioctl,
         Requests(KVM_OF_VCPU),
         "running the vCPU, and registers of devices",
-    ),
-    (
-        libc::SYS_rt_sigtimedwait,
-        Always,
-        "taking the signal that ended a run",
     ),
     (
         libc::SYS_eventfd2,

@@ -1,14 +1,16 @@
-//! vCPU threads: run, answer exits, stand still when told to.
+//! vCPU threads: run, answer exits, wait at the gate when told to.
 //!
 //! ```text
-//!            gate opens                      signal
-//!  waiting ------------> in KVM_RUN --------------------> at the gate --> waiting or running
-//!                          |   ^  exit answered
+//!            gate opens               flag set, then signal
+//!  waiting ------------> in KVM_RUN -----------------------> at the gate --> waiting or running
+//!                          |   ^  exit answered, or EINTR without the flag
 //!                          +---+
 //! ```
 //!
-//! The signal that ends a run is blocked in the thread and let through by KVM_RUN alone, so it is
-//! never missed.
+//! Two things end a run: the vCPU's `immediate_exit` flag keeps it from entering the guest, and a
+//! signal takes it out. The flag is set first, so a signal that comes between two runs loses
+//! nothing. `EINTR` alone means nothing to us: a stop (SIGSTOP), a debugger, the cgroup freezer and
+//! a suspended host end a run as well, and the vCPU goes on afterwards.
 
 use std::{
     io,
@@ -20,13 +22,14 @@ use std::{
 };
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use nix::sys::signal::{SigSet, SigmaskHow, Signal};
+use nix::sys::signal::{SigSet, Signal};
+use pericarp_sys::kvm::{ImmediateExit, handle_interrupt};
 use vmm_sys_util::signal::Killable;
 
 use super::bus::{Bus, Flow};
 use crate::event_loop::{Doorbell, End};
 
-/// Signal that ends a vCPU's run. A real-time one would queue; this one is only ever pending once.
+/// Signal that takes a vCPU out of the guest.
 const INTERRUPT: Signal = Signal::SIGUSR1;
 
 /// Exits of all vCPUs that came to us, by kind.
@@ -97,11 +100,26 @@ pub(crate) struct Context {
     pub(crate) doorbell: Arc<Doorbell>,
 }
 
+#[derive(Debug)]
+struct VcpuThread {
+    handle: JoinHandle<()>,
+    exit: Arc<ImmediateExit>,
+}
+
+impl VcpuThread {
+    /// Makes the vCPU leave the guest and pass the gate.
+    fn interrupt(&self) {
+        self.exit.set();
+        // A thread that has ended needs no signal.
+        let _ = self.handle.kill(INTERRUPT as i32);
+    }
+}
+
 /// All vCPU threads.
 #[derive(Debug)]
 pub(crate) struct Vcpus {
     gate: Arc<Gate>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Vec<VcpuThread>,
 }
 
 /// Bytes of a vCPU thread's stack: no recursion, no large arrays.
@@ -116,25 +134,27 @@ impl Vcpus {
         confine: fn() -> io::Result<()>,
     ) -> io::Result<Self> {
         let gate = context().gate;
+        handle_interrupt(INTERRUPT)?;
         let mut threads = Vec::new();
         // Nobody is told that the machine has started while one of its threads is not confined.
         let confinement = Arc::new(Barrier::new(vcpus.len() + 1));
         for (id, vcpu) in (0_u16..).zip(vcpus) {
-            pericarp_sys::kvm::interrupt_run_by(&vcpu, INTERRUPT as i32)?;
+            let exit = Arc::new(ImmediateExit::new(&vcpu)?);
             let context = context();
             let confinement_here = Arc::clone(&confinement);
-            let thread = thread::Builder::new()
+            let exit_here = Arc::clone(&exit);
+            let handle = thread::Builder::new()
                 .name(format!("vcpu{id}"))
                 .stack_size(STACK_BYTES)
                 .spawn(move || {
-                    let confined = block_interrupt().and_then(|()| confine());
+                    let confined = unblock_interrupt().and_then(|()| confine());
                     confinement_here.wait();
                     match confined {
-                        Ok(()) => run(id, vcpu, &context),
+                        Ok(()) => run(id, vcpu, &exit_here, &context),
                         Err(error) => context.doorbell.end(End::Vcpu(id, error.to_string())),
                     }
                 })?;
-            threads.push(thread);
+            threads.push(VcpuThread { handle, exit });
         }
         confinement.wait();
         Ok(Self { gate, threads })
@@ -174,36 +194,30 @@ impl Vcpus {
 
     fn interrupt(&self) {
         for thread in &self.threads {
-            // A thread that has ended needs no signal.
-            let _ = thread.kill(INTERRUPT as i32);
+            thread.interrupt();
         }
     }
 }
 
-fn block_interrupt() -> io::Result<()> {
+/// The thread may have inherited a mask that blocks it.
+fn unblock_interrupt() -> io::Result<()> {
     let mut set = SigSet::empty();
     set.add(INTERRUPT);
-    Ok(set.thread_swap_mask(SigmaskHow::SIG_BLOCK).map(drop)?)
+    Ok(set.thread_unblock()?)
 }
 
-/// Takes the pending signal that ended a run.
-fn take_interrupt() {
-    let mut set = SigSet::empty();
-    set.add(INTERRUPT);
-    // It is pending, so this returns at once.
-    let _ = set.wait();
-}
-
-fn run(id: u16, mut vcpu: VcpuFd, context: &Context) {
+fn run(id: u16, mut vcpu: VcpuFd, exit: &ImmediateExit, context: &Context) {
     let gate = &context.gate;
     gate.enter(id);
     loop {
         match step(&mut vcpu, context) {
             Ok(Step::Again) => {}
             Ok(Step::Interrupted) => {
-                take_interrupt();
-                gate.leave();
-                gate.enter(id);
+                // Set again after this, the flag ends the next run.
+                if exit.take() {
+                    gate.leave();
+                    gate.enter(id);
+                }
             }
             Ok(Step::Stop) => break,
             Err(reason) => {

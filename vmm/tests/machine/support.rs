@@ -7,12 +7,13 @@ use std::{
     io::{self, Seek, Write},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        unix::net::UnixListener,
+        unix::{fs::FileExt, net::UnixListener},
     },
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
 
+use nix::unistd::Pid;
 use pericarp_protocol::machine::{
     CONTROL_DESCRIPTOR, Console, CpuMode, Descriptor, Device, DeviceKind, Event, Failure, List,
     MESSAGE_BYTES, Machine, Message, Nothing, PageKind, Request, Rng, Success, Text, Vsock,
@@ -25,7 +26,7 @@ use pericarp_sys::{
 };
 
 /// How long anything may take before a test gives up.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Why a test cannot run here, if so.
 pub(crate) fn missing() -> Option<String> {
@@ -56,6 +57,7 @@ pub(crate) struct Vmm {
     socket: Option<OwnedFd>,
     number: u32,
     events: Vec<Event>,
+    memory: Option<File>,
 }
 
 impl Vmm {
@@ -75,6 +77,7 @@ impl Vmm {
             socket: Some(ours),
             number: 0,
             events: Vec::new(),
+            memory: None,
         }
     }
 
@@ -164,6 +167,7 @@ impl Vmm {
         let start = Start::new(code);
         vmm.ask(&Request::Start(start.machine.clone()), &start.descriptors())
             .unwrap();
+        vmm.memory = Some(start.memory.into());
         let (_, output) = io::pipe().unwrap();
         let console = DeviceKind::Console(Console { output: at(0) });
         vmm.add("console", console, &[output.as_fd()]).unwrap();
@@ -186,6 +190,19 @@ impl Vmm {
         vmm.ask(&Request::Run(Nothing {}), &[]).unwrap();
         assert_eq!(vmm.event(), Event::Started(Nothing {}));
         vmm
+    }
+
+    /// A number in guest memory.
+    pub(crate) fn read_u32(&self, address: u32) -> u32 {
+        let mut bytes = [0; 4];
+        let memory = self.memory.as_ref().expect("a machine was described");
+        memory.read_exact_at(&mut bytes, address.into()).unwrap();
+        u32::from_le_bytes(bytes)
+    }
+
+    /// The process.
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().try_into().unwrap())
     }
 
     /// Adds a device.
@@ -267,7 +284,7 @@ pub(crate) fn switches(pid: u32) -> Vec<u64> {
 }
 
 /// Where the code is loaded and entered.
-const ENTRY: u64 = 1 << 20;
+pub(crate) const ENTRY: u64 = 1 << 20;
 
 /// An ELF with a PVH note around 32-bit code.
 fn kernel(code: &[u8]) -> File {
