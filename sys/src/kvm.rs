@@ -116,6 +116,20 @@ impl Drop for Slots {
     }
 }
 
+/// Creates a virtual machine.
+///
+/// # Errors
+/// The kernel's. `EINTR` is retried: the kernel gives up on the locks of the address space when any
+/// signal or stop is pending.
+pub fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
+    loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            result => return result,
+        }
+    }
+}
+
 /// The `immediate_exit` flag of one vCPU: while it is set, `KVM_RUN` returns `EINTR` before it
 /// enters the guest. Other threads set it, so the flag has a mapping of its own.
 #[derive(Debug)]
@@ -225,6 +239,13 @@ pub fn pre_fault(vcpu: &VcpuFd, guest_address: u64, length: u64) -> io::Result<(
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        os::unix::thread::JoinHandleExt,
+        sync::atomic::AtomicBool,
+        thread,
+        time::{Duration, Instant},
+    };
+
     use super::*;
 
     fn kvm() -> Option<Kvm> {
@@ -240,7 +261,7 @@ mod tests {
     #[test]
     fn the_flag_ends_a_run_until_it_is_taken() {
         let Some(kvm) = kvm() else { return };
-        let vm = kvm.create_vm().unwrap();
+        let vm = create_vm(&kvm).unwrap();
         let mut vcpu = vm.create_vcpu(0).unwrap();
         let exit = ImmediateExit::new(&vcpu).unwrap();
         assert!(!exit.take());
@@ -252,5 +273,25 @@ mod tests {
         assert!(!exit.take());
         // Without memory the first instruction exits or fails, but not by a signal.
         assert!(!matches!(vcpu.run(), Err(error) if error.errno() == libc::EINTR));
+    }
+
+    #[test]
+    fn signals_do_not_keep_a_vm_from_being_created() {
+        let Some(kvm) = kvm() else { return };
+        handle_interrupt(Signal::SIGUSR1).unwrap();
+        let done = Arc::new(AtomicBool::new(false));
+        let finished = Arc::clone(&done);
+        let creator = thread::spawn(move || {
+            let deadline = Instant::now() + Duration::from_secs(2);
+            while Instant::now() < deadline {
+                create_vm(&kvm).unwrap();
+            }
+            finished.store(true, Ordering::SeqCst);
+        });
+        while !done.load(Ordering::SeqCst) && !creator.is_finished() {
+            // SAFETY: the thread was not joined yet, so its handle is valid.
+            unsafe { libc::pthread_kill(creator.as_pthread_t(), libc::SIGUSR1) };
+        }
+        creator.join().unwrap();
     }
 }

@@ -221,10 +221,8 @@ impl Machine {
         let bits = arch::machine::address_bits(&kvm)?;
         let sizes = (description.memory_bytes, description.memory_max_bytes);
         let layout = arch::layout::plan(sizes.0, sizes.1, bits)?;
-        let vm = Arc::new(
-            kvm.create_vm()
-                .map_err(arch::machine::KvmError::at("create machine"))?,
-        );
+        let vm =
+            Arc::new(kvm::create_vm(&kvm).map_err(arch::machine::KvmError::at("create machine"))?);
         arch::machine::set_up(&vm)?;
         let slots = Arc::new(Slots::new(Arc::clone(&vm)));
         let memory = memory::map(&description, layout, file, &slots)?;
