@@ -18,7 +18,10 @@ use io_uring::{IoUring, opcode, squeue, types};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vm_memory::GuestMemoryMmap;
 
-use crate::guest_io::{Segment, VECTORS_MAX, vectors};
+use crate::{
+    guest_io::{Segment, VECTORS_MAX, vectors},
+    interrupted,
+};
 
 /// Kernel threads that one ring may use for what cannot be done at once.
 const WORKERS_MAX: u32 = 4;
@@ -207,7 +210,7 @@ impl DiskIo {
                 }
             }
             Engine::Direct(done) => {
-                let result = direct(&self.file, operation, &slot.vectors);
+                let result = interrupted::retry(|| direct(&self.file, operation, &slot.vectors));
                 done.push((token, result));
                 self.slots[index] = None;
                 self.free.push(index);
@@ -223,12 +226,10 @@ impl DiskIo {
     /// What `io_uring_enter` answers; what was begun stays begun.
     pub fn submit(&mut self) -> io::Result<()> {
         match &self.engine {
-            Engine::Ring(ring) => match ring.submit() {
+            Engine::Ring(ring) => match interrupted::retry(|| ring.submit()) {
                 Ok(_) => Ok(()),
-                // The kernel is short of memory or has answers to give first: they come by the
-                // eventfd.
+                // The kernel has answers to give first: they come by the eventfd.
                 Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
                 Err(error) => Err(error),
             },
             Engine::Direct(_) => Ok(()),

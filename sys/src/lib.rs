@@ -10,6 +10,7 @@ pub mod disk_io;
 pub mod fscontext;
 pub mod guest;
 pub mod guest_io;
+pub mod interrupted;
 pub mod tap;
 pub mod user_namespace;
 pub mod vhost_net;

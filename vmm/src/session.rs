@@ -13,6 +13,7 @@ use pericarp_protocol::machine::{
     Bytes, DeviceBroken, DeviceName, ErrorCode, Event, Failure, GuestShutdown, Nothing, PeersApart,
     Reason, Request, ShutdownKind, Success, VcpuError,
 };
+use pericarp_sys::interrupted;
 
 use crate::{
     control::{Control, Descriptors, Incoming, failure},
@@ -306,7 +307,7 @@ impl Session {
         use std::os::fd::AsFd;
         while self.control.has_waiting() {
             let mut set = [PollFd::new(self.control.as_fd(), PollFlags::POLLOUT)];
-            let ready = poll(&mut set, PollTimeout::from(FAREWELL_MS));
+            let ready = interrupted::retry(|| poll(&mut set, PollTimeout::from(FAREWELL_MS)));
             if !matches!(ready, Ok(1..)) || self.control.flush().is_err() {
                 break;
             }

@@ -10,6 +10,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pericarp_sys::{
     disk_io::{DiskIo, Operation, PUNCH_HOLE, ZERO_DATA_BYTES_MAX, ZERO_RANGE},
     guest_io::Segment,
+    interrupted,
 };
 use virtio_queue::QueueT;
 
@@ -665,7 +666,7 @@ impl VirtioDevice for Blk {
         while self.running.is_some() && self.disk_io.under_way() > 0 {
             let begun = self.disk_io.submit().is_ok();
             let mut set = [PollFd::new(self.disk_io.event(), PollFlags::POLLIN)];
-            let waited = begun && poll(&mut set, PollTimeout::NONE).is_ok();
+            let waited = begun && interrupted::retry(|| poll(&mut set, PollTimeout::NONE)).is_ok();
             // Without an answer, or with a driver that broke a rule meanwhile, what is left is
             // dropped, as by a reset.
             if !waited || self.complete().is_err() {

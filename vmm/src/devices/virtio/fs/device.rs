@@ -10,7 +10,7 @@ use std::{
 };
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-
+use pericarp_sys::interrupted;
 use vhost::{
     VhostBackend, VhostUserMemoryRegionInfo, VringConfigData,
     vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures},
@@ -287,7 +287,7 @@ impl Fs {
 
 /// GET_VRING_BASE (vhost-user protocol, "Front-end message types"): the queue stops, and the answer
 /// says so, and where it stands. By hand, because the library waits for an answer without end.
-fn stop_queue(mut socket: &UnixStream, queue: u16) -> io::Result<u16> {
+pub(super) fn stop_queue(mut socket: &UnixStream, queue: u16) -> io::Result<u16> {
     /// Header (request, flags, size) and `vring state` (index, number).
     const MESSAGE_BYTES: usize = 20;
     const REQUEST: u32 = 11;
@@ -301,10 +301,10 @@ fn stop_queue(mut socket: &UnixStream, queue: u16) -> io::Result<u16> {
     let mut filled = 0;
     while filled < MESSAGE_BYTES {
         let mut set = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-        if poll(&mut set, PollTimeout::from(STOP_MS_MAX))? == 0 {
+        if interrupted::retry(|| poll(&mut set, PollTimeout::from(STOP_MS_MAX)))? == 0 {
             return Err(io::ErrorKind::TimedOut.into());
         }
-        match socket.read(&mut message[filled..])? {
+        match interrupted::retry(|| socket.read(&mut message[filled..]))? {
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
             count => filled += count,
         }

@@ -10,8 +10,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::{
+    memfd::{MFdFlags, memfd_create},
+    signal::Signal,
+};
+use pericarp_sys::kvm::handle_interrupt;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::signal::Killable;
 
 use super::{
     super::{
@@ -20,6 +25,7 @@ use super::{
         saved::Saved,
     },
     config::config,
+    device::stop_queue,
     *,
 };
 
@@ -345,4 +351,22 @@ fn a_daemon_that_hangs_is_given_up() {
     let broken = fs.activate(driver().activation(1 << 32)).unwrap_err();
     assert!(broken.to_string().contains("the daemon has ended"));
     daemon.join().unwrap();
+}
+
+/// Signals that arrive while the event loop waits for the daemon's answer do not lose the daemon.
+#[test]
+fn signals_do_not_end_the_wait_for_the_daemon() {
+    const SIGNALS: usize = 20;
+    handle_interrupt(Signal::SIGUSR2).unwrap();
+    let (near, mut far) = UnixStream::pair().unwrap();
+    let waiter = std::thread::spawn(move || stop_queue(&near, 3).unwrap());
+    let mut message = [0; 20];
+    far.read_exact(&mut message).unwrap();
+    for _ in 0..SIGNALS {
+        waiter.kill(Signal::SIGUSR2 as i32).unwrap();
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    message[16] = 7;
+    far.write_all(&message).unwrap();
+    assert_eq!(waiter.join().unwrap(), 7);
 }
