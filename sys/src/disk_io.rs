@@ -226,12 +226,11 @@ impl DiskIo {
     /// What `io_uring_enter` answers; what was begun stays begun.
     pub fn submit(&mut self) -> io::Result<()> {
         match &self.engine {
-            Engine::Ring(ring) => match interrupted::retry(|| ring.submit()) {
-                Ok(_) => Ok(()),
-                // The kernel has answers to give first: they come by the eventfd.
-                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(()),
-                Err(error) => Err(error),
-            },
+            Engine::Ring(ring) => {
+                let submitted = interrupted::retry(|| ring.submit());
+                submitted.or_else(|error| submit_later(&self.event, error))?;
+                Ok(())
+            }
             Engine::Direct(_) => Ok(()),
         }
     }
@@ -290,6 +289,18 @@ impl DiskIo {
 impl Drop for DiskIo {
     fn drop(&mut self) {
         self.drain();
+    }
+}
+
+/// What was not submitted stays in the ring, and goes when the caller submits again. Returns the
+/// errors that do not pass.
+fn submit_later(event: &EventFd, error: io::Error) -> io::Result<usize> {
+    match error.raw_os_error() {
+        // The kernel has answers to give first: they come by the eventfd.
+        Some(libc::EBUSY) => Ok(0),
+        // It has no memory for now, and there may be no answer that would wake the caller.
+        Some(libc::EAGAIN) => Ok(event.write(1).map(|_| 0)?),
+        _ => Err(error),
     }
 }
 
@@ -509,6 +520,21 @@ mod tests {
         disk.submit().unwrap();
         drop(disk);
         assert_eq!(Arc::strong_count(&memory), 1);
+    }
+
+    #[test]
+    fn a_kernel_without_memory_is_asked_again() {
+        let disk = DiskIo::new(file().into(), 4).unwrap();
+        let is_ready = || {
+            let mut fds = [PollFd::new(disk.event(), PollFlags::POLLIN)];
+            poll(&mut fds, PollTimeout::ZERO).unwrap() == 1
+        };
+        let fails = |number| submit_later(&disk.event, io::Error::from_raw_os_error(number));
+        assert!(fails(libc::EBUSY).is_ok());
+        assert!(fails(libc::EBADF).is_err());
+        assert!(!is_ready());
+        assert!(fails(libc::EAGAIN).is_ok());
+        assert!(is_ready());
     }
 
     #[test]
