@@ -11,11 +11,7 @@
 //! configuration accesses, which come from the vCPU thread that trapped. No method may block on a
 //! peer.
 
-use std::{
-    fmt::Debug,
-    os::fd::{BorrowedFd, RawFd},
-    sync::Arc,
-};
+use std::{fmt::Debug, os::fd::BorrowedFd, sync::Arc};
 
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
@@ -25,28 +21,14 @@ use super::{
     rate_limiter::Rates,
     saved::{Kept, RestoreError, Saved},
 };
+pub(crate) use crate::event_loop::{Poller, Readiness};
 
 /// The guest's memory. Its layout is fixed for the life of the machine: memory that virtio-mem
 /// plugs later is mapped from the start and merely not given out.
 pub(crate) type GuestMemory = Arc<GuestMemoryMmap>;
 
-/// Readiness that a device waits for on a descriptor of its own, as epoll bits (`libc::EPOLLIN`,
-/// ...).
-pub(crate) type Readiness = u32;
-
 /// Bits of a device's own tokens: the transport and the event loop use the rest of the number.
 pub(crate) const TOKEN_BITS: u32 = 23;
-
-/// Adds and removes a device's own descriptors on the event loop. `token` is the device's own
-/// number for the descriptor and comes back in [`VirtioDevice::descriptor_ready`].
-pub(crate) trait Poller: Debug + Send + Sync {
-    /// Starts waiting; level-triggered.
-    fn add(&self, descriptor: RawFd, token: u32, readiness: Readiness) -> std::io::Result<()>;
-    /// Changes what is waited for; 0 waits for hang-up only.
-    fn modify(&self, descriptor: RawFd, token: u32, readiness: Readiness) -> std::io::Result<()>;
-    /// Stops waiting. Call it before the descriptor is closed.
-    fn remove(&self, descriptor: RawFd) -> std::io::Result<()>;
-}
 
 /// Raises interrupts of a device (MSI-X by irqfd).
 pub(crate) trait Interrupt: Debug + Send + Sync {

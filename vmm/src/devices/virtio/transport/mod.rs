@@ -49,7 +49,7 @@ use super::{
     saved::Position,
 };
 use crate::{
-    event_loop::Doorbell,
+    event_loop::{Doorbell, TOKEN_BITS},
     pci::{
         PciFunction, Slot,
         bars::Bars,
@@ -456,9 +456,6 @@ impl VirtioFunction {
 
 /// Marks the tokens of queue notifications; devices number their own descriptors below it.
 const KICK_TOKEN: u32 = 1 << 23;
-
-/// Bits of a token that go through the event loop.
-pub(crate) const TOKEN_BITS: u32 = 24;
 
 const _: () = assert!(KICK_TOKEN < 1 << TOKEN_BITS);
 // One bit a queue: pairs and the control queue of the largest card.

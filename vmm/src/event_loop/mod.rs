@@ -1,27 +1,31 @@
-//! One epoll loop serves everything but the vCPUs; this module names what it waits for and how
-//! others wake it.
+//! One epoll loop serves everything but the vCPUs. This folder has what it waits for, how a device
+//! adds descriptors ([`Poller`]) and how other threads wake it ([`Doorbell`]).
 
-use std::{
-    io,
-    os::fd::{AsRawFd, RawFd},
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
-    },
-};
+mod doorbell;
 
-use vmm_sys_util::{
-    epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
-    eventfd::EventFd,
-};
+use std::{fmt::Debug, io, os::fd::RawFd, sync::Arc};
 
-use crate::{
-    devices::virtio::{
-        device::{Poller, Readiness},
-        transport::TOKEN_BITS,
-    },
-    pci::Slot,
-};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+pub(crate) use self::doorbell::{Doorbell, End};
+use crate::pci::Slot;
+
+/// Readiness of a descriptor, as epoll bits (`libc::EPOLLIN`, ...).
+pub(crate) type Readiness = u32;
+
+/// Bits of a function's token; the loop uses the rest of the number.
+pub(crate) const TOKEN_BITS: u32 = 24;
+
+/// Adds and removes a device's own descriptors on the event loop. `token` is the device's own
+/// number for the descriptor and comes back with its readiness.
+pub(crate) trait Poller: Debug + Send + Sync {
+    /// Starts waiting; level-triggered.
+    fn add(&self, descriptor: RawFd, token: u32, readiness: Readiness) -> io::Result<()>;
+    /// Changes what is waited for; 0 waits for hang-up only.
+    fn modify(&self, descriptor: RawFd, token: u32, readiness: Readiness) -> io::Result<()>;
+    /// Stops waiting. Call it before the descriptor is closed.
+    fn remove(&self, descriptor: RawFd) -> io::Result<()>;
+}
 
 /// What an epoll event is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -153,104 +157,6 @@ impl Poller for FunctionPoller {
     }
 }
 
-/// How the machine ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum End {
-    /// The guest switched itself off.
-    PowerOff,
-    /// The guest asked for a reset.
-    Reset,
-    /// A vCPU could not go on.
-    Vcpu(u16, String),
-}
-
-/// How vCPU threads wake the loop. Whatever a guest does, it is a handful of flags: nothing queues
-/// up.
-#[derive(Debug)]
-pub(crate) struct Doorbell {
-    eventfd: EventFd,
-    slots: [AtomicU64; 4],
-    panicked: AtomicBool,
-    end: Mutex<Option<End>>,
-}
-
-impl Doorbell {
-    /// Silent.
-    pub(crate) fn new() -> io::Result<Self> {
-        Ok(Self {
-            eventfd: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
-            slots: Default::default(),
-            panicked: AtomicBool::new(false),
-            end: Mutex::new(None),
-        })
-    }
-
-    fn wake(&self) {
-        // It fails only when the counter is full, and then the loop is awake already.
-        let _ = self.eventfd.write(1);
-    }
-
-    /// The function at `slot` has work for the loop.
-    pub(crate) fn ring(&self, slot: Slot) {
-        self.slots[usize::from(slot / 64)].fetch_or(1 << (slot % 64), SeqCst);
-        self.wake();
-    }
-
-    /// The guest's kernel says that it panicked.
-    pub(crate) fn panicked(&self) {
-        self.panicked.store(true, SeqCst);
-        self.wake();
-    }
-
-    /// The machine ended; the first reason stays.
-    pub(crate) fn end(&self, end: End) {
-        self.end
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get_or_insert(end);
-        self.wake();
-    }
-
-    /// On the loop: quiet until the next ring.
-    pub(crate) fn answer(&self) {
-        // Nothing to read: another event of the same ring was quicker.
-        let _ = self.eventfd.read();
-    }
-
-    /// Slots that rang.
-    pub(crate) fn take_slots(&self) -> Vec<Slot> {
-        let mut rang = Vec::new();
-        for (base, word) in [0_u8, 64, 128, 192].into_iter().zip(&self.slots) {
-            let bits = word.swap(0, SeqCst);
-            rang.extend(
-                (0..64)
-                    .filter(|bit| bits >> bit & 1 == 1)
-                    .map(|bit| base + bit),
-            );
-        }
-        rang
-    }
-
-    /// Whether the guest panicked since the last call.
-    pub(crate) fn take_panicked(&self) -> bool {
-        self.panicked.swap(false, SeqCst)
-    }
-
-    /// How the machine ended, if it did.
-    pub(crate) fn ended(&self) -> Option<End> {
-        self.end
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-}
-
-impl AsRawFd for Doorbell {
-    fn as_raw_fd(&self) -> RawFd {
-        self.eventfd.as_raw_fd()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -265,19 +171,5 @@ mod tests {
         ] {
             assert_eq!(Source::decode(source.encode()), source);
         }
-    }
-
-    #[test]
-    fn rings_are_flags() {
-        let doorbell = Doorbell::new().unwrap();
-        for slot in [0, 63, 64, 255, 255] {
-            doorbell.ring(slot);
-        }
-        doorbell.end(End::PowerOff);
-        doorbell.end(End::Reset);
-        doorbell.answer();
-        assert_eq!(doorbell.take_slots(), [0, 63, 64, 255]);
-        assert!(doorbell.take_slots().is_empty());
-        assert_eq!(doorbell.ended(), Some(End::PowerOff));
     }
 }
