@@ -8,42 +8,16 @@ use std::{
 };
 
 use pericarp_protocol::machine::{
-    Descriptor, ErrorCode, Event, Failure, FieldError, Message, REQUEST_BYTES, Reason, Request,
-    Success, decode_request, encode_message,
+    Event, Failure, FieldError, Message, REQUEST_BYTES, Request, Success, decode_request,
+    encode_message,
 };
 use pericarp_sys::seqpacket;
+
+use crate::machine::descriptors::Descriptors;
 
 /// Messages that wait for a shim that does not read. Beyond it no request is read, and events are
 /// dropped: a shim that let this many lie will find the machine's state by asking.
 const WAITING_MAX: usize = 64;
-
-/// The descriptors of one request, each taken once.
-#[derive(Debug, Default)]
-pub(crate) struct Descriptors(Vec<Option<OwnedFd>>);
-
-impl Descriptors {
-    /// Those of one request, in order.
-    pub(crate) fn new(received: Vec<OwnedFd>) -> Self {
-        Self(received.into_iter().map(Some).collect())
-    }
-
-    /// Takes the one at a position; `field` is named when there is none.
-    pub(crate) fn take(
-        &mut self,
-        field: &'static str,
-        descriptor: Descriptor,
-    ) -> Result<OwnedFd, FieldError> {
-        let count = self.0.len();
-        let Some(place) = self.0.get_mut(usize::from(descriptor.position)) else {
-            let reason = format!("position {} of {count} descriptors", descriptor.position);
-            return Err(FieldError::new(field, reason));
-        };
-        place.take().ok_or_else(|| {
-            let reason = format!("the descriptor at {} has another use", descriptor.position);
-            FieldError::new(field, reason)
-        })
-    }
-}
 
 /// What came in.
 #[derive(Debug)]
@@ -174,14 +148,6 @@ fn number_of(bytes: &[u8]) -> u32 {
     match bytes {
         [_, _, a, b, c, d, ..] => u32::from_le_bytes([*a, *b, *c, *d]),
         _ => 0,
-    }
-}
-
-/// A failure with a text.
-pub(crate) fn failure(code: ErrorCode, reason: impl ToString) -> Failure {
-    Failure {
-        code,
-        reason: Reason::lossy(&reason.to_string()),
     }
 }
 

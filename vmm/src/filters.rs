@@ -288,7 +288,7 @@ pub(crate) fn confine(kind: Kind) -> Result<(), FilterError> {
     seccompiler::apply_filter(program).map_err(|error| FilterError(error.to_string()))
 }
 
-/// As [`confine`], for [`crate::machine::vcpu::Vcpus::spawn`].
+/// As [`confine`], for the threads that the machine starts.
 pub(crate) fn confine_vcpu() -> io::Result<()> {
     confine(Kind::Vcpu).map_err(io::Error::other)
 }

@@ -16,12 +16,12 @@ use pericarp_protocol::machine::{
 use pericarp_sys::interrupted;
 
 use crate::{
-    control::{Control, Descriptors, Incoming, failure},
+    control::{Control, Incoming},
     devices::virtio::device::{Broken, Command, Readiness},
     event_loop::{End, Source, Waiter},
     filters::{self, Kind},
     jail,
-    machine::Machine,
+    machine::{Machine, descriptors::Descriptors, errors::failure},
 };
 
 /// Requests read at one turn of the loop.

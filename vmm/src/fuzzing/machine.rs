@@ -27,10 +27,9 @@ use super::{
 };
 use crate::{
     arch::layout,
-    control::Descriptors,
     devices::virtio::{device::Command, transport::BAR_BYTES},
     event_loop::{Source, Waiter},
-    machine::Machine,
+    machine::{Machine, descriptors::Descriptors},
     pci::Slot,
 };
 

@@ -12,16 +12,13 @@ use pericarp_protocol::machine::{
     Blk, CacheMode, Descriptor, Device, DeviceKind, FieldError, Fs, Net, Pmem, RateLimit, Vsock,
 };
 
-use super::memory::Memory;
-use crate::{
-    control::Descriptors,
-    devices::virtio::{
-        balloon, blk, console,
-        device::VirtioDevice,
-        fs, mem, net, pmem,
-        rate_limiter::{Rate, Rates},
-        rng, vsock,
-    },
+use super::{descriptors::Descriptors, memory::Memory};
+use crate::devices::virtio::{
+    balloon, blk, console,
+    device::VirtioDevice,
+    fs, mem, net, pmem,
+    rate_limiter::{Rate, Rates},
+    rng, vsock,
 };
 
 /// Why a device could not be made.

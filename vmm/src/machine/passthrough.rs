@@ -23,12 +23,12 @@ use pericarp_sys::{iommufd::Iommufd, mapping::DeviceMapping, vfio::Container};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::{
+    descriptors::Descriptors,
     memory::Memory,
     peers::{self, Peers},
 };
 use crate::{
     arch::layout,
-    control::Descriptors,
     devices::{
         passthrough::function::{FunctionError, PassedFunction},
         virtio::{discard::Pin, transport::Surroundings},
