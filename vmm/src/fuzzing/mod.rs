@@ -23,7 +23,7 @@ use crate::{
     devices::{
         passthrough::{
             function::{Met, meet},
-            mediate::{CONFIG_BYTES, Mediated, mediate},
+            mediate::{CONFIG_BYTES, check},
         },
         virtio::{
             chain, segments,
@@ -148,7 +148,7 @@ fn mediate_and_write(choices: &mut Choices<'_>) -> Option<()> {
     for byte in &mut bytes {
         *byte = choices.byte()?;
     }
-    let seen = check_mediated(&bytes, &sizes)?;
+    let seen = check::mediated(&bytes, &sizes)?;
     let words = Arc::new(SharedWords::new(FUNCTION_BYTES).expect("a page"));
     let mut space = ConfigSpace::show(words, 0, &seen.words, seen.writable);
     loop {
@@ -175,61 +175,6 @@ fn mediate_and_write(choices: &mut Choices<'_>) -> Option<()> {
             }
         }
     }
-}
-
-/// Shows a function and checks the picture: every capability is one of those that are shown, the
-/// list ends, registers of the host's are not the guest's.
-pub(crate) fn check_mediated(bytes: &[u8; CONFIG_BYTES], sizes: &[u64; 6]) -> Option<Mediated> {
-    let seen = mediate(bytes, sizes, false).ok()?;
-    let byte = |at: usize| seen.words[at / 4].to_le_bytes()[at % 4];
-    let mut at = usize::from(byte(0x34));
-    // A capability has four bytes at least.
-    for _ in 0..CONFIG_BYTES / 4 {
-        if at == 0 {
-            break;
-        }
-        assert!(at >= 0x40 && at.is_multiple_of(4));
-        let id = byte(at);
-        assert!(matches!(id, 0x05 | 0x09 | 0x10 | 0x11), "{id:#x}");
-        at = usize::from(byte(at + 1));
-    }
-    assert_eq!(at, 0, "the list of capabilities does not end");
-    assert_eq!(seen.writable[0], 0, "the identity is the function's");
-    assert_eq!(
-        seen.writable[1] & !0x406,
-        0,
-        "few bits of the command register"
-    );
-    assert_eq!(
-        (seen.words[12], seen.writable[12]),
-        (0, 0),
-        "there is no ROM"
-    );
-    if let Some(place) = &seen.msi {
-        let control = seen.words[place.capability / 4] >> 16;
-        assert_eq!(control & !0x80, 0, "one message, off, without masks");
-        assert!(place.data() + 2 <= CONFIG_BYTES);
-    }
-    for bar in &seen.bars {
-        assert!(bar.size.is_power_of_two());
-        let index = 4 + usize::from(bar.register);
-        let mask = u64::from(seen.writable[index])
-            | if bar.wide {
-                u64::from(seen.writable[index + 1]) << 32
-            } else {
-                !0 << 32
-            };
-        assert_eq!(!mask, bar.size - 1);
-    }
-    for place in seen
-        .msix
-        .iter()
-        .flat_map(|msix| [&msix.table, &msix.pending])
-    {
-        let bar = seen.bars.iter().find(|bar| bar.register == place.0);
-        assert!(bar.is_some_and(|bar| place.1.end <= bar.size));
-    }
-    Some(seen)
 }
 
 /// Size of the BAR of [`registers`].

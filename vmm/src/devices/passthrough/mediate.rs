@@ -417,5 +417,7 @@ fn show_msix(
     })
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod check;
 #[cfg(test)]
 mod tests;

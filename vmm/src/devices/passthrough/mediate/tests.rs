@@ -141,6 +141,6 @@ proptest! {
             bytes[STATUS] = 0x10;
             bytes[0x34] = 0x40;
         }
-        crate::fuzzing::check_mediated(&bytes, &sizes);
+        check::mediated(&bytes, &sizes);
     }
 }
