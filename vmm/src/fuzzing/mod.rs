@@ -26,7 +26,8 @@ use crate::{
             mediate::{CONFIG_BYTES, check},
         },
         virtio::{
-            chain, segments,
+            buffers::BufferChain,
+            segments::SegmentChain,
             transport::registers::{Effect, Registers},
         },
     },
@@ -42,8 +43,8 @@ const QUEUE_SIZE: u16 = 16;
 const AVAILABLE: u32 = 0x400;
 const USED: u32 = 0x800;
 
-/// Memory as the guest wrote it: both walkers of descriptor chains end, agree about what is a
-/// chain, and never name a byte outside memory.
+/// Memory as the guest wrote it: both views of descriptor chains end, agree about what is a chain,
+/// and never name a byte outside memory.
 pub fn queue(data: &[u8]) {
     let memory = [(GuestAddress(0), QUEUE_MEMORY_BYTES)];
     let memory = GuestMemoryMmap::from_ranges(&memory).expect("a small mapping");
@@ -54,8 +55,8 @@ pub fn queue(data: &[u8]) {
     let [mut borrowing, mut owning] = [rings(), rings()];
     // A queue's length of chains: as many as the available index may announce.
     for _ in 0..=QUEUE_SIZE {
-        let borrowed = chain::pop(&mut borrowing, &memory);
-        let owned = segments::Chain::take(&mut owning, &memory);
+        let borrowed = BufferChain::take(&mut borrowing, &memory);
+        let owned = SegmentChain::take(&mut owning, &memory);
         match (borrowed, owned) {
             (Ok(Some(borrowed)), Ok(Some(owned))) => {
                 assert_eq!(borrowed.head, owned.head);

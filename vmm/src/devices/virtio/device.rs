@@ -201,3 +201,36 @@ pub(crate) trait VirtioDevice: Debug + Send {
         Vec::new()
     }
 }
+
+/// Reads device configuration that is held as its bytes; bytes past the end read as zero.
+pub(crate) fn read_config(config: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let Some(rest) = usize::try_from(offset)
+        .ok()
+        .and_then(|offset| config.get(offset..))
+    else {
+        return;
+    };
+    let count = rest.len().min(data.len());
+    data[..count].copy_from_slice(&rest[..count]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn configuration_reads_are_bounded_by_its_bytes() {
+        let config = [1, 2, 3, 4];
+        for (offset, expected) in [
+            (0, [1, 2, 3]),
+            (2, [3, 4, 0]),
+            (4, [0, 0, 0]),
+            (u64::MAX, [0, 0, 0]),
+        ] {
+            let mut data = [9; 3];
+            read_config(&config, offset, &mut data);
+            assert_eq!(data, expected, "offset {offset}");
+        }
+    }
+}

@@ -25,6 +25,7 @@
 
 pub(crate) mod balloon;
 pub(crate) mod blk;
+pub(crate) mod buffers;
 pub(crate) mod chain;
 pub(crate) mod console;
 pub(crate) mod device;
@@ -41,4 +42,5 @@ pub(crate) mod saved;
 pub(crate) mod segments;
 pub(crate) mod transport;
 pub(crate) mod turns;
+pub(crate) mod used_ring;
 pub(crate) mod vsock;

@@ -3,10 +3,7 @@
 
 use virtio_queue::QueueT;
 
-use super::{
-    chain::{self, Chain},
-    device::Activation,
-};
+use super::{buffers::BufferChain, device::Activation};
 
 /// Answers up to `chains_max` chains of a queue; `answer` tells how many bytes it wrote. What is
 /// left waits for the next turn, behind all other devices.
@@ -17,7 +14,7 @@ pub(crate) fn serve(
     active: &mut Option<Activation>,
     index: u16,
     chains_max: usize,
-    mut answer: impl FnMut(&mut Chain<'_>) -> Result<u32, String>,
+    mut answer: impl FnMut(&mut BufferChain<'_>) -> Result<u32, String>,
 ) -> Result<(), String> {
     let Some(activation) = active else {
         return Ok(());
@@ -31,7 +28,7 @@ pub(crate) fn serve(
     let wrong = |error: virtio_queue::Error| error.to_string();
     let (mut used_any, mut more) = (false, true);
     for _ in 0..chains_max {
-        let popped = chain::pop(queue, &memory).map_err(|error| error.to_string())?;
+        let popped = BufferChain::take(queue, &memory).map_err(|error| error.to_string())?;
         let Some(mut chain) = popped else {
             // Asked for only here: while the device works the driver need not notify.
             if queue.enable_notification(&*memory).map_err(wrong)? {

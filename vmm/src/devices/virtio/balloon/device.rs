@@ -10,14 +10,14 @@ use super::request::{
     STATISTICS_BYTES_MAX,
 };
 use crate::devices::virtio::{
-    chain::read_config,
+    chain::ChainError,
     device::{
         Activation, ActiveQueue, Broken, Command, CommandError, GuestMemory, Interrupt, Poller,
-        Progress, Readiness, VirtioDevice,
+        Progress, Readiness, VirtioDevice, read_config,
     },
     discard::{Discard, DiscardError},
     saved::{Kept, Position, RestoreError, Saved},
-    segments::{Chain, ChainError},
+    segments::SegmentChain,
 };
 
 /// Entries of each queue. Reporting sends as many ranges at once as its queue has, up to 32.
@@ -76,7 +76,7 @@ struct Running {
     poller: Arc<dyn Poller>,
     queues: Vec<ActiveQueue>,
     /// The driver's buffer for figures: giving it back asks for fresh ones (§5.5.6.3).
-    figures_buffer: Option<Chain>,
+    figures_buffer: Option<SegmentChain>,
 }
 
 /// The balloon.
@@ -154,7 +154,7 @@ impl Balloon {
             };
             let queue = &mut running.queues[position].queue;
             let memory = running.memory.clone();
-            let Some(chain) = Chain::take(queue, &memory)? else {
+            let Some(chain) = SegmentChain::take(queue, &memory)? else {
                 if queue
                     .enable_notification(memory.as_ref())
                     .map_err(ChainError::from)?
@@ -210,7 +210,7 @@ impl Balloon {
         Ok(())
     }
 
-    fn inflate(&mut self, memory: &GuestMemory, chain: &Chain) -> Result<(), ServeError> {
+    fn inflate(&mut self, memory: &GuestMemory, chain: &SegmentChain) -> Result<(), ServeError> {
         let len = chain.readable_len();
         let mut bytes = match usize::try_from(len) {
             Ok(len) if len <= PFNS_MAX * 4 => vec![0; len],
@@ -226,7 +226,7 @@ impl Balloon {
         Ok(())
     }
 
-    fn take_free(&mut self, memory: &GuestMemory, chain: &Chain) -> Result<(), ServeError> {
+    fn take_free(&mut self, memory: &GuestMemory, chain: &SegmentChain) -> Result<(), ServeError> {
         for segment in &chain.writable {
             let Some(run) = request::whole_pages(segment.address.0, segment.len as u64) else {
                 continue;
@@ -249,7 +249,11 @@ impl Balloon {
         }
     }
 
-    fn take_figures(&mut self, memory: &GuestMemory, chain: Chain) -> Result<(), ServeError> {
+    fn take_figures(
+        &mut self,
+        memory: &GuestMemory,
+        chain: SegmentChain,
+    ) -> Result<(), ServeError> {
         let len = usize::try_from(chain.readable_len()).unwrap_or(usize::MAX);
         let mut bytes = vec![0; len.min(STATISTICS_BYTES_MAX)];
         if !chain.read_at(memory, 0, &mut bytes) {

@@ -23,14 +23,14 @@ use super::{
     },
 };
 use crate::devices::virtio::{
-    chain::read_config,
+    chain::ChainError,
     device::{
         Activation, ActiveQueue, Broken, Command, CommandError, GuestMemory, Interrupt, Poller,
-        Readiness, VirtioDevice,
+        Readiness, VirtioDevice, read_config,
     },
     rate_limiter::RateLimiter,
     saved::{Kept, Position, Saved},
-    segments::{self, Chain, ChainError},
+    segments::{self, SegmentChain},
 };
 
 /// Entries of each queue.
@@ -66,7 +66,7 @@ struct Counters {
 struct UnderWay {
     /// Position in `Running::queues`.
     queue: usize,
-    chain: Chain,
+    chain: SegmentChain,
     request: Request,
     /// Data of a read or write, and how much of it is done: the kernel may do less than it was
     /// asked.
@@ -220,7 +220,7 @@ impl Blk {
                 break;
             }
             let active = &mut running.queues[queue].queue;
-            let Some(chain) = Chain::take(active, &running.memory)? else {
+            let Some(chain) = SegmentChain::take(active, &running.memory)? else {
                 running.pending[queue] = active.enable_notification(running.memory.as_ref())?;
                 continue;
             };
@@ -241,7 +241,7 @@ impl Blk {
     }
 
     /// Checks a request and begins it; true when it was answered at once.
-    fn begin(&mut self, queue: usize, chain: Chain) -> Result<bool, ChainError> {
+    fn begin(&mut self, queue: usize, chain: SegmentChain) -> Result<bool, ChainError> {
         let Some(running) = &mut self.running else {
             return Ok(false);
         };
@@ -469,7 +469,7 @@ impl Blk {
     fn answer(
         &mut self,
         queue: usize,
-        chain: &Chain,
+        chain: &SegmentChain,
         status: Status,
         written: u64,
     ) -> Result<(), ChainError> {
@@ -554,7 +554,7 @@ fn outcome(under_way: &UnderWay, result: io::Result<usize>) -> Outcome {
 
 /// Takes a request apart and checks it.
 fn parse(
-    chain: &Chain,
+    chain: &SegmentChain,
     memory: &GuestMemory,
     disk: &Disk,
 ) -> Result<(Request, Vec<Segment>), Status> {

@@ -7,7 +7,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use vm_memory::WriteVolatile;
 
 use super::super::{
-    chain::Buffers,
+    buffers::Buffers,
     device::{Activation, Broken, VirtioDevice},
     saved::{Kept, Saved},
     turns,

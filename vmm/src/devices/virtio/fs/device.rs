@@ -26,8 +26,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
     super::{
-        chain,
-        device::{Activation, ActiveQueue, Broken, GuestMemory, Readiness, VirtioDevice},
+        device::{
+            Activation, ActiveQueue, Broken, GuestMemory, Readiness, VirtioDevice, read_config,
+        },
         saved::{Kept, Saved},
     },
     config::{CONFIG_BYTES, TAG_BYTES, config},
@@ -377,7 +378,7 @@ impl VirtioDevice for Fs {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        chain::read_config(&self.config, offset, data);
+        read_config(&self.config, offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), Broken> {

@@ -9,14 +9,14 @@ use super::{
     request::{self, ANSWER_BYTES, Answer, Config, REQUEST_BYTES, Request},
 };
 use crate::devices::virtio::{
-    chain::read_config,
+    chain::ChainError,
     device::{
         Activation, ActiveQueue, Broken, Command, CommandError, GuestMemory, Interrupt, Progress,
-        VirtioDevice,
+        VirtioDevice, read_config,
     },
     discard::{Discard, DiscardError},
     saved::{Kept, Position, RestoreError, Saved},
-    segments::{Chain, ChainError},
+    segments::SegmentChain,
 };
 
 const QUEUE_SIZES: [u16; 1] = [64];
@@ -152,7 +152,7 @@ impl Mem {
                 return Ok(());
             };
             let memory = memory.clone();
-            let Some(chain) = Chain::take(&mut active.queue, &memory)? else {
+            let Some(chain) = SegmentChain::take(&mut active.queue, &memory)? else {
                 if active.queue.enable_notification(memory.as_ref())? {
                     continue;
                 }
@@ -183,7 +183,7 @@ impl Mem {
 
     fn answer(
         &mut self,
-        chain: &Chain,
+        chain: &SegmentChain,
         memory: &GuestMemory,
         answer: Answer,
     ) -> Result<(), ChainError> {

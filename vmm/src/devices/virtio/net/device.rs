@@ -19,14 +19,14 @@ use super::{
     vhost::{Vhost, VhostError},
 };
 use crate::devices::virtio::{
-    chain::read_config,
+    chain::ChainError,
     device::{
         Activation, ActiveQueue, Broken, Command, CommandError, GuestMemory, Interrupt, Poller,
-        Readiness, VirtioDevice,
+        Readiness, VirtioDevice, read_config,
     },
     rate_limiter::{RateLimiter, Rates},
     saved::{Kept, Position, RestoreError, Saved},
-    segments::{Chain, ChainError},
+    segments::SegmentChain,
 };
 
 /// Entries of a receive or transmit queue that are offered when the parameters name none.
@@ -457,7 +457,7 @@ impl Net {
         else {
             return Ok(false);
         };
-        let Some(chain) = Chain::take(&mut control.queue, memory)? else {
+        let Some(chain) = SegmentChain::take(&mut control.queue, memory)? else {
             return Ok(control.queue.enable_notification(memory.as_ref())?);
         };
         let memory = memory.clone();

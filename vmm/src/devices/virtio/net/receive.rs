@@ -14,10 +14,12 @@ use super::{
     request::{HEADER_BYTES, HEADER_NUM_BUFFERS, PACKET_BYTES_MAX},
 };
 use crate::devices::virtio::{
+    chain::{ChainError, SEGMENTS_MAX},
     device::{ActiveQueue, GuestMemory, Interrupt},
     rate_limiter::RateLimiter,
     saved::Position,
-    segments::{self, Chain, ChainError, SEGMENTS_MAX, Signals, add_used_together, write_segments},
+    segments::{self, SegmentChain, write_segments},
+    used_ring::{Signals, add_used_together},
 };
 
 /// Packets received in one turn of the event loop; the tap stays readable for the next one.
@@ -69,7 +71,7 @@ pub(super) struct Receiver {
     signals: Signals,
     mergeable: bool,
     /// Buffers taken from the driver and not filled yet, their bytes and their descriptors.
-    buffers: VecDeque<Chain>,
+    buffers: VecDeque<SegmentChain>,
     buffers_bytes: u64,
     buffers_segments: usize,
     /// A packet that was read before there was room for it.
@@ -168,7 +170,7 @@ impl Receiver {
     /// Takes buffers until they hold the longest packet.
     fn take_buffers(&mut self, memory: &GuestMemory) -> Result<(), ChainError> {
         while !self.is_full() && self.buffers_bytes < PACKET_BYTES_MAX as u64 {
-            let Some(chain) = Chain::take(&mut self.queue.queue, memory)? else {
+            let Some(chain) = SegmentChain::take(&mut self.queue.queue, memory)? else {
                 break;
             };
             if chain.writable_len() == 0 {

@@ -10,10 +10,11 @@ use super::{
     request::{ETHERNET_HEADER_BYTES, HEADER_BYTES, PACKET_BYTES_MAX},
 };
 use crate::devices::virtio::{
+    chain::ChainError,
     device::{ActiveQueue, GuestMemory, Interrupt},
     rate_limiter::RateLimiter,
     saved::Position,
-    segments::{Chain, ChainError},
+    segments::SegmentChain,
 };
 
 /// Packets sent in one turn of the event loop; what is left waits for the next turn, behind all
@@ -68,7 +69,7 @@ impl Sender {
             if taken == BATCH_MAX || !limiter.admits() {
                 break false;
             }
-            let Some(chain) = Chain::take(queue, memory)? else {
+            let Some(chain) = SegmentChain::take(queue, memory)? else {
                 if queue
                     .enable_notification(memory.as_ref())
                     .map_err(ChainError::from)?
@@ -102,7 +103,7 @@ impl Sender {
 fn send(
     tap: BorrowedFd<'_>,
     memory: &GuestMemory,
-    chain: &Chain,
+    chain: &SegmentChain,
     counters: &mut Counters,
 ) -> Result<(), TapGone> {
     let len = chain.readable_len();

@@ -10,8 +10,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
 
 use super::{
     super::{
-        chain,
-        device::{Activation, Broken, VirtioDevice},
+        device::{Activation, Broken, VirtioDevice, read_config},
         saved::{Kept, RestoreError, Saved},
         turns,
     },
@@ -154,7 +153,7 @@ impl VirtioDevice for Pmem {
         let mut config = [0; CONFIG_BYTES];
         config[..8].copy_from_slice(&self.region_address.to_le_bytes());
         config[8..].copy_from_slice(&self.region_bytes().to_le_bytes());
-        chain::read_config(&config, offset, data);
+        read_config(&config, offset, data);
     }
 
     fn region_size(&self) -> Option<u64> {

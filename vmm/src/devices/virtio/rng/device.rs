@@ -4,7 +4,7 @@ use pericarp_sys::random;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::super::{
-    chain::Buffers,
+    buffers::Buffers,
     device::{Activation, Broken, VirtioDevice},
     saved::{Kept, Saved},
     turns,

@@ -10,7 +10,7 @@ use std::{
 
 use nix::sys::socket::{MsgFlags, sendmsg};
 
-use super::super::chain::Buffers;
+use super::super::buffers::Buffers;
 
 /// Bytes copied out of guest memory at once.
 const COPY_BYTES: usize = 4096;

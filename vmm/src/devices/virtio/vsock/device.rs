@@ -10,8 +10,9 @@ use virtio_queue::{Queue, QueueT};
 
 use super::{
     super::{
+        buffers::BufferChain,
         chain,
-        device::{Activation, Broken, GuestMemory, Readiness, VirtioDevice},
+        device::{Activation, Broken, GuestMemory, Readiness, VirtioDevice, read_config},
         saved::{Kept, RestoreError, Saved},
     },
     muxer::Muxer,
@@ -105,7 +106,7 @@ impl Vsock {
         let [queue] = queues(activation, [EVENT]);
         let Some(queue) = queue else { return Ok(()) };
         // A driver without a buffer for it finds out by its own time-outs.
-        if let Some(mut chain) = chain::pop(queue, &memory).map_err(|e| self.broken(e))? {
+        if let Some(mut chain) = BufferChain::take(queue, &memory).map_err(|e| self.broken(e))? {
             let count = chain.writable.write(&TRANSPORT_RESET);
             let count = u32::try_from(count).map_err(|e| self.broken(e))?;
             queue
@@ -166,7 +167,8 @@ impl Vsock {
             if !self.muxer.takes_packets() {
                 return Ok(true);
             }
-            let Some(mut chain) = chain::pop(queue, memory).map_err(|e| self.broken(e))? else {
+            let Some(mut chain) = BufferChain::take(queue, memory).map_err(|e| self.broken(e))?
+            else {
                 if queue
                     .enable_notification(&**memory)
                     .map_err(|e| self.broken(e))?
@@ -203,7 +205,8 @@ impl Vsock {
             if !self.muxer.has_output() {
                 return Ok(false);
             }
-            let Some(mut chain) = chain::pop(queue, memory).map_err(|e| self.broken(e))? else {
+            let Some(mut chain) = BufferChain::take(queue, memory).map_err(|e| self.broken(e))?
+            else {
                 // Only now is a notification of new buffers wanted.
                 if queue
                     .enable_notification(&**memory)
@@ -260,7 +263,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        chain::read_config(&self.guest_cid.to_le_bytes(), offset, data);
+        read_config(&self.guest_cid.to_le_bytes(), offset, data);
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), Broken> {

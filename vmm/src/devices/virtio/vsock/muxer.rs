@@ -30,7 +30,7 @@ use nix::sys::{
 
 use super::{
     super::{
-        chain::Buffers,
+        buffers::Buffers,
         device::{Poller, Readiness},
     },
     buffer::Backlog,

@@ -14,7 +14,7 @@ use nix::sys::socket::{MsgFlags, recv, send};
 
 use super::{
     super::{
-        super::chain::Buffers,
+        super::buffers::Buffers,
         buffer::Backlog,
         connection::{Connection, Ended, Event, Phase},
         packet::{HEADER_BYTES, HOST_CID, Header, Operation, TYPE_STREAM},
