@@ -38,9 +38,11 @@ const fn allow(device_type: u32, major: Option<u32>, minor: Option<u32>, access:
 
 const ALL: u32 = MKNOD | READ | WRITE;
 
-/// What every container may use, as under runc: nodes of any device may be made, and the devices
-/// that every system has may be used (config-linux.md, "Default Devices"), with pseudo-terminals.
-const DEFAULTS: [Rule; 10] = [
+/// Devices that every container may use. The list is runc's (`AllowedDevices` of
+/// `libcontainer/specconv/spec_linux.go`): a container may create a node for any device, and it may
+/// open the default devices of the specification (config-linux.md, "Default Devices"),
+/// pseudo-terminals, and `/dev/net/tun`, which VPN clients open without asking for it.
+const DEFAULTS: [Rule; 11] = [
     allow(CHARACTER, None, None, MKNOD),
     allow(BLOCK, None, None, MKNOD),
     allow(CHARACTER, Some(1), Some(3), ALL),
@@ -51,6 +53,7 @@ const DEFAULTS: [Rule; 10] = [
     allow(CHARACTER, Some(5), Some(0), ALL),
     allow(CHARACTER, Some(5), Some(2), ALL),
     allow(CHARACTER, Some(136), None, ALL),
+    allow(CHARACTER, Some(10), Some(200), ALL),
 ];
 
 /// The rules of the specification, then for devices that the caller adds, then the default ones, as

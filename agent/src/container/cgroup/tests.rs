@@ -227,6 +227,38 @@ fn usual_devices_are_allowed_and_others_are_not() {
 }
 
 #[test]
+fn the_default_devices_are_those_of_runc() {
+    // `AllowedDevices` of runc's libcontainer/specconv/spec_linux.go.
+    let opened = [
+        (1, 3),
+        (1, 5),
+        (1, 7),
+        (1, 8),
+        (1, 9),
+        (5, 0),
+        (5, 2),
+        (10, 200),
+        (136, 0),
+    ];
+    let rules: Vec<_> = serde_json::from_value(json!([{"allow": false, "access": "rwm"}])).unwrap();
+    for major in 0..256 {
+        for minor in [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 199, 200, 201, 255] {
+            let expected = opened.contains(&(major, minor)) || major == 136;
+            let found = allowed(&rules, CHARACTER, major, minor, READ | WRITE | MKNOD);
+            assert_eq!(found, expected, "c {major}:{minor}");
+            assert!(
+                !allowed(&rules, BLOCK, major, minor, READ),
+                "b {major}:{minor}"
+            );
+            assert!(
+                allowed(&rules, BLOCK, major, minor, MKNOD),
+                "b {major}:{minor}"
+            );
+        }
+    }
+}
+
+#[test]
 fn a_later_refusal_takes_a_part_away() {
     let rules: Vec<_> = serde_json::from_value(json!([
         {"allow": true, "type": "b", "major": 8, "access": "rw"},
