@@ -151,10 +151,9 @@ fn arguments(plan: &ProcessPlan) -> Result<Arguments, ContainerError> {
     };
     let args = strings(&plan.args, "process.args")?;
     let mut env = plan.env.clone();
-    if env.iter().all(|entry| {
-        matches!(entry.split_once('='), Some(("HOME", "")) | None) || !entry.starts_with("HOME=")
-    }) {
-        env.retain(|entry| !entry.starts_with("HOME="));
+    // An empty HOME counts as none (runc, `prepareEnv`). The plan has each name once.
+    env.retain(|entry| entry != "HOME=");
+    if !env.iter().any(|entry| entry.starts_with("HOME=")) {
         env.push(format!("HOME={}", home(plan.uid)));
     }
     let path = find(&plan.args[0], &env)?;
@@ -191,7 +190,6 @@ fn find(program: &str, env: &[String]) -> Result<CString, ContainerError> {
     }
     let path = env
         .iter()
-        .rev()
         .find_map(|entry| entry.strip_prefix("PATH="))
         .unwrap_or_default();
     let mut denied = None;

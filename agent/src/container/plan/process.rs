@@ -1,6 +1,6 @@
 //! A process: what it executes, as whom, and with which limits.
 
-use std::path::PathBuf;
+use std::{collections::HashSet, path::PathBuf};
 
 use oci_spec::runtime::{
     IOPriorityClass, Linux, LinuxPersonality, LinuxPersonalityDomain, LinuxSchedulerFlag,
@@ -79,8 +79,7 @@ pub(in super::super) fn of(
         let reason = "empty; it must name the program";
         return Err(ContainerError::invalid(format!("{field}.args"), reason));
     }
-    let env = process.env().clone().unwrap_or_default();
-    check_strings(&env, &format!("{field}.env"))?;
+    let env = environment(process.env().as_deref().unwrap_or_default(), field)?;
     if !process.cwd().is_absolute() {
         let reason = format!("{:?} is not absolute", process.cwd());
         return Err(ContainerError::invalid(format!("{field}.cwd"), reason));
@@ -125,6 +124,33 @@ pub(in super::super) fn of(
         args,
         env,
     })
+}
+
+/// The environment that the program gets. Where a name occurs twice, the last value counts and the
+/// others go: containerd puts the pod's variables behind the image's, and getenv(3) returns the
+/// first. An entry must have a name and a value. Both are as in runc (`prepareEnv` of
+/// `libcontainer/env.go`).
+fn environment(entries: &[String], field: &str) -> Result<Vec<String>, ContainerError> {
+    let field = format!("{field}.env");
+    check_strings(entries, &field)?;
+    let mut names = HashSet::new();
+    let mut env = Vec::new();
+    for (index, entry) in entries.iter().enumerate().rev() {
+        let invalid = |reason| {
+            ContainerError::invalid(format!("{field}[{index}]"), format!("{entry:?} {reason}"))
+        };
+        let (name, _) = entry
+            .split_once('=')
+            .ok_or_else(|| invalid("has no \"=\""))?;
+        if name.is_empty() {
+            return Err(invalid("has no name"));
+        }
+        if names.insert(name) {
+            env.push(entry.clone());
+        }
+    }
+    env.reverse();
+    Ok(env)
 }
 
 fn check_strings(strings: &[String], field: &str) -> Result<(), ContainerError> {

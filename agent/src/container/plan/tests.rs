@@ -117,6 +117,40 @@ fn cgroup_is_the_unified_hierarchy() {
 }
 
 #[test]
+fn the_last_value_of_a_variable_counts() {
+    let env = |entries: Value| {
+        let mut spec = spec();
+        spec["process"]["env"] = entries;
+        planned(spec).map(|plan| plan.process.env)
+    };
+    // The image's first, the pod's behind it; the order of the last occurrences stays.
+    assert_eq!(
+        env(json!([
+            "PATH=/image",
+            "A=image",
+            "B=1",
+            "A=",
+            "HOME=/one",
+            "PATH=/pod",
+            "A=pod=x",
+            "HOME=/two"
+        ]))
+        .unwrap(),
+        ["B=1", "PATH=/pod", "A=pod=x", "HOME=/two"]
+    );
+    // A value may be empty, and a name is all that stands before the first "=".
+    assert_eq!(env(json!(["A=x", "AB=y", "A="])).unwrap(), ["AB=y", "A="]);
+    for (entries, refusal) in [
+        (json!(["A=1", "B"]), "process.env[1]: \"B\" has no \"=\""),
+        (json!(["=1", "A=1"]), "process.env[0]: \"=1\" has no name"),
+        (json!([""]), "process.env[0]: \"\" has no \"=\""),
+        (json!(["A=\0"]), "process.env[0]: holds a NUL"),
+    ] {
+        assert_eq!(env(entries).unwrap_err().to_string(), refusal);
+    }
+}
+
+#[test]
 fn refusals_name_their_field() {
     let table: [(&str, Value, &str); 17] = [
         ("/root", Value::Null, "root: missing"),
