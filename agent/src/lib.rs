@@ -50,6 +50,10 @@ mod uevents;
 /// The program.
 pub fn main() -> ExitCode {
     let started_us = init::boot_time_us();
+    // All that the agent starts would ignore what its own starter ignored.
+    if let Err(error) = pericarp_sys::signals::reset_inherited() {
+        log::warn(format_args!("cannot reset inherited signals: {error}"));
+    }
     let mut arguments = env::args_os().skip(1);
     let first = arguments.next();
     match first.as_deref().and_then(|word| word.to_str()) {

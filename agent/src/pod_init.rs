@@ -12,6 +12,7 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, unshare},
     sys::signal::{SigSet, Signal},
@@ -20,6 +21,7 @@ use nix::{
 use pericarp_sys::{
     children::{collect, peek_ended},
     process::{Placement, spawn_placed},
+    signals,
 };
 
 use crate::log;
@@ -61,8 +63,10 @@ pub(crate) fn spawn() -> io::Result<PodInit> {
 pub(crate) fn main() -> ! {
     let mut child_ended = SigSet::empty();
     child_ended.add(Signal::SIGCHLD);
-    if let Err(error) = child_ended
-        .thread_block()
+    // Containers see this process, and under runc the pause process has no ignored signal either.
+    if let Err(error) = signals::reset_all()
+        .map_err(|_| Errno::last())
+        .and_then(|()| child_ended.thread_block())
         .and_then(|()| give_everything_up())
     {
         log::error(format_args!("cannot keep the pod's PID namespace: {error}"));

@@ -30,6 +30,7 @@ pub mod pidfd;
 pub mod random;
 pub mod seccomp;
 pub mod seqpacket;
+pub mod signals;
 pub mod socket_io;
 pub mod terminal;
 pub mod vfio;

@@ -1,5 +1,6 @@
 //! `process`: user, groups, capabilities, limits, environment, working directory.
 
+use nix::sys::signal::{SigSet, Signal};
 use serde_json::json;
 
 use crate::harness::*;
@@ -186,6 +187,74 @@ fn programs_are_found_by_the_containers_path() {
     place.spec["process"]["env"] = json!(["PATH=/nonesuch:/data"]);
     // Busybox does not know that name and says so with 127 itself; it ran.
     assert_eq!(place.try_run().unwrap().status, 127);
+}
+
+/// What a program gets, seen by one that does not interpret it: a shell merges variables.
+#[test]
+fn the_environment_has_each_name_once() {
+    let mut place = Place::new();
+    let env = json!([
+        "PATH=/nonesuch",
+        "A=image",
+        "HOME=/image",
+        "PATH=/bin",
+        "A=pod",
+        "HOME="
+    ]);
+    let expected = "PATH=/bin\nA=pod\nHOME=/root\n";
+    place.spec["process"]["env"] = env.clone();
+    place.spec["process"]["args"] = json!(["env"]);
+    assert_eq!(place.try_run().unwrap().stdout, expected);
+    let running = place.sleeping();
+    let mut process = process(&["env"]);
+    process["env"] = env;
+    assert_eq!(running.exec(process.clone()).unwrap().stdout, expected);
+    process["env"] = json!(["PATH=/bin", "A"]);
+    let error = running.exec(process).unwrap_err().to_string();
+    assert_eq!(error, "process.env[1]: \"A\" has no \"=\"");
+}
+
+/// SIGPIPE is ignored in this process by Rust's runtime.
+#[test]
+fn a_process_begins_with_default_signals() {
+    let mut blocked = SigSet::empty();
+    blocked.add(Signal::SIGUSR2);
+    blocked.thread_block().unwrap();
+    let none = "SigBlk: 0000000000000000\nSigIgn: 0000000000000000\nSigCgt: 0000000000000000\n";
+    let grep = ["grep", "^Sig[BIC]", "/proc/self/status"];
+    let mut place = Place::new();
+    place.spec["process"]["args"] = json!(grep);
+    let hook = |name: &str| {
+        let script = format!("busybox grep '^Sig[BIC]' /proc/self/status > {name}");
+        json!([{"path": "/bin/sh", "args": ["sh", "-c", script]}])
+    };
+    let said = place.outside("hooks");
+    place.spec["hooks"] = json!({
+        "createRuntime": hook(said.join("runtime").to_str().unwrap()),
+        "createContainer": hook(said.join("container").to_str().unwrap()),
+        "poststart": hook(said.join("poststart").to_str().unwrap()),
+    });
+    let outcome = place.try_run().unwrap();
+    assert_eq!(outcome.stdout.replace('\t', " "), none);
+    for name in ["runtime", "container", "poststart"] {
+        let seen = std::fs::read_to_string(said.join(name)).unwrap();
+        assert_eq!(seen.replace('\t', " "), none, "{name}");
+    }
+    place.spec.as_object_mut().unwrap().remove("hooks");
+    let running = place.sleeping();
+    assert_eq!(
+        running
+            .exec(process(&grep))
+            .unwrap()
+            .stdout
+            .replace('\t', " "),
+        none
+    );
+    // A writer ends with its reader.
+    let outcome = running
+        .sh("(cat /dev/zero; echo $? > /tmp/status) | head -c 1 > /dev/null; cat /tmp/status");
+    assert_eq!(outcome.stdout, format!("{}\n", 128 + libc::SIGPIPE));
+    blocked.thread_unblock().unwrap();
 }
 
 #[test]

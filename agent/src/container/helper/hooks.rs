@@ -9,7 +9,7 @@ use std::{
 };
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use pericarp_sys::pidfd;
+use pericarp_sys::{pidfd, signals};
 
 use super::super::{error::ContainerError, plan::hooks::Hook};
 
@@ -58,7 +58,7 @@ fn spawn(hook: &Hook, state: &[u8], words: &File) -> io::Result<Child> {
     input.rewind()?;
     let (name, args) = hook.args.split_first().ok_or(io::ErrorKind::InvalidInput)?;
     let env = hook.env.iter().filter_map(|entry| entry.split_once('='));
-    Command::new(&hook.path)
+    signals::reset_in(&mut Command::new(&hook.path))
         .arg0(name)
         .args(args)
         .env_clear()

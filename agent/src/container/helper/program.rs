@@ -22,7 +22,7 @@ use nix::{
     sys::stat::{Mode, fstat, makedev, umask},
     unistd::{AccessFlags, chdir, dup2_stderr, dup2_stdin, dup2_stdout, execve, faccessat},
 };
-use pericarp_sys::{attributes, descriptors, seccomp};
+use pericarp_sys::{attributes, descriptors, seccomp, signals};
 
 use super::{
     super::{
@@ -62,6 +62,9 @@ pub(super) fn run(program: Program<'_>, socket: &UnixStream) -> Result<Infallibl
     hooks::run(program.start_hooks, &program.hook_state)?;
     // Nothing of the agent's or of the guest's goes along, whoever forgot to mark it.
     descriptors::close_all_on_exec().step("close", "descriptors")?;
+    // Ignored and blocked signals would stay so in the new program, and Rust's runtime ignores
+    // SIGPIPE. Before the system call filter, which may refuse the calls.
+    signals::reset_all().step("reset", "the signals")?;
     let last = identity::last_capability()?;
     if plan.no_new_privileges {
         nix::sys::prctl::set_no_new_privs().step("set", "process.noNewPrivileges")?;
