@@ -34,8 +34,7 @@ pub(crate) const BLOCKING_THREADS_MAX: usize = 32;
 /// How long an unused thread waits for work: its stack is memory of the pod.
 pub(crate) const BLOCKING_THREAD_KEEP_ALIVE: Duration = Duration::from_millis(100);
 
-/// Descriptors of the agent, and of containers whose specification sets no limit: the kernel's
-/// default of 1024 is too few for a full pod's streams, and this is what container engines give.
+/// Descriptors of the agent: the kernel's default of 1024 is too few for a full pod's streams.
 const DESCRIPTORS_MAX: u64 = 1 << 20;
 
 /// File system type of an initramfs that is no tmpfs (uapi/linux/magic.h).

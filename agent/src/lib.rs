@@ -32,6 +32,7 @@ mod forward;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod init;
+mod limits;
 mod log;
 mod network;
 mod oom;

@@ -31,6 +31,7 @@ use crate::{
     events::Events,
     files, init,
     init::Options,
+    limits::Limits,
     log,
     oom::OomWatch,
     pod_init::{self, PodInit},
@@ -62,6 +63,7 @@ pub(crate) struct Pod {
     pub(crate) storages: Table<storage::Attached>,
     /// The image of drivers, where the host gave one. Locked on threads that may block only.
     pub(crate) drivers: Mutex<Option<Drivers>>,
+    pub(crate) limits: Limits,
     /// Told when the host has asked for power-off and everything has ended.
     pub(crate) powering_off: Notify,
     sandbox: Mutex<SandboxState>,
@@ -114,6 +116,7 @@ impl Pod {
     pub(crate) fn new(options: Options) -> io::Result<Self> {
         let events = Arc::new(Events::default());
         Ok(Self {
+            limits: Limits::new(options.in_guest()),
             options,
             reaper: Arc::default(),
             streams: Arc::default(),

@@ -35,6 +35,23 @@ async fn a_container_runs_from_creation_to_deletion() {
 }
 
 #[tokio::test]
+async fn what_the_agents_starter_ignores_is_not_ignored_in_containers() {
+    let Some(guest) = Guest::configured().await else {
+        return;
+    };
+    let status = std::fs::read_to_string(format!("/proc/{}/status", guest.agent_pid())).unwrap();
+    // SIGPIPE alone, which Rust's runtime ignores.
+    assert!(status.contains("SigIgn:\t0000000000001000\n"), "{status}");
+    let spec = guest.spec(&["grep", "^Sig[BIC]", "/proc/self/status"]);
+    let (output, ..) = guest.run("c", &spec).await.unwrap();
+    let none = "0000000000000000";
+    assert_eq!(
+        output,
+        format!("SigBlk:\t{none}\nSigIgn:\t{none}\nSigCgt:\t{none}\n")
+    );
+}
+
+#[tokio::test]
 async fn states_and_names_are_guarded() {
     let Some(guest) = Guest::configured().await else {
         return;

@@ -10,9 +10,9 @@ use common::{Guest, deadline, refusal};
 use pericarp_protocol::{
     GUEST_PROTOCOL_MAJOR,
     guest::{
-        BindSource, ConfigureSandboxRequest, Directory, Empty, Interface, Neighbour, Overlay,
-        Route, Scratch, SetClockRequest, StatsRequest, Storage, UpdateNetworkRequest,
-        storage::Source,
+        BindSource, ConfigureSandboxRequest, Directory, Empty, Interface, Neighbour, NodeLimits,
+        Overlay, ResourceLimit, Route, Scratch, SetClockRequest, StatsRequest, Storage,
+        UpdateNetworkRequest, storage::Source,
     },
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -85,6 +85,45 @@ async fn a_sandbox_is_configured_once() {
     assert!(
         shm.contains("size=1024k") && shm.contains("nosuid,nodev,noexec"),
         "{shm}"
+    );
+}
+
+#[tokio::test]
+async fn the_nodes_limits_are_those_of_processes() {
+    let Some(guest) = Guest::start().await else {
+        return;
+    };
+    let limit = |resource, soft, hard| ResourceLimit {
+        resource,
+        soft,
+        hard,
+        ..Default::default()
+    };
+    let mut request = ConfigureSandboxRequest {
+        sandbox_id: "sandbox".to_owned(),
+        node_limits: Some(NodeLimits {
+            resources: vec![limit(7, 1024, 512)],
+            ..Default::default()
+        })
+        .into(),
+        ..Default::default()
+    };
+    let (code, text) = refusal(guest.client.configure_sandbox(deadline(), &request).await);
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(text.starts_with("node_limits.resources"), "{text}");
+    request.node_limits.mut_or_insert_default().resources =
+        vec![limit(6, 5000, 6000), limit(7, 1024, 4096)];
+    guest
+        .client
+        .configure_sandbox(deadline(), &request)
+        .await
+        .unwrap();
+    let script = "grep 'processes\\|open files' /proc/self/limits | tr -s ' '";
+    let spec = guest.spec(&["sh", "-c", script]);
+    let (output, ..) = guest.run("c", &spec).await.unwrap();
+    assert_eq!(
+        output,
+        "Max processes 5000 6000 processes \nMax open files 1024 4096 files \n"
     );
 }
 

@@ -24,6 +24,9 @@ pub const CONTAINERS_MAX: usize = 1024;
 /// Exec processes of one container that live or wait to be deleted.
 pub const EXECS_MAX: usize = 1024;
 
+/// Resource limits of processes: one for each `RLIMIT_*` of Linux (`RLIM_NLIMITS`).
+pub const RESOURCE_LIMITS_MAX: usize = 16;
+
 /// Events that wait for the host before the oldest kind is folded into one.
 pub const EVENTS_PENDING_MAX: usize = 256;
 

@@ -1,9 +1,9 @@
 //! Attributes of processes that the kernel keeps beside their memory: limits, scheduling, I/O
 //! priority, execution domain, session keyring.
 
-use std::{ffi::CStr, io};
+use std::{ffi::CStr, io, os::unix::process::CommandExt, process::Command};
 
-/// Sets the limit `resource` (`RLIMIT_*`) of the process `pid`.
+/// Sets the limit `resource` (`RLIMIT_*`) of the process `pid`; 0 is the calling one.
 ///
 /// # Errors
 /// `EPERM` when the hard limit is raised without `CAP_SYS_RESOURCE`, `EINVAL` when soft is above
@@ -25,6 +25,37 @@ pub fn set_limit(pid: i32, resource: u32, soft: u64, hard: u64) -> io::Result<()
         )
     };
     check(result)
+}
+
+/// Makes the program of `command` begin with the limit `resource`.
+pub fn limit_in(command: &mut Command, resource: u32, (soft, hard): (u64, u64)) -> &mut Command {
+    // SAFETY: the closure runs between fork and exec and makes one system call, which is
+    // async-signal-safe, with memory of its own.
+    unsafe { command.pre_exec(move || set_limit(0, resource, soft, hard)) }
+}
+
+/// The limit `resource` (`RLIMIT_*`) of this process: soft, hard.
+///
+/// # Errors
+/// `EINVAL` when there is no such resource.
+pub fn own_limit(resource: u32) -> io::Result<(u64, u64)> {
+    let mut limit = libc::rlimit64 {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: no new limit is given, and the old one is written to a structure that lives through
+    // the call. Process 0 is the calling one.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_prlimit64,
+            0,
+            resource,
+            std::ptr::null::<libc::rlimit64>(),
+            &raw mut limit,
+        )
+    };
+    check(result)?;
+    Ok((limit.rlim_cur, limit.rlim_max))
 }
 
 /// `SCHED_ATTR_SIZE_VER0` of uapi/linux/sched/types.h.

@@ -15,7 +15,7 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use pericarp_sys::{attributes, pidfd};
 
 use super::{
-    Stdio,
+    ResourceLimit, Stdio,
     cgroup::Cgroup,
     error::ContainerError,
     message::{self, InitMessage, Job, REPORT_BYTES_MAX, Report, Role},
@@ -71,6 +71,17 @@ impl Luggage {
     }
 }
 
+/// Where a helper works, and what it and its children inherit.
+#[derive(Debug)]
+pub(super) struct Place<'a> {
+    /// The container's cgroup, with the container's first process when there is one already.
+    pub(super) cgroup: Option<(&'a Cgroup, Option<i32>)>,
+    /// Limits of processes where the specification sets none. The helper has them too, as runc has
+    /// those that it passes on: a user namespace is bounded by those of its maker
+    /// (`create_user_ns()` of kernel/user_namespace.c).
+    pub(super) default_limits: &'a [ResourceLimit],
+}
+
 /// The running helper. Whatever becomes of the work, it is collected.
 struct Helper {
     pidfd: OwnedFd,
@@ -99,8 +110,8 @@ fn broken(what: &str, error: &io::Error) -> ContainerError {
 }
 
 impl Helper {
-    /// Starts a helper, in `cgroup` before it does anything.
-    fn start(cgroup: Option<(&Cgroup, Option<i32>)>) -> Result<Self, ContainerError> {
+    /// Starts a helper, in its place before it does anything.
+    fn start(place: &Place<'_>) -> Result<Self, ContainerError> {
         let (near, far) =
             UnixStream::pair().map_err(|error| broken("make a socket pair", &error))?;
         near.set_read_timeout(Some(SILENCE_MAX))
@@ -124,9 +135,10 @@ impl Helper {
             pidfd,
             socket: near,
         };
-        if let Some((cgroup, first)) = cgroup {
+        if let Some((cgroup, first)) = place.cgroup {
             cgroup.add(pid, first)?;
         }
+        set_limits(pid, place.default_limits, DEFAULTS)?;
         Ok(helper)
     }
 
@@ -163,21 +175,24 @@ fn unexpected(report: &Report) -> ContainerError {
     }
 }
 
-/// Builds the process of `job` in `cgroup` and gives it `limits`.
+/// Builds the process of `job` in `place` and gives it `limits`.
 pub(super) fn build(
     job: Job,
     luggage: Luggage,
-    cgroup: (&Cgroup, Option<i32>),
+    place: &Place<'_>,
     limits: &ProcessLimits,
 ) -> Result<Waiting, ContainerError> {
-    let helper = Helper::start(Some(cgroup))?;
+    let helper = Helper::start(place)?;
     helper.instruct(job, luggage)?;
     let (pid, pidfd) = match next_report(&helper.socket)? {
         (Report::Cloned { pid }, mut fds) if fds.len() == 1 => (pid, fds.remove(0)),
         (report, _) => return Err(unexpected(&report)),
     };
     let outcome = match next_report(&helper.socket) {
-        Ok((Report::Ready, mut fds)) => apply(pid, limits).map(|()| fds.pop()),
+        // The helper raises its limit of descriptors, and its children have that.
+        Ok((Report::Ready, mut fds)) => set_limits(pid, place.default_limits, DEFAULTS)
+            .and_then(|()| apply(pid, limits))
+            .map(|()| fds.pop()),
         Ok((report, _)) => Err(unexpected(&report)),
         Err(error) => Err(error),
     };
@@ -207,14 +222,22 @@ pub(super) fn end(pidfd: &OwnedFd) {
     let _ = pidfd::collect(pidfd);
 }
 
-/// Sets what takes rights that the process has not: it waits meanwhile.
-fn apply(pid: i32, limits: &ProcessLimits) -> Result<(), ContainerError> {
-    for (resource, soft, hard) in &limits.rlimits {
+/// Whose limits those are that the specification does not set.
+const DEFAULTS: &str = "the node's limit of";
+
+fn set_limits(pid: i32, limits: &[ResourceLimit], object: &str) -> Result<(), ContainerError> {
+    for (resource, soft, hard) in limits {
         attributes::set_limit(pid, *resource, *soft, *hard).map_err(|error| {
-            let object = format!("process.rlimits resource {resource} = {soft}/{hard}");
+            let object = format!("{object} resource {resource} = {soft}/{hard}");
             ContainerError::kernel("set", object, &error)
         })?;
     }
+    Ok(())
+}
+
+/// Sets what takes rights that the process has not: it waits meanwhile.
+fn apply(pid: i32, limits: &ProcessLimits) -> Result<(), ContainerError> {
+    set_limits(pid, &limits.rlimits, "process.rlimits")?;
     if let Some(plan) = &limits.scheduling {
         let scheduling = attributes::Scheduling {
             policy: plan.policy,
@@ -264,11 +287,17 @@ pub(super) fn start(socket: UnixStream) -> Result<(), ContainerError> {
 }
 
 /// Runs hooks in the guest's own namespaces, in a helper that collects their processes.
-pub(super) fn hooks(plan: super::plan::hooks::HooksPlan) -> Result<(), ContainerError> {
+pub(super) fn hooks(
+    plan: super::plan::hooks::HooksPlan,
+    default_limits: &[ResourceLimit],
+) -> Result<(), ContainerError> {
     if plan.hooks.is_empty() {
         return Ok(());
     }
-    let helper = Helper::start(None)?;
+    let helper = Helper::start(&Place {
+        cgroup: None,
+        default_limits,
+    })?;
     helper.instruct(Job::Hooks(plan), Luggage::default())?;
     match next_report(&helper.socket)? {
         (Report::Done, _) => Ok(()),

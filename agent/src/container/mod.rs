@@ -69,6 +69,9 @@ pub(crate) struct Created {
     pub(crate) terminal: Option<OwnedFd>,
 }
 
+/// A limit of a process: `RLIMIT_*`, soft, hard.
+pub(crate) type ResourceLimit = (u32, u64, u64);
+
 /// What the specification does not say about a container.
 #[derive(Debug, Default)]
 pub(crate) struct CreateOptions {
@@ -81,6 +84,8 @@ pub(crate) struct CreateOptions {
     pub(crate) cgroup_parent: PathBuf,
     /// Devices beyond those of the specification; their use is allowed.
     pub(crate) devices: Vec<LinuxDevice>,
+    /// Limits of processes where the specification sets none.
+    pub(crate) default_limits: Vec<ResourceLimit>,
 }
 
 /// One container. Dropping it ends nothing: [`Container::delete`] does.
@@ -95,6 +100,7 @@ pub(crate) struct Container {
     /// Of the specification; further processes take their filter and domain from it.
     linux: Linux,
     oom_score_adj: Option<i32>,
+    default_limits: Vec<ResourceLimit>,
     afterwards: Afterwards,
 }
 
@@ -122,7 +128,11 @@ impl Container {
         let limits = plan.process.limits.clone();
         let namespaces = plan.namespaces.clone();
         let job = Job::Container(Box::new(plan));
-        let waiting = match launch::build(job, luggage, (&cgroup, None), &limits) {
+        let place = launch::Place {
+            cgroup: Some((&cgroup, None)),
+            default_limits: &options.default_limits,
+        };
+        let waiting = match launch::build(job, luggage, &place, &limits) {
             Ok(waiting) => waiting,
             Err(error) => {
                 // The first error is the one to be told; a cgroup that stays is found by the next
@@ -145,6 +155,7 @@ impl Container {
             namespaces,
             linux,
             oom_score_adj: spec.process().as_ref().and_then(Process::oom_score_adj),
+            default_limits: options.default_limits,
             afterwards,
         };
         Ok((container, Created { pid, terminal }))
@@ -163,7 +174,7 @@ impl Container {
         launch::start(socket)?;
         let mut hooks = self.afterwards.poststart.clone();
         hooks.pid = self.pid;
-        launch::hooks(hooks).inspect_err(|_| {
+        launch::hooks(hooks, &self.default_limits).inspect_err(|_| {
             // runtime.md, "Lifecycle": a poststart hook that fails ends the container, which then
             // is deleted.
             let _ = self.cgroup.kill();
@@ -202,7 +213,11 @@ impl Container {
             process: process_plan,
         };
         let job = Job::Exec(Box::new(plan));
-        let waiting = launch::build(job, luggage, (&self.cgroup, Some(self.pid)), &limits)?;
+        let place = launch::Place {
+            cgroup: Some((&self.cgroup, Some(self.pid))),
+            default_limits: &self.default_limits,
+        };
+        let waiting = launch::build(job, luggage, &place, &limits)?;
         let created = Created {
             pid: waiting.pid,
             terminal: waiting.terminal,
@@ -332,7 +347,7 @@ impl Container {
             return Err(ContainerError::state("stopped", "running"));
         }
         self.cgroup.remove()?;
-        launch::hooks(self.afterwards.poststop)
+        launch::hooks(self.afterwards.poststop, &self.default_limits)
     }
 }
 

@@ -104,6 +104,8 @@ fn build(
     mut spec: Spec,
     stdio: Stdio,
 ) -> Result<Built, RpcError> {
+    // The host may have added memory for this container.
+    pod.limits.follow();
     let (devices, additions) = passed_through(pod, &request.device_pci_addresses, &mut spec)?;
     let console_size = (request.terminal_width != 0 && request.terminal_height != 0)
         .then_some((request.terminal_width, request.terminal_height));
@@ -114,6 +116,7 @@ fn build(
             .map_err(RpcError::kernel("make the pod's cgroup"))?
             .into(),
         devices,
+        default_limits: pod.limits.of_processes(),
     };
     let storages = storage::attach_all(&request.storages)?;
     match storage::nodes(&request.storages) {
@@ -294,7 +297,12 @@ pub(super) async fn update(
 ) -> Result<Empty, RpcError> {
     let resources: LinuxResources = parse_json("oci_resources", &request.oci_resources)?;
     let contained = pod.containers.get(&request.container_id)?;
-    with_container(&contained, |container| container.update(resources)).await?;
+    with_container(&contained, move |container| {
+        // The host has added the memory that the container may use from now on.
+        pod.limits.follow();
+        container.update(resources)
+    })
+    .await?;
     Ok(Empty::new())
 }
 

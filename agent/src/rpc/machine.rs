@@ -32,9 +32,15 @@ pub(super) async fn remove_device(request: RemoveDeviceRequest) -> Result<Empty,
 
 /// Brings vCPUs and memory online or offline.
 pub(super) async fn online(
+    pod: Arc<Pod>,
     request: OnlineResourcesRequest,
 ) -> Result<OnlineResourcesResponse, RpcError> {
-    let online = blocking(move || devices::online(request.vcpus, request.memory)).await??;
+    let online = blocking(move || {
+        let online = devices::online(request.vcpus, request.memory);
+        pod.limits.follow();
+        online
+    })
+    .await??;
     Ok(OnlineResourcesResponse {
         vcpus: online.vcpus,
         memory_bytes: online.memory_bytes,

@@ -202,7 +202,7 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: OnlineResourcesRequest,
     ) -> ttrpc::Result<OnlineResourcesResponse> {
-        complete(machine::online(request)).await
+        complete(machine::online(self.pod(), request)).await
     }
 
     async fn set_clock(&self, _: &TtrpcContext, request: SetClockRequest) -> ttrpc::Result<Empty> {

@@ -87,6 +87,8 @@ fn apply(pod: &Pod, request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
             RpcError::kernel(format!("set the host name {:?}", request.hostname))(error.into())
         })?;
     }
+    // Before the pod's sysctls, which may set some of these limits.
+    pod.limits.set(request.node_limits.get_or_default())?;
     // Before the network's sysctls, which may name an interface.
     network::apply(&request.interfaces, &request.routes, &request.neighbours)?;
     set_sysctls(request)?;

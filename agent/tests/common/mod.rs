@@ -76,6 +76,8 @@ mount -t sysfs sysfs /sys
 mount -t cgroup2 none /sys/fs/cgroup
 mount -t tmpfs tmpfs /run
 mkdir /run/pericarp
+# As a starter may leave it: containers must not inherit it.
+trap '' USR1 TTOU
 exec "$@"
 "#;
 

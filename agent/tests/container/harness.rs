@@ -18,13 +18,17 @@ use nix::{
 use oci_spec::runtime::{Process, Spec};
 use serde_json::{Value, json};
 
-pub(crate) use crate::container::{Container, ContainerError, CreateOptions, Created, Stdio};
+pub(crate) use crate::container::{
+    Container, ContainerError, CreateOptions, Created, ResourceLimit, Stdio,
+};
 
 /// A place for one container.
 pub(crate) struct Place {
     folder: tempfile::TempDir,
     pub(crate) id: String,
     pub(crate) spec: Value,
+    /// For processes whose specification sets none.
+    pub(crate) default_limits: Vec<ResourceLimit>,
 }
 
 /// What a process left.
@@ -93,7 +97,12 @@ impl Place {
             COUNT.fetch_add(1, Ordering::Relaxed)
         );
         let spec = spec(&root);
-        Self { folder, id, spec }
+        Self {
+            folder,
+            id,
+            spec,
+            default_limits: Vec::new(),
+        }
     }
 
     pub(crate) fn rootfs(&self) -> PathBuf {
@@ -141,6 +150,7 @@ impl Place {
     pub(crate) fn options(&self) -> CreateOptions {
         CreateOptions {
             cgroup_parent: cgroup_parent(),
+            default_limits: self.default_limits.clone(),
             ..CreateOptions::default()
         }
     }

@@ -97,6 +97,62 @@ fn limits_and_scores() {
 }
 
 #[test]
+fn limits_that_the_specification_does_not_set_are_the_nodes() {
+    let mut place = Place::new();
+    place.default_limits = vec![
+        (libc::RLIMIT_NPROC, 5000, 6000),
+        (libc::RLIMIT_NOFILE, 1000, 1500),
+        (libc::RLIMIT_CORE, 0, 0),
+        (libc::RLIMIT_SIGPENDING, 70, 80),
+    ];
+    place.spec["process"]["rlimits"] = json!([{"type": "RLIMIT_CORE", "soft": 0, "hard": 0}, {"type": "RLIMIT_NOFILE", "soft": 9, "hard": 90}]);
+    let script =
+        "grep 'processes\\|open files\\|core file\\|pending' /proc/self/limits | tr -s ' '";
+    let limits = |files: &str| {
+        format!(
+            "Max core file size 0 0 bytes \nMax processes 5000 6000 processes \n\
+            Max open files {files} files \nMax pending signals 70 80 signals \n"
+        )
+    };
+    let hooks = place.outside("hooks").join("said");
+    let script_of_hook = format!(
+        "grep 'open files' /proc/self/limits | tr -s ' ' > {}",
+        hooks.display()
+    );
+    place.spec["hooks"] =
+        json!({"poststart": [{"path": "/bin/sh", "args": ["sh", "-c", script_of_hook]}]});
+    assert_eq!(place.sh(script).stdout, limits("9 90"));
+    let said = std::fs::read_to_string(hooks).unwrap();
+    assert_eq!(said, "Max open files 1000 1500 files \n");
+    // The specification of an exec is its own.
+    let mut place = Place::new();
+    place.default_limits = vec![
+        (libc::RLIMIT_NPROC, 5000, 6000),
+        (libc::RLIMIT_NOFILE, 1000, 1500),
+        (libc::RLIMIT_CORE, 0, 0),
+        (libc::RLIMIT_SIGPENDING, 70, 80),
+    ];
+    let running = place.sleeping();
+    assert_eq!(running.sh(script).stdout, limits("1000 1500"));
+    let mut process = process(&["sh", "-c", script]);
+    process["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 8, "hard": 80}]);
+    assert_eq!(running.exec(process).unwrap().stdout, limits("8 80"));
+}
+
+#[test]
+fn a_container_may_have_more_mounts_than_its_processes_descriptors() {
+    let mut place = Place::new();
+    place.default_limits = vec![(libc::RLIMIT_NOFILE, 30, 400)];
+    for number in 0..50 {
+        place.mount(
+            json!({"destination": format!("/mnt/{number}"), "source": "/tmp",
+            "options": ["bind"]}),
+        );
+    }
+    assert_eq!(place.sh("ulimit -n; ulimit -Hn").stdout, "30\n400\n");
+}
+
+#[test]
 fn limits_work_in_a_user_namespace_too() {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status

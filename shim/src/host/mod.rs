@@ -5,5 +5,6 @@ pub(crate) mod cgroup;
 pub(crate) mod child;
 pub(crate) mod id_map;
 pub(crate) mod journal;
+pub(crate) mod limits;
 pub(crate) mod placement;
 pub(crate) mod scope;

@@ -60,6 +60,7 @@ use crate::{
         cgroup::{self, Meter},
         child::Watched,
         journal::{self, Entry, Journal},
+        limits,
         placement::Place,
         scope::Scope,
     },
@@ -312,6 +313,7 @@ impl Pod {
             wall_clock_ns: nanoseconds(SystemTime::now()),
             storages: vec![shared],
             share_pid_namespace: false,
+            node_limits: Some(limits::read()).into(),
             ..Default::default()
         })
     }

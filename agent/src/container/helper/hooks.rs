@@ -9,9 +9,12 @@ use std::{
 };
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use pericarp_sys::{pidfd, signals};
+use pericarp_sys::{attributes, pidfd, signals};
 
-use super::super::{error::ContainerError, plan::hooks::Hook};
+use super::{
+    super::{error::ContainerError, plan::hooks::Hook},
+    DESCRIPTORS_OF_CHILDREN, NOFILE,
+};
 
 /// How much of what a hook said on its standard error is repeated in an error.
 const WORDS_BYTES_MAX: u64 = 1024;
@@ -58,7 +61,11 @@ fn spawn(hook: &Hook, state: &[u8], words: &File) -> io::Result<Child> {
     input.rewind()?;
     let (name, args) = hook.args.split_first().ok_or(io::ErrorKind::InvalidInput)?;
     let env = hook.env.iter().filter_map(|entry| entry.split_once('='));
-    signals::reset_in(&mut Command::new(&hook.path))
+    let mut command = Command::new(&hook.path);
+    if let Some(limit) = DESCRIPTORS_OF_CHILDREN.get() {
+        attributes::limit_in(&mut command, NOFILE, *limit);
+    }
+    signals::reset_in(&mut command)
         .arg0(name)
         .args(args)
         .env_clear()

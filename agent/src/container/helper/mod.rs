@@ -15,10 +15,11 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixStream,
     },
+    sync::OnceLock,
 };
 
 use nix::sys::stat::{Mode, SFlag, fstat, umask};
-use pericarp_sys::descriptors;
+use pericarp_sys::{attributes, descriptors};
 
 use super::{
     error::ContainerError,
@@ -114,6 +115,26 @@ impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
     }
 }
 
+/// Descriptors that a helper may have: one for each mount of a container, which may have more than
+/// the node's limit allows a process.
+const DESCRIPTORS_MAX: u64 = 1 << 20;
+
+/// The limit of descriptors that the agent gave this process for its children, soft and hard.
+static DESCRIPTORS_OF_CHILDREN: OnceLock<(u64, u64)> = OnceLock::new();
+
+/// Raises the limit of descriptors for the work here, and remembers it for hooks. The agent sets it
+/// again for the process of the container, once that has closed what it does not need.
+fn raise_descriptors() -> io::Result<()> {
+    let (soft, hard) = attributes::own_limit(NOFILE)?;
+    let _ = DESCRIPTORS_OF_CHILDREN.set((soft, hard));
+    let most = hard.max(DESCRIPTORS_MAX);
+    attributes::set_limit(0, NOFILE, most, most)
+        .or_else(|_| attributes::set_limit(0, NOFILE, hard, hard))
+}
+
+/// `RLIMIT_NOFILE` of asm-generic/resource.h; the C libraries differ in its type.
+const NOFILE: u32 = 7;
+
 /// See [`super::init_main`].
 pub(super) fn main() -> ! {
     let done = serve();
@@ -129,6 +150,7 @@ fn serve() -> io::Result<()> {
     let Some((message, fds)) = message::receive::<InitMessage>(&socket, INIT_BYTES_MAX)? else {
         return Ok(());
     };
+    raise_descriptors()?;
     let outcome = check(&message, fds.len()).and_then(|()| {
         let descriptors = Descriptors(message.roles.into_iter().zip(fds).collect());
         match message.job {
