@@ -86,6 +86,9 @@ pub(crate) struct CreateOptions {
     pub(crate) devices: Vec<LinuxDevice>,
     /// Limits of processes where the specification sets none.
     pub(crate) default_limits: Vec<ResourceLimit>,
+    /// Directory beneath which the pod's own files lie: layers, volumes, what the host shares. The
+    /// paths of sources beneath it are free of symbolic links, or refused.
+    pub(crate) pod_files: Option<PathBuf>,
 }
 
 /// One container. Dropping it ends nothing: [`Container::delete`] does.

@@ -22,7 +22,7 @@ use crate::{
     devices::{self, Model, PciAddress},
     drivers::Additions,
     errors::RpcError,
-    log,
+    init, log,
     pod::{Contained, Pod, blocking},
     process::Process,
     reaper::Hold,
@@ -117,6 +117,7 @@ fn build(
             .into(),
         devices,
         default_limits: pod.limits.of_processes(),
+        pod_files: Some(init::RUN.into()),
     };
     let storages = storage::attach_all(&request.storages)?;
     match storage::nodes(&request.storages) {

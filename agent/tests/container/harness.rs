@@ -29,6 +29,8 @@ pub(crate) struct Place {
     pub(crate) spec: Value,
     /// For processes whose specification sets none.
     pub(crate) default_limits: Vec<ResourceLimit>,
+    /// Where the pod's own files lie.
+    pod_files: PathBuf,
 }
 
 /// What a process left.
@@ -98,11 +100,19 @@ impl Place {
         );
         let spec = spec(&root);
         Self {
+            pod_files: folder.path().join("pod"),
             folder,
             id,
             spec,
             default_limits: Vec::new(),
         }
+    }
+
+    /// A place whose pod has the files of `other`.
+    pub(crate) fn with_files_of(other: &Self) -> Self {
+        let mut place = Self::new();
+        place.pod_files.clone_from(&other.pod_files);
+        place
     }
 
     pub(crate) fn rootfs(&self) -> PathBuf {
@@ -151,6 +161,7 @@ impl Place {
         CreateOptions {
             cgroup_parent: cgroup_parent(),
             default_limits: self.default_limits.clone(),
+            pod_files: Some(self.pod_files.clone()),
             ..CreateOptions::default()
         }
     }
@@ -198,6 +209,24 @@ impl Place {
             Err(error) => error.to_string(),
             Ok(outcome) => panic!("should have failed: {outcome:?}"),
         }
+    }
+}
+
+/// A mount that goes when this is dropped.
+pub(crate) struct Mounted(PathBuf);
+
+impl Mounted {
+    pub(crate) fn tmpfs(path: &Path) -> Self {
+        let none: Option<&str> = None;
+        let flags = nix::mount::MsFlags::empty();
+        nix::mount::mount(none, path, Some("tmpfs"), flags, none).unwrap();
+        Self(path.to_owned())
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
     }
 }
 

@@ -352,3 +352,55 @@ fn mistakes_are_named() {
         "open root.path /no/such/root: No such file or directory (os error 2)"
     );
 }
+
+/// A container that writes a volume makes links of what the host names later.
+#[test]
+fn sources_in_the_pods_files_are_reached_without_links() {
+    let mut place = Place::new();
+    let volume = place.outside("pod/shared/volume-1");
+    let secret = place.outside("guest");
+    fs::write(secret.join("file"), "secret").unwrap();
+    fs::create_dir(place.outside("pod/shared/volume-2").join("d")).unwrap();
+    fs::create_dir_all(volume.join("sub/d")).unwrap();
+    fs::write(volume.join("sub/d/file"), "own").unwrap();
+    symlink(&secret, volume.join("absolute")).unwrap();
+    symlink("../../../guest", volume.join("out")).unwrap();
+    symlink("../volume-2", volume.join("other")).unwrap();
+    symlink("sub", volume.join("within")).unwrap();
+    symlink("/proc/self/root", volume.join("magic")).unwrap();
+    for path in [
+        "absolute",
+        "absolute/file",
+        "out/file",
+        "other",
+        "other/d",
+        "within/d",
+        "magic/etc",
+        "sub/../../../../guest",
+    ] {
+        let mut place = Place::with_files_of(&place);
+        let source = volume.join(path);
+        place.mount(json!({"destination": "/data", "source": source, "options": ["bind"]}));
+        let error = place.error();
+        assert!(error.contains("mounts[7].source"), "{path}: {error}");
+        place.spec["mounts"].as_array_mut().unwrap().pop();
+        place.spec["root"]["path"] = json!(source);
+        let error = place.error();
+        assert!(error.contains("root.path"), "{path}: {error}");
+    }
+    // A mount on the way, as virtio-fs makes for each file system of the host.
+    let tmpfs = Mounted::tmpfs(&volume.join("sub/d"));
+    fs::write(volume.join("sub/d/file"), "mounted").unwrap();
+    for source in ["sub/d/file", "sub/./d/file"] {
+        let mut place = Place::with_files_of(&place);
+        let source = volume.join(source);
+        place.mount(json!({"destination": "/data/file", "source": source, "options": ["bind"]}));
+        assert_eq!(place.sh("cat /data/file").stdout, "mounted");
+    }
+    drop(tmpfs);
+    // Elsewhere in the guest nobody but the agent makes links.
+    let link = place.outside("elsewhere").join("link");
+    symlink(&secret, &link).unwrap();
+    place.mount(json!({"destination": "/data", "source": link, "options": ["bind"]}));
+    assert_eq!(place.sh("cat /data/file").stdout, "secret");
+}

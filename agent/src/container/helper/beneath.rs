@@ -9,6 +9,7 @@ use std::{
     collections::VecDeque,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
 };
 
 use nix::{
@@ -33,6 +34,23 @@ pub(super) enum Make {
 /// Opens `path` beneath `root` as a place, not for reading.
 pub(super) fn open(root: BorrowedFd<'_>, path: &str) -> io::Result<OwnedFd> {
     open_with(root, path, OFlag::O_PATH)
+}
+
+/// Opens `path` beneath `root` as a place; a symbolic link is an error, wherever in `path` it is.
+pub(super) fn open_without_links(root: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
+    let path = if path.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        path
+    };
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .resolve(
+            ResolveFlag::RESOLVE_BENEATH
+                | ResolveFlag::RESOLVE_NO_SYMLINKS
+                | ResolveFlag::RESOLVE_NO_MAGICLINKS,
+        );
+    Ok(openat2(root, path, how)?)
 }
 
 /// Opens `path` beneath `root` with `flags`.

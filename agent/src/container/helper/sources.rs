@@ -7,6 +7,7 @@
 use std::{
     collections::BTreeMap,
     fs::File,
+    io,
     os::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixStream,
@@ -36,7 +37,7 @@ use super::{
             mounts::{IdMap, MountPlan, Source},
         },
     },
-    Step, rootfs,
+    Step, beneath, rootfs,
 };
 
 /// Mounts that wait to be attached.
@@ -58,7 +59,7 @@ pub(super) struct Sources {
 impl Sources {
     /// Opens what `plan` names.
     pub(super) fn open(plan: &ContainerPlan) -> Result<Self, ContainerError> {
-        let rootfs = DetachedMount::clone_at(&plan.rootfs, true)
+        let rootfs = clone_at(plan, &plan.rootfs, true)
             .step("open", format!("root.path {}", plan.rootfs.display()))?;
         let mut binds = BTreeMap::new();
         for (index, mount) in plan.mounts.iter().enumerate() {
@@ -116,6 +117,21 @@ impl Sources {
     }
 }
 
+/// Clones the mount of what `path` names. Beneath the pod's own files no symbolic link is followed:
+/// containers write some of them, and a link that one put there would show it the guest's files or
+/// those of another container. Mounts on the way are crossed: virtio-fs announces one for each file
+/// system of the host, and volumes are mounts.
+fn clone_at(plan: &ContainerPlan, path: &Path, recursive: bool) -> io::Result<DetachedMount> {
+    let files = plan.pod_files.as_deref();
+    let Some((root, rest)) = files.and_then(|root| Some((root, path.strip_prefix(root).ok()?)))
+    else {
+        return DetachedMount::clone_at(path, recursive);
+    };
+    let root = File::open(root)?;
+    let place = beneath::open_without_links(root.as_fd(), rest)?;
+    DetachedMount::clone_of(place.as_fd(), recursive)
+}
+
 fn bind(
     plan: &ContainerPlan,
     mount: &MountPlan,
@@ -123,7 +139,7 @@ fn bind(
     recursive: bool,
 ) -> Result<DetachedMount, ContainerError> {
     let object = || format!("{}.source {path}", mount.field);
-    let tree = DetachedMount::clone_at(Path::new(path), recursive).step("open", object())?;
+    let tree = clone_at(plan, Path::new(path), recursive).step("open", object())?;
     if let Some(id_map) = &mount.id_map {
         let namespace = mapped_namespace(plan, id_map)?;
         mount_tree::map_ids(tree.as_fd(), namespace.as_fd(), id_map.recursive)

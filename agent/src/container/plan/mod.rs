@@ -37,6 +37,8 @@ pub(super) struct ContainerPlan {
     pub(super) hostname: Option<String>,
     pub(super) domainname: Option<String>,
     pub(super) rootfs: PathBuf,
+    /// Where the pod's own files lie; see [`CreateOptions::pod_files`].
+    pub(super) pod_files: Option<PathBuf>,
     pub(super) rootfs_readonly: bool,
     pub(super) rootfs_propagation: Propagation,
     pub(super) namespaces: Namespaces,
@@ -130,6 +132,7 @@ pub(super) fn of(
         hostname: name(spec.hostname(), "hostname", &namespaces)?,
         domainname: name(spec.domainname(), "domainname", &namespaces)?,
         rootfs: root.path().clone(),
+        pod_files: options.pod_files.clone(),
         rootfs_readonly: root.readonly().unwrap_or(false),
         rootfs_propagation: mounts::rootfs_propagation(linux.rootfs_propagation().as_deref())?,
         mounts: mounts::of(spec.mounts().as_deref().unwrap_or_default(), &namespaces)?,
