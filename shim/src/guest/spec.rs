@@ -111,24 +111,29 @@ pub(crate) fn check(spec: &Spec) -> Result<(), CallError> {
         }
     }
     root_is_mapped(spec)?;
-    if let Some(hooks) = spec.hooks() {
-        let host_hooks = [
-            (
-                "hooks.prestart",
-                hooks.prestart().as_ref().map_or(0, Vec::len),
-            ),
-            (
-                "hooks.createRuntime",
-                hooks.create_runtime().as_ref().map_or(0, Vec::len),
-            ),
-        ];
-        for (field, count) in host_hooks {
-            if count > 0 {
-                return Err(invalid(
-                    field,
-                    "hooks on the host cannot reach a container in a VM",
-                ));
-            }
+    no_hooks(spec)
+}
+
+/// No hook runs, on the host or in the guest: each kind is refused rather than dropped.
+fn no_hooks(spec: &Spec) -> Result<(), CallError> {
+    let Some(hooks) = spec.hooks() else {
+        return Ok(());
+    };
+    for (field, list) in [
+        ("hooks.prestart", hooks.prestart()),
+        ("hooks.createRuntime", hooks.create_runtime()),
+        ("hooks.createContainer", hooks.create_container()),
+        ("hooks.startContainer", hooks.start_container()),
+        ("hooks.poststart", hooks.poststart()),
+        ("hooks.poststop", hooks.poststop()),
+    ] {
+        if list.as_ref().is_some_and(|list| !list.is_empty()) {
+            return Err(invalid(
+                field,
+                "hooks do not run for a container in a VM: remove them (they come from \
+                    containerd's base_runtime_spec, an NRI plugin or a CDI device) or use another \
+                    RuntimeClass",
+            ));
         }
     }
     Ok(())
@@ -774,14 +779,28 @@ mod tests {
         ]);
         let error = translate(container(shared), "c", |_| SourceKind::Directory).unwrap_err();
         assert!(error.to_string().contains("Bidirectional"), "{error}");
-        let mut with_hook = container(json!([]));
-        with_hook
-            .set_hooks(serde_json::from_value(json!({"prestart": [{"path": "/bin/x"}]})).unwrap());
-        assert!(
-            check(&with_hook)
-                .unwrap_err()
-                .to_string()
-                .contains("hooks.prestart")
-        );
+    }
+
+    #[test]
+    fn every_kind_of_hook_is_refused_by_name() {
+        let with = |hooks: serde_json::Value| {
+            let mut spec = container(json!([]));
+            spec.set_hooks(serde_json::from_value(hooks).unwrap());
+            check(&spec)
+        };
+        for kind in [
+            "prestart",
+            "createRuntime",
+            "createContainer",
+            "startContainer",
+            "poststart",
+            "poststop",
+        ] {
+            let error = with(json!({kind: [{"path": "/bin/x"}]})).unwrap_err();
+            let field = format!("hooks.{kind}: ");
+            assert!(error.to_string().starts_with(&field), "{error}");
+            with(json!({ kind: [] })).unwrap();
+        }
+        with(json!({})).unwrap();
     }
 }
