@@ -73,6 +73,23 @@ pub(crate) struct Daemon {
 }
 
 impl Daemon {
+    /// A daemon whose pod has not begun to boot.
+    pub(crate) fn new(args: &Args, publisher: Publisher) -> Self {
+        Self {
+            options: RuntimeOptions {
+                config_path: args.config.clone(),
+                flavour: args.flavour.clone(),
+            },
+            namespace: args.namespace.clone(),
+            publisher,
+            booted: watch::Sender::new(None),
+            booting: AtomicBool::new(false),
+            boot_cancelled: Notify::new(),
+            wanted_down: AtomicBool::new(false),
+            ending: Notify::new(),
+        }
+    }
+
     /// Begins to boot the pod; a second call is refused.
     pub(crate) fn boot(self: &Arc<Self>, request: Request) -> Result<(), CallError> {
         if self.booting.swap(true, Ordering::SeqCst) {
@@ -103,6 +120,14 @@ impl Daemon {
             Some(Ok(pod)) => Ok(pod),
             Some(Err(error)) => Err(error),
             None => Err(CallError::Gone("the daemon is ending".to_owned())),
+        }
+    }
+
+    /// The pod, if it has booted.
+    pub(crate) fn pod_now(&self) -> Option<Arc<Pod>> {
+        match &*self.booted.borrow() {
+            Some(Ok(pod)) => Some(Arc::clone(pod)),
+            _ => None,
         }
     }
 
@@ -184,19 +209,7 @@ async fn serve(args: &Args) -> Result<(), DaemonError> {
     let address = env::var(TTRPC_ADDRESS).unwrap_or_default();
     let (publisher, queue) = Publisher::new(args.namespace.clone());
     tokio::spawn(events::send_all(address, queue));
-    let daemon = Arc::new(Daemon {
-        options: RuntimeOptions {
-            config_path: args.config.clone(),
-            flavour: args.flavour.clone(),
-        },
-        namespace: args.namespace.clone(),
-        publisher,
-        booted: watch::Sender::new(None),
-        booting: AtomicBool::new(false),
-        boot_cancelled: Notify::new(),
-        wanted_down: AtomicBool::new(false),
-        ending: Notify::new(),
-    });
+    let daemon = Arc::new(Daemon::new(args, publisher));
     let bundle_path = env::current_dir().map_err(DaemonError::Setup)?;
     if let Ok(bundle) = Bundle::read(&bundle_path) {
         boot_from(&daemon, args, bundle);

@@ -136,7 +136,9 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Answer<PidsResponse> {
-        let pod = self.0.pod_of(&request.id).await?;
+        // containerd asks this too when it starts, of pods that still boot.
+        let unknown = || CallError::NotFound(format!("container {}", request.id));
+        let pod = self.0.pod_now().ok_or_else(unknown)?;
         let container = pod.container(&request.id)?;
         // PIDs of the guest mean nothing on the host.
         let process = ProcessInfo {
@@ -223,11 +225,13 @@ impl Task for TaskService {
     }
 
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> Answer<ConnectResponse> {
-        let pod = self.0.pod_of(&request.id).await?;
-        let container = pod.container(&request.id)?;
+        // When containerd starts it asks each shim, by the id of its sandbox too, and runs `delete`
+        // where the answer is an error or takes 5 s. So this neither waits nor fails, as in
+        // containerd's own shim: the PID of what is unknown is 0.
+        let pod = self.0.pod_now();
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
-            task_pid: container.init.pid,
+            task_pid: pod.map_or(0, |pod| pod.pid_of(&request.id)),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..Default::default()
         })
@@ -250,5 +254,31 @@ fn status(phase: Phase, paused: bool) -> Status {
         Phase::Running if paused => Status::PAUSED,
         Phase::Running => Status::RUNNING,
         Phase::Stopped(_) | Phase::Deleting(_) => Status::STOPPED,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::{containerd::args::Args, pod::events::Publisher};
+
+    #[tokio::test]
+    async fn containerd_reaches_a_daemon_by_the_id_of_its_sandbox_before_the_pod_has_booted() {
+        let words = ["-namespace", "k8s.io", "-id", "pod", "daemon"];
+        let args = Args::parse(words.map(str::to_owned).into_iter()).unwrap();
+        let (publisher, _events) = Publisher::new("k8s.io".to_owned());
+        let service = TaskService(Arc::new(Daemon::new(&args, publisher)));
+        let request = ConnectRequest {
+            id: "pod".to_owned(),
+            ..Default::default()
+        };
+        let context = TtrpcContext::default();
+        let answer = timeout(Duration::from_secs(5), service.connect(&context, request));
+        let answer = answer.await.unwrap().unwrap();
+        assert_eq!((answer.shim_pid, answer.task_pid), (std::process::id(), 0));
     }
 }

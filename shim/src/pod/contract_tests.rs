@@ -384,6 +384,14 @@ async fn other_signals_and_execs_have_no_such_limit() {
 }
 
 #[tokio::test]
+async fn a_sandbox_without_a_container_of_its_own_has_a_pid() {
+    let world = world(Manner::Obeys).await;
+    assert_eq!(world.pod.pid_of("pod"), world.pod.pid());
+    assert_eq!(world.pod.pid_of("c"), world.container.init.pid);
+    assert_eq!(world.pod.pid_of("unknown"), 0);
+}
+
+#[tokio::test]
 async fn a_boot_is_given_up_when_the_sandbox_shall_end() {
     let request = Request {
         id: "never-boots".to_owned(),

@@ -328,6 +328,16 @@ impl Pod {
         self.stand_in.number()
     }
 
+    /// The PID that containerd is told for a container or, by the sandbox's own id, for the pod; 0
+    /// for what is not here.
+    pub(crate) fn pid_of(&self, id: &str) -> u32 {
+        match self.container(id) {
+            Ok(container) => container.init.pid,
+            Err(_) if id == self.id => self.pid(),
+            Err(_) => 0,
+        }
+    }
+
     /// Something that stands for one more container.
     pub(crate) fn stand_in(&self) -> Result<StandIn, CallError> {
         stand_in(self.network_namespace.as_deref())
