@@ -5,7 +5,7 @@
 //! daemon at the end, in `delete` after the daemon was killed, and twice.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, File},
     io::{self, BufRead, BufReader, Write},
     path::{Path, PathBuf},
     sync::mpsc::sync_channel,
@@ -20,6 +20,8 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 use tracing::warn;
+
+use crate::host::private;
 
 /// How long one step of undoing may take; emptying a cgroup is the longest.
 const STEP_MAX: Duration = Duration::from_secs(6);
@@ -53,7 +55,7 @@ pub(crate) struct Journal {
 impl Journal {
     /// Opens the journal in `dir`, which exists.
     pub(crate) fn open(dir: &Path) -> io::Result<Self> {
-        let file = OpenOptions::new()
+        let file = private::file()
             .append(true)
             .create(true)
             .open(dir.join("journal"))?;

@@ -1,4 +1,5 @@
-//! The kernel of the node: cgroups, child processes, id maps, and the journal of what to undo.
+//! The kernel of the node: cgroups, child processes, id maps, private directories, and the journal
+//! of what to undo.
 
 pub(crate) mod block_io;
 pub(crate) mod cgroup;
@@ -7,4 +8,5 @@ pub(crate) mod id_map;
 pub(crate) mod journal;
 pub(crate) mod limits;
 pub(crate) mod placement;
+pub(crate) mod private;
 pub(crate) mod scope;

@@ -34,6 +34,7 @@ use crate::{
     host::{
         child::Watched,
         journal::{Entry, Journal},
+        private,
     },
     machine::{
         client::Machine,
@@ -142,7 +143,12 @@ fn start_vmm(launch: &Launch<'_>, journal: &mut Journal) -> Result<(Watched, Mac
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
         .map_err(|error| CallError::host("control socket of the VMM", error))?;
     let binary = &launch.settings.paths.vmm;
-    let log = File::create(launch.state.join("vmm.log")).map_err(host("vmm.log"))?;
+    let log = private::file()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(launch.state.join("vmm.log"))
+        .map_err(host("vmm.log"))?;
     let mut command = Command::new(binary);
     command
         .stdin(Stdio::null())
@@ -171,13 +177,13 @@ fn at(position: u8) -> Descriptor {
 /// The first free of the VMMs' user ids, held by a file of its number.
 fn claim_user(settings: &Settings, journal: &mut Journal) -> Result<u32, CallError> {
     let dir = settings.paths.run_dir.join(".users");
-    fs::create_dir_all(&dir).map_err(host(dir.display()))?;
+    private::make_directory(&dir).map_err(host(dir.display()))?;
     let count = settings.security.vmm_uid_count;
     let first = std::process::id() % count;
     for step in 0..count {
         let number = (first + step) % count;
         let path = dir.join(number.to_string());
-        match OpenOptions::new().write(true).create_new(true).open(&path) {
+        match private::file().write(true).create_new(true).open(&path) {
             Ok(_) => {
                 journal
                     .note(&Entry::Path { path })

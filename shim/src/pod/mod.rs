@@ -28,8 +28,8 @@ pub(crate) mod stdio;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs::{self, File, OpenOptions},
-    io,
+    fs::{self, File},
+    io::{self, Write as _},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{
@@ -62,6 +62,7 @@ use crate::{
         journal::{self, Entry, Journal},
         limits,
         placement::Place,
+        private,
         scope::Scope,
     },
     machine::{
@@ -462,7 +463,12 @@ fn write_state(
 /// Readers see all of it or nothing.
 fn replace_state(directory: &Path, state: &serde_json::Value) -> io::Result<()> {
     let partial = directory.join("state.json.partial");
-    fs::write(&partial, serde_json::to_vec(state)?)?;
+    let mut file = private::file()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(&partial)?;
+    file.write_all(&serde_json::to_vec(state)?)?;
     fs::rename(partial, directory.join("state.json"))
 }
 
@@ -578,7 +584,10 @@ fn cgroups_path(request: &Request) -> Option<PathBuf> {
 /// is set there.
 /// Makes the state directory, with the journal of what must be undone and the sandbox's files.
 fn make_state(request: &Request, state: &Path) -> io::Result<Journal> {
-    fs::create_dir_all(state)?;
+    if let Some(run_dir) = state.parent() {
+        private::make_directory(run_dir)?;
+    }
+    private::make_directory(state)?;
     let journal = Journal::open(state)?;
     if let Some(files) = &request.files {
         files.write(state)?;
@@ -635,7 +644,7 @@ fn vmm_failed(state: &Path, last_words: &str, how: &str) -> CallError {
 /// Without a path the log is read and dropped: the guest must not wait for it.
 async fn keep_guest_log(console: OwnedFd, path: Option<PathBuf>) {
     let path = path.unwrap_or_else(|| "/dev/null".into());
-    let opened = OpenOptions::new().append(true).create(true).open(path);
+    let opened = private::file().append(true).create(true).open(path);
     let (Ok(mut reader), Ok(file)) = (pipe::Receiver::from_owned_fd(console), opened) else {
         return;
     };
@@ -760,6 +769,29 @@ mod contract_tests;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_pod_has_on_the_host_is_roots_alone() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let run_dir = dir.path().join("pericarp");
+        // As an older version left it.
+        fs::create_dir(&run_dir).unwrap();
+        fs::set_permissions(&run_dir, fs::Permissions::from_mode(0o755)).unwrap();
+        let state = run_dir.join("pod");
+        let request = Request::default();
+        make_state(&request, &state).unwrap();
+        let sizing = Sizing {
+            vcpus: 1,
+            memory_bytes: 1 << 27,
+        };
+        write_state(&request, &state, sizing, 1).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&run_dir), mode(&state)), (0o700, 0o700));
+        for file in ["journal", "state.json"] {
+            assert_eq!(mode(&state.join(file)), 0o600, "{file}");
+        }
+    }
 
     #[tokio::test]
     async fn the_guests_log_is_kept_when_it_is_wanted() {

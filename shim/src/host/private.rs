@@ -1,0 +1,72 @@
+//! Directories and files that are root's alone.
+//!
+//! A pod's state directory leads to layers with set-user-ID programs and to Secrets, which the
+//! kubelet and containerd keep from other users of the node by the modes of their own directories
+//! (compare CVE-2021-41103). So nobody else may pass through ours: modes are set when something is
+//! made, not afterwards.
+
+use std::{
+    fs::{self, DirBuilder, OpenOptions, Permissions},
+    io,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
+    path::Path,
+};
+
+/// What others than the owner may do.
+const OTHERS: u32 = 0o077;
+
+/// Makes a directory, and its parents where they are missing, that its owner alone may use. One
+/// that exists is closed to others too.
+pub(crate) fn make_directory(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+    let mode = fs::metadata(path)?.permissions().mode();
+    // Directly beneath the root are directories of the system, such as /run.
+    if mode & OTHERS != 0 && fs::canonicalize(path)?.components().count() > 2 {
+        fs::set_permissions(path, Permissions::from_mode(mode & 0o700))?;
+    }
+    Ok(())
+}
+
+/// Options to open a file that, if it is made, its owner alone may read and write.
+pub(crate) fn file() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.mode(0o600);
+    options
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().permissions().mode() & 0o777
+    }
+
+    #[test]
+    fn directories_and_files_are_the_owners_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let (outer, inner) = (dir.path().join("outer"), dir.path().join("outer/inner"));
+        make_directory(&inner).unwrap();
+        assert_eq!((mode(&outer), mode(&inner)), (0o700, 0o700));
+        let path = inner.join("file");
+        file().write(true).create(true).open(&path).unwrap();
+        assert_eq!(mode(&path), 0o600);
+    }
+
+    #[test]
+    fn a_directory_of_an_older_version_is_closed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("open");
+        fs::create_dir(&path).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
+        make_directory(&path).unwrap();
+        assert_eq!(mode(&path), 0o700);
+    }
+
+    #[test]
+    fn a_directory_of_the_system_stays_as_it_is() {
+        let before = mode(Path::new("/usr"));
+        make_directory(Path::new("/usr")).unwrap();
+        assert_eq!(mode(Path::new("/usr")), before);
+    }
+}
