@@ -10,11 +10,16 @@
 
 use std::{
     collections::HashMap,
+    ffi::{OsStr, OsString},
     io,
+    os::unix::ffi::{OsStrExt, OsStringExt},
     path::{Path, PathBuf},
 };
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+/// File of the bundle with the path of the sandbox's state directory.
+const STATE_FILE: &str = "pericarp-state";
 
 /// What the container of a bundle is to its pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,6 +68,21 @@ impl Bundle {
             path: path.to_owned(),
             spec,
         })
+    }
+
+    /// Writes down where the sandbox's state is: `delete` knows neither the handler's configuration
+    /// nor its flavour.
+    pub(crate) fn note_state(&self, state: &Path) -> io::Result<()> {
+        let bytes = state.as_os_str().as_bytes();
+        std::fs::write(self.path.join(STATE_FILE), bytes)
+    }
+
+    /// Where the state of sandbox `id` is, if the bundle at `path` says it.
+    pub(crate) fn noted_state(path: &Path, id: &str) -> Option<PathBuf> {
+        let bytes = std::fs::read(path.join(STATE_FILE)).ok()?;
+        let state = PathBuf::from(OsString::from_vec(bytes));
+        let fits = state.is_absolute() && state.file_name() == Some(OsStr::new(id));
+        fits.then_some(state)
     }
 
     /// The specification's annotations.

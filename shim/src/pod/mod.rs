@@ -197,6 +197,10 @@ impl Pod {
             driver_image::Image::open(settings)?,
         );
         let failed = |error| CallError::host(state.display(), error);
+        if let Some(bundle) = &request.bundle {
+            let noted = bundle.note_state(state);
+            noted.map_err(|error| CallError::host(bundle.path.display(), error))?;
+        }
         let mut journal = make_state(request, state).map_err(failed)?;
         let (cgroups, meter, place) = make_cgroups(request, &mut journal)?;
         let shared = SharedDirectory::make(state, &mut journal).map_err(failed)?;
