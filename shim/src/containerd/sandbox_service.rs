@@ -156,7 +156,8 @@ impl Sandbox for SandboxService {
         request: SandboxMetricsRequest,
     ) -> Answer<SandboxMetricsResponse> {
         let pod = self.0.pod().await?;
-        let counters = agent_call!(pod.agent, stats, &guest::StatsRequest::new())?;
+        let work = async move { agent_call!(pod.agent, stats, &guest::StatsRequest::new()) };
+        let counters = to_the_end(work).await?;
         let mut answer = SandboxMetricsResponse::new();
         let metrics = answer.metrics.mut_or_insert_default();
         metrics.id = request.sandbox_id;

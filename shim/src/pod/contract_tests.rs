@@ -183,7 +183,8 @@ async fn agent(manner: Manner) -> (Agent, Server, AbortHandle) {
         ..Default::default()
     };
     let bytes = hello.write_to_bytes().unwrap();
-    front.write_u32_le(bytes.len() as u32).await.unwrap();
+    let size = u32::try_from(bytes.len()).unwrap();
+    front.write_u32_le(size).await.unwrap();
     front.write_all(&bytes).await.unwrap();
     let copying = tokio::spawn(async move {
         let mut connection = connection;
