@@ -4,7 +4,7 @@
 //! io_uring where the kernel allows it; otherwise each operation is done at once, in the caller's
 //! thread, behind the same interface (`kernel.io_uring_disabled` is set on many hosts).
 //!
-//! The kernel writes to guest memory while an operation is under way. Each slot therefore keeps the
+//! The kernel writes to guest memory while an operation is in flight. Each slot therefore keeps the
 //! mapping and the vectors alive until the kernel has answered, and [`DiskIo`] waits for all
 //! answers before it goes.
 
@@ -80,7 +80,7 @@ pub const ZERO_RANGE: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SI
 /// error.
 pub type Completion = (u64, io::Result<usize>);
 
-/// What an operation under way needs to stay in place.
+/// What an operation in flight needs to stay in place.
 #[derive(Debug)]
 struct Slot {
     token: u64,
@@ -97,7 +97,7 @@ enum Engine {
     Direct(Vec<Completion>),
 }
 
-/// One file or block device with its operations under way.
+/// One file or block device with its operations in flight.
 pub struct DiskIo {
     file: OwnedFd,
     event: EventFd,
@@ -111,7 +111,7 @@ impl std::fmt::Debug for DiskIo {
         f.debug_struct("DiskIo")
             .field("file", &self.file)
             .field("ring", &matches!(self.engine, Engine::Ring(_)))
-            .field("under_way", &self.under_way())
+            .field("in_flight", &self.in_flight())
             .finish_non_exhaustive()
     }
 }
@@ -165,7 +165,7 @@ impl DiskIo {
     }
 
     /// Operations begun and not yet taken back by [`Self::take_completed`].
-    pub fn under_way(&self) -> usize {
+    pub fn in_flight(&self) -> usize {
         self.slots.len() - self.free.len()
     }
 
@@ -235,7 +235,7 @@ impl DiskIo {
         }
     }
 
-    /// Takes the answers that are there: at most as many as operations may be under way.
+    /// Takes the answers that are there: at most as many as operations may be in flight.
     pub fn take_completed(&mut self) -> Vec<Completion> {
         // Non-blocking; a count of zero means that the answers were taken before.
         let _ = self.event.read();
@@ -258,10 +258,10 @@ impl DiskIo {
         }
     }
 
-    /// Waits for everything under way and drops the answers.
+    /// Waits for everything in flight and drops the answers.
     pub fn drain(&mut self) {
         self.take_completed();
-        while self.under_way() > 0 {
+        while self.in_flight() > 0 {
             let Engine::Ring(ring) = &self.engine else {
                 return;
             };
@@ -486,7 +486,7 @@ mod tests {
         std::io::Seek::seek(&mut file, io::SeekFrom::Start(4096)).unwrap();
         file.read_exact(&mut bytes).unwrap();
         assert_eq!(&bytes[..18], b"\0\0\0\0ten by a g\0\0\0\0");
-        assert_eq!(disk.under_way(), 0);
+        assert_eq!(disk.in_flight(), 0);
     }
 
     #[test]
@@ -515,7 +515,7 @@ mod tests {
         let error = disk.begin(4, &memory, Operation::Flush).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EBUSY));
         disk.drain();
-        assert_eq!(disk.under_way(), 0);
+        assert_eq!(disk.in_flight(), 0);
         disk.begin(5, &memory, Operation::Flush).unwrap();
         disk.submit().unwrap();
         drop(disk);
@@ -549,6 +549,6 @@ mod tests {
             }],
         };
         assert!(disk.begin(0, &memory, read).is_err());
-        assert_eq!(disk.under_way(), 0);
+        assert_eq!(disk.in_flight(), 0);
     }
 }

@@ -55,7 +55,7 @@ pub(crate) struct ActiveQueue {
     pub(crate) kick: EventFd,
 }
 
-/// What the transport hands over when the driver sets DRIVER_OK.
+/// What the transport gives a device when the driver sets DRIVER_OK.
 #[derive(Debug)]
 pub(crate) struct Activation {
     /// The guest's memory.
@@ -166,7 +166,7 @@ pub(crate) trait VirtioDevice: Debug + Send {
         let _ = (token, readiness);
         Ok(())
     }
-    /// Back to the state before activation. What is under way is finished or dropped; nothing
+    /// Back to the state before activation. What is in flight is finished or dropped; nothing
     /// touches guest memory afterwards.
     fn reset(&mut self);
     /// Stops as [`Self::reset`] does and gives what another device needs to go on. May wait for

@@ -7,7 +7,7 @@
 //!                                                                    stood)--> live
 //! ```
 //!
-//! The vCPUs stand still meanwhile. Saving finishes or takes back what was under way, so that each
+//! The vCPUs stand still meanwhile. Saving finishes or takes back what was in flight, so that each
 //! request of the driver is answered once: before, or by the device that goes on.
 
 use std::sync::atomic::Ordering;

@@ -1,4 +1,4 @@
-//! The disk: set-up, requests under way, and their answers.
+//! The disk: set-up, requests in flight, and their answers.
 
 use std::{
     io,
@@ -35,7 +35,7 @@ use crate::devices::virtio::{
 
 /// Entries of each queue.
 pub(crate) const QUEUE_SIZE: u16 = 256;
-/// Requests under way over all queues of a disk. Each costs at most a queue's length of segments,
+/// Requests in flight over all queues of a disk. Each costs at most a queue's length of segments,
 /// 10 KiB.
 pub(crate) const IN_FLIGHT_MAX: u16 = 128;
 /// Segments of one request: a queue's length without header and status.
@@ -63,7 +63,7 @@ struct Counters {
 
 /// A request that the kernel works on.
 #[derive(Debug)]
-struct UnderWay {
+struct InFlight {
     /// Position in `Running::queues`.
     queue: usize,
     chain: SegmentChain,
@@ -83,8 +83,8 @@ struct Running {
     queues: Vec<ActiveQueue>,
     /// Queues that may hold requests which no kick will announce again.
     pending: Vec<bool>,
-    /// Requests under way; the token of the kernel is the position here.
-    under_way: Vec<Option<UnderWay>>,
+    /// Requests in flight; the token of the kernel is the position here.
+    in_flight: Vec<Option<InFlight>>,
     /// Positions that are free there.
     free: Vec<usize>,
 }
@@ -207,7 +207,7 @@ impl Blk {
         }
     }
 
-    /// As many requests as may be under way, then another queue's turn: what is left is announced
+    /// As many requests as may be in flight, then another queue's turn: what is left is announced
     /// by an answer.
     fn serve_queue(&mut self, queue: usize) -> Result<(), ChainError> {
         let mut answered = false;
@@ -260,7 +260,7 @@ impl Blk {
             Err(status) => return self.answer(queue, &chain, status, 0).map(|()| true),
         };
         self.limiter.spend(segments::total(&data));
-        let under_way = UnderWay {
+        let in_flight = InFlight {
             queue,
             chain,
             request,
@@ -269,45 +269,45 @@ impl Blk {
         };
         match request {
             Request::Nothing => self
-                .answer(queue, &under_way.chain, Status::Ok, 0)
+                .answer(queue, &in_flight.chain, Status::Ok, 0)
                 .map(|()| true),
             Request::Flush if self.parameters.cache != Cache::WriteBack => self
-                .answer(queue, &under_way.chain, Status::Ok, 0)
+                .answer(queue, &in_flight.chain, Status::Ok, 0)
                 .map(|()| true),
             Request::GetId => {
                 let mut serial = [0; SERIAL_BYTES];
                 serial[..self.parameters.serial.len()]
                     .copy_from_slice(self.parameters.serial.as_bytes());
                 let memory = running.memory.clone();
-                let status = if under_way.chain.write_at(&memory, 0, &serial) {
+                let status = if in_flight.chain.write_at(&memory, 0, &serial) {
                     Status::Ok
                 } else {
                     Status::IoError
                 };
                 let written = SERIAL_BYTES as u64;
-                self.answer(queue, &under_way.chain, status, written)
+                self.answer(queue, &in_flight.chain, status, written)
                     .map(|()| true)
             }
-            _ => self.hand_over(under_way),
+            _ => self.submit(in_flight),
         }
     }
 
     /// Gives a request, or what is left of it, to the kernel; true when it had to be answered with
     /// an error instead.
-    fn hand_over(&mut self, under_way: UnderWay) -> Result<bool, ChainError> {
+    fn submit(&mut self, in_flight: InFlight) -> Result<bool, ChainError> {
         let durable = self.is_durable();
         let Some(running) = &mut self.running else {
             return Ok(false);
         };
-        let done = usize::try_from(under_way.done).expect("bounded by the data");
-        let left = segments::part(&under_way.data, done, usize::MAX);
-        let operation = match under_way.request {
+        let done = usize::try_from(in_flight.done).expect("bounded by the data");
+        let left = segments::part(&in_flight.data, done, usize::MAX);
+        let operation = match in_flight.request {
             Request::Read { offset, .. } => Operation::Read {
-                offset: offset + under_way.done,
+                offset: offset + in_flight.done,
                 segments: &left,
             },
             Request::Write { offset, .. } => Operation::Write {
-                offset: offset + under_way.done,
+                offset: offset + in_flight.done,
                 segments: &left,
                 durable,
             },
@@ -318,17 +318,17 @@ impl Blk {
         };
         let Some(slot) = running.free.pop() else {
             return self
-                .answer(under_way.queue, &under_way.chain, Status::IoError, 0)
+                .answer(in_flight.queue, &in_flight.chain, Status::IoError, 0)
                 .map(|()| true);
         };
         match self.disk_io.begin(slot as u64, &running.memory, operation) {
             Ok(()) => {
-                running.under_way[slot] = Some(under_way);
+                running.in_flight[slot] = Some(in_flight);
                 Ok(false)
             }
             Err(_) => {
                 running.free.push(slot);
-                self.answer(under_way.queue, &under_way.chain, Status::IoError, 0)
+                self.answer(in_flight.queue, &in_flight.chain, Status::IoError, 0)
                     .map(|()| true)
             }
         }
@@ -340,39 +340,39 @@ impl Blk {
         for (token, result) in self.disk_io.take_completed() {
             let taken = self.running.as_mut().and_then(|running| {
                 let slot = usize::try_from(token).ok()?;
-                let under_way = running.under_way.get_mut(slot)?.take()?;
+                let in_flight = running.in_flight.get_mut(slot)?.take()?;
                 running.free.push(slot);
-                Some(under_way)
+                Some(in_flight)
             });
-            let Some(mut under_way) = taken else { continue };
-            let queue = under_way.queue;
-            match outcome(&under_way, result) {
+            let Some(mut in_flight) = taken else { continue };
+            let queue = in_flight.queue;
+            match outcome(&in_flight, result) {
                 Outcome::More(bytes) => {
-                    under_way.done += bytes;
-                    answered[queue] |= self.hand_over(under_way)?;
+                    in_flight.done += bytes;
+                    answered[queue] |= self.submit(in_flight)?;
                 }
                 Outcome::Instead(operation) => {
-                    answered[queue] |= self.hand_over_instead(under_way, operation)?;
+                    answered[queue] |= self.submit_instead(in_flight, operation)?;
                 }
                 Outcome::Done(status) => {
-                    let written = match under_way.request {
+                    let written = match in_flight.request {
                         Request::Read { len, .. } if status == Status::Ok => len,
                         _ => 0,
                     };
                     if status == Status::Ok {
-                        self.count(&under_way.request);
-                        let moved_no_data = match under_way.request {
+                        self.count(&in_flight.request);
+                        let moved_no_data = match in_flight.request {
                             Request::Clear { .. } => true,
-                            Request::Write { .. } => under_way.data.is_empty(),
+                            Request::Write { .. } => in_flight.data.is_empty(),
                             _ => false,
                         };
                         if moved_no_data && self.is_durable() {
-                            under_way.request = Request::Flush;
-                            answered[queue] |= self.hand_over(under_way)?;
+                            in_flight.request = Request::Flush;
+                            answered[queue] |= self.submit(in_flight)?;
                             continue;
                         }
                     }
-                    self.answer(queue, &under_way.chain, status, written)?;
+                    self.answer(queue, &in_flight.chain, status, written)?;
                     answered[queue] = true;
                 }
             }
@@ -388,32 +388,32 @@ impl Blk {
     }
 
     /// Begins a range request again in another way.
-    fn hand_over_instead(
+    fn submit_instead(
         &mut self,
-        mut under_way: UnderWay,
+        mut in_flight: InFlight,
         mode: Option<i32>,
     ) -> Result<bool, ChainError> {
         let Request::Clear {
             offset, len, zero, ..
-        } = under_way.request
+        } = in_flight.request
         else {
             return Ok(false);
         };
         if let Some(mode) = mode {
-            under_way.request = Request::Clear {
+            in_flight.request = Request::Clear {
                 offset,
                 len,
                 mode,
                 zero,
             };
-            return self.hand_over(under_way);
+            return self.submit(in_flight);
         }
         let Some(running) = &mut self.running else {
             return Ok(false);
         };
         let Some(slot) = running.free.pop() else {
             return self
-                .answer(under_way.queue, &under_way.chain, Status::IoError, 0)
+                .answer(in_flight.queue, &in_flight.chain, Status::IoError, 0)
                 .map(|()| true);
         };
         let operation = Operation::WriteZeroData { offset, len };
@@ -421,13 +421,13 @@ impl Blk {
             Ok(()) => {
                 // From here on it is a write: its answer is a count of bytes, its data is not the
                 // guest's.
-                under_way.request = Request::Write { offset, len };
-                running.under_way[slot] = Some(under_way);
+                in_flight.request = Request::Write { offset, len };
+                running.in_flight[slot] = Some(in_flight);
                 Ok(false)
             }
             Err(_) => {
                 running.free.push(slot);
-                self.answer(under_way.queue, &under_way.chain, Status::IoError, 0)
+                self.answer(in_flight.queue, &in_flight.chain, Status::IoError, 0)
                     .map(|()| true)
             }
         }
@@ -516,19 +516,19 @@ enum Outcome {
     Instead(Option<i32>),
 }
 
-fn outcome(under_way: &UnderWay, result: io::Result<usize>) -> Outcome {
+fn outcome(in_flight: &InFlight, result: io::Result<usize>) -> Outcome {
     let unsupported = |error: &io::Error| {
         matches!(
             error.raw_os_error(),
             Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL)
         )
     };
-    match (under_way.request, result) {
+    match (in_flight.request, result) {
         (Request::Read { len, .. } | Request::Write { len, .. }, Ok(bytes)) => {
             let bytes = bytes as u64;
-            if under_way.done + bytes >= len {
+            if in_flight.done + bytes >= len {
                 Outcome::Done(Status::Ok)
-            } else if bytes == 0 || under_way.data.is_empty() {
+            } else if bytes == 0 || in_flight.data.is_empty() {
                 // The file ends early, or zeroes as data were cut short.
                 Outcome::Done(Status::IoError)
             } else {
@@ -622,7 +622,7 @@ impl VirtioDevice for Blk {
             poller: activation.poller,
             queues: activation.queues,
             pending: vec![false; count],
-            under_way: (0..IN_FLIGHT_MAX).map(|_| None).collect(),
+            in_flight: (0..IN_FLIGHT_MAX).map(|_| None).collect(),
             free: (0..usize::from(IN_FLIGHT_MAX)).collect(),
         });
         let event = self.disk_io.event().as_raw_fd();
@@ -663,7 +663,7 @@ impl VirtioDevice for Blk {
 
     /// Finishes what the kernel works on; what was not begun stays in the queues.
     fn save(&mut self) -> Saved {
-        while self.running.is_some() && self.disk_io.under_way() > 0 {
+        while self.running.is_some() && self.disk_io.in_flight() > 0 {
             let begun = self.disk_io.submit().is_ok();
             let mut set = [PollFd::new(self.disk_io.event(), PollFlags::POLLIN)];
             let waited = begun && interrupted::retry(|| poll(&mut set, PollTimeout::NONE)).is_ok();

@@ -2,15 +2,15 @@
 //!
 //! - Thread: the event loop; the kernel's io_uring workers move the data.
 //! - Descriptors held: the file, an io_uring, its eventfd, a timerfd for the limiter.
-//! - Limits: [`request::QUEUES_MAX`] queues, [`device::IN_FLIGHT_MAX`] requests under way over all
+//! - Limits: [`request::QUEUES_MAX`] queues, [`device::IN_FLIGHT_MAX`] requests in flight over all
 //!   of them: further ones stay in the guest's queues.
 //! - State that a snapshot needs: the negotiated features and the queues' indices, once nothing is
-//!   under way.
+//!   in flight.
 //!
 //! What a hostile guest can do: read and write any sector of its own disk, in any order. Every
 //! request is checked against the disk's size and its own segments before the kernel sees it; one
 //! that is wrong gets an error status, one that cannot even be answered breaks the device. It can
-//! keep [`device::IN_FLIGHT_MAX`] requests under way and no more memory than those.
+//! keep [`device::IN_FLIGHT_MAX`] requests in flight and no more memory than those.
 //!
 //! ```text
 //!            queue_kicked                begin            io_uring

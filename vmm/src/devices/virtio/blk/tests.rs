@@ -344,7 +344,7 @@ fn serial_size_and_read_only_are_told() {
 }
 
 #[test]
-fn more_requests_than_may_be_under_way_all_get_done() {
+fn more_requests_than_may_be_in_flight_all_get_done() {
     for ring in [true, false] {
         let backing = file();
         let wanted = Parameters {

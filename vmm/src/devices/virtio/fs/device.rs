@@ -34,7 +34,7 @@ use super::{
     config::{CONFIG_BYTES, TAG_BYTES, config},
 };
 
-/// Entries of each queue: how many FUSE requests may be under way. The driver of Linux has one
+/// Entries of each queue: how many FUSE requests may be in flight. The driver of Linux has one
 /// chain per request and holds back what does not fit.
 const QUEUE_SIZE: u16 = 512;
 /// The high-priority queue, which is queue 0.
@@ -219,7 +219,7 @@ impl Fs {
             .map_err(|e| self.refused("SET_MEM_TABLE", e))
     }
 
-    fn hand_over(&mut self, active: &ActiveQueue, activation: &Activation) -> Result<(), Broken> {
+    fn start_queue(&mut self, active: &ActiveQueue, activation: &Activation) -> Result<(), Broken> {
         let index = usize::from(active.index);
         let queue = &active.queue;
         let addresses = VringConfigData {
@@ -277,7 +277,7 @@ impl Fs {
             .map_err(|e| self.refused("SET_FEATURES", e))?;
         self.share_memory(&activation.memory)?;
         for queue in &activation.queues {
-            self.hand_over(queue, activation)?;
+            self.start_queue(queue, activation)?;
         }
         activation
             .poller

@@ -90,13 +90,13 @@ struct Window {
 }
 
 impl Window {
-    fn under_way(&self) -> u32 {
+    fn in_flight(&self) -> u32 {
         self.sent.wrapping_sub(self.forwarded)
     }
 
     /// Room left. A guest that claims to have taken out more than was sent gets none.
     fn free(&self) -> u32 {
-        self.room.saturating_sub(self.under_way())
+        self.room.saturating_sub(self.in_flight())
     }
 }
 
@@ -122,7 +122,7 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// The host asks; `room` bytes is what the guest may have under way.
+    /// The host asks; `room` bytes is what the guest may have in flight.
     pub(crate) fn requested_by_host(room: u32) -> Self {
         Self {
             phase: Phase::Requested,
@@ -242,7 +242,7 @@ impl Connection {
     /// `count` bytes of the guest's data have left the VMM (or were dropped because nobody reads
     /// them).
     pub(crate) fn forwarded(&mut self, count: u32) {
-        debug_assert!(count <= self.from_guest.under_way());
+        debug_assert!(count <= self.from_guest.in_flight());
         self.from_guest.forwarded = self.from_guest.forwarded.wrapping_add(count);
     }
 
@@ -327,10 +327,10 @@ impl Connection {
         (self.from_guest.room, self.from_guest.forwarded)
     }
 
-    /// Bytes that the guest has under way towards the host.
+    /// Bytes that the guest has in flight towards the host.
     #[cfg(test)]
-    pub(crate) fn under_way(&self) -> u32 {
-        self.from_guest.under_way()
+    pub(crate) fn in_flight(&self) -> u32 {
+        self.from_guest.in_flight()
     }
 }
 

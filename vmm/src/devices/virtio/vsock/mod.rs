@@ -11,7 +11,7 @@
 //! - Descriptors held: the listening unix socket, the pre-connected streams by host port, one
 //!   stream per connection, a timerfd.
 //! - Limits: [`table::SLOTS_MAX`] connections and handshakes; per connection the guest may have
-//!   [`table::room_bytes`] bytes under way, which is also all that is ever buffered, and only while
+//!   [`table::room_bytes`] bytes in flight, which is also all that is ever buffered, and only while
 //!   the unix socket is full; [`muxer::REPLIES_MAX`] answers to packets of no connection, after
 //!   which the transmit queue waits; a handshake line of [`handshake::LINE_BYTES_MAX`] bytes;
 //!   [`device::PACKETS_PER_TURN_MAX`] packets each way before other devices have their turn;

@@ -33,7 +33,7 @@ const TOKENS_RESERVED: u32 = 2;
 const _: () = assert!(SLOTS_MAX + TOKENS_RESERVED <= 1 << SLOT_BITS);
 const _: () = assert!(SLOT_BITS + GENERATION_BITS <= TOKEN_BITS);
 
-/// Bytes that the guest may have under way towards the host on the connection in `slot`.
+/// Bytes that the guest may have in flight towards the host on the connection in `slot`.
 pub(crate) fn room_bytes(slot: u32) -> u32 {
     let mut rooms = ROOMS.iter();
     let found = rooms.find(|(slots, _)| slot < *slots);

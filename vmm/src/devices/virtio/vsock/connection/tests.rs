@@ -125,7 +125,7 @@ fn a_connection_that_the_guest_never_heard_of_ends_silently() {
 }
 
 #[test]
-fn the_guest_may_have_its_room_under_way_and_no_more() {
+fn the_guest_may_have_its_room_in_flight_and_no_more() {
     let mut connection = open();
     assert_eq!(connection.receive(&data(ROOM)), Event::Data);
     assert_eq!(connection.receive(&data(0)), Event::Data);
@@ -283,7 +283,7 @@ proptest! {
                     prop_assert_eq!(event == Event::Data, before == Phase::Open
                         && header.operation == 5 && connection.phase() == Phase::Open);
                 }
-                Step::Forward(count) => connection.forwarded(count.min(connection.under_way())),
+                Step::Forward(count) => connection.forwarded(count.min(connection.in_flight())),
                 Step::Send(count) => connection.sent(count.min(connection.credit())),
                 Step::End(send, receive) => connection.end_by_host(Ended { send, receive }),
                 Step::Reset => connection.reset(),
@@ -299,7 +299,7 @@ proptest! {
                 }
                 Step::WantCredit => connection.want_credit(),
             }
-            prop_assert!(connection.under_way() <= ROOM);
+            prop_assert!(connection.in_flight() <= ROOM);
             prop_assert!(resets <= 1);
             prop_assert!(before != Phase::Over || connection.phase() == Phase::Over);
             if connection.phase() == Phase::Over {

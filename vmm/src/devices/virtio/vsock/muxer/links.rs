@@ -349,7 +349,7 @@ fn finish(stream: &UnixStream) {
     }
 }
 
-/// Bytes of one connection under way: bounded by its room, or by the length field of a header.
+/// Bytes of one connection in flight: bounded by its room, or by the length field of a header.
 fn bytes_u32(count: usize) -> u32 {
     u32::try_from(count).expect("bounded by a 32-bit length")
 }

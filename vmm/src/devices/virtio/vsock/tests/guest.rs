@@ -55,8 +55,8 @@ pub(crate) struct Socket {
 impl Socket {
     /// Bytes that may be sent.
     pub(crate) fn credit(&self) -> usize {
-        let under_way = self.sent.wrapping_sub(self.host_forwarded);
-        (self.host_room - under_way) as usize
+        let in_flight = self.sent.wrapping_sub(self.host_forwarded);
+        (self.host_room - in_flight) as usize
     }
 }
 
