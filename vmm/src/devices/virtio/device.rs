@@ -19,7 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{
     rate_limiter::Rates,
-    saved::{Kept, RestoreError, Saved},
+    saved::{DeviceState, RestoreError, Saved},
 };
 pub(crate) use crate::event_loop::{Poller, Readiness};
 
@@ -172,19 +172,19 @@ pub(crate) trait VirtioDevice: Debug + Send {
     /// Stops as [`Self::reset`] does and gives what another device needs to go on. May wait for
     /// requests that the host works on. The vCPUs stand still.
     fn save(&mut self) -> Saved;
-    /// Takes what a device of this kind kept, before [`Self::activate`], whose queues then stand
+    /// Takes the state of another device of this kind, before [`Self::activate`], whose queues then stand
     /// where they stood.
-    fn restore(&mut self, kept: &Kept) -> Result<(), RestoreError> {
-        match kept {
-            Kept::Nothing => Ok(()),
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        match state {
+            DeviceState::Nothing => Ok(()),
             other => Err(self.cannot_restore(other)),
         }
     }
-    /// The refusal of what another kind of device kept.
-    fn cannot_restore(&self, kept: &Kept) -> RestoreError {
+    /// The error for a state of another kind of device.
+    fn cannot_restore(&self, state: &DeviceState) -> RestoreError {
         RestoreError {
             device: self.name(),
-            reason: format!("{kept:?} is of another kind or size"),
+            reason: format!("{state:?} is of another kind or size"),
         }
     }
     /// Does what the control socket asks.

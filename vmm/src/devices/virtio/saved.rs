@@ -3,7 +3,7 @@
 //! this process; what a device was made from is made anew by whoever restores it.
 //!
 //! ```text
-//!  live --save--> stopped, Saved      Saved.kept --restore--> made --activate (queues where they
+//!  live --save--> stopped, Saved      Saved.state --restore--> made --activate (queues where they
 //!                                                                    stood)--> live
 //! ```
 //!
@@ -67,12 +67,12 @@ impl ActiveQueue {
     }
 }
 
-/// What a kind of device keeps beside its queues.
+/// State of a device beyond its queues.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum Kept {
+pub(crate) enum DeviceState {
     /// Nothing.
     Nothing,
-    /// A network card: how many queue pairs are in use.
+    /// A network device: how many queue pairs are in use.
     Net { pairs: u16 },
     /// Sockets: whether the driver must learn that its connections are gone.
     Vsock { connections: bool },
@@ -92,22 +92,22 @@ pub(crate) enum Kept {
 pub(crate) struct Saved {
     /// Where its queues stood; none when it was not live.
     pub(crate) queues: Vec<Position>,
-    /// What it kept.
-    pub(crate) kept: Kept,
+    /// The state of its kind.
+    pub(crate) state: DeviceState,
 }
 
 impl Saved {
     /// Of a device that takes no chain that it does not give back at once.
-    pub(crate) fn stopped(active: Option<Activation>, kept: Kept) -> Self {
+    pub(crate) fn stopped(active: Option<Activation>, state: DeviceState) -> Self {
         let queues = active.map_or_else(Vec::new, |active| active.queues);
         Self {
             queues: queues.iter().map(Position::of).collect(),
-            kept,
+            state,
         }
     }
 }
 
-/// What was kept does not fit the device.
+/// The state does not fit the device.
 #[derive(Debug, thiserror::Error)]
 #[error("{device}: {reason}")]
 pub(crate) struct RestoreError {

@@ -16,7 +16,7 @@ use crate::devices::virtio::{
         Progress, Readiness, VirtioDevice, read_config,
     },
     discard::{Discard, DiscardError},
-    saved::{Kept, Position, RestoreError, Saved},
+    saved::{DeviceState, Position, RestoreError, Saved},
     segments::SegmentChain,
 };
 
@@ -364,7 +364,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn save(&mut self) -> Saved {
-        let kept = Kept::Balloon {
+        let state = DeviceState::Balloon {
             goal_pages: self.goal_pages,
             actual_pages: self.actual_pages,
         };
@@ -379,16 +379,16 @@ impl VirtioDevice for Balloon {
             }));
         }
         self.stop();
-        Saved { queues, kept }
+        Saved { queues, state }
     }
 
-    fn restore(&mut self, kept: &Kept) -> Result<(), RestoreError> {
-        let Kept::Balloon {
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Balloon {
             goal_pages,
             actual_pages,
-        } = *kept
+        } = *state
         else {
-            return Err(self.cannot_restore(kept));
+            return Err(self.cannot_restore(state));
         };
         self.goal_pages = goal_pages;
         self.actual_pages = actual_pages;

@@ -29,7 +29,7 @@ use crate::devices::virtio::{
         Readiness, VirtioDevice, read_config,
     },
     rate_limiter::RateLimiter,
-    saved::{Kept, Position, Saved},
+    saved::{DeviceState, Position, Saved},
     segments::{self, SegmentChain},
 };
 
@@ -678,8 +678,8 @@ impl VirtioDevice for Blk {
             running.queues.iter().map(Position::of).collect()
         });
         self.stop();
-        let kept = Kept::Nothing;
-        Saved { queues, kept }
+        let state = DeviceState::Nothing;
+        Saved { queues, state }
     }
 
     fn command(&mut self, command: Command) -> Result<(), CommandError> {

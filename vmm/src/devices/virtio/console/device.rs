@@ -9,7 +9,7 @@ use vm_memory::WriteVolatile;
 use super::super::{
     buffers::Buffers,
     device::{Activation, Broken, VirtioDevice},
-    saved::{Kept, Saved},
+    saved::{DeviceState, Saved},
     turns,
 };
 
@@ -160,7 +160,7 @@ impl VirtioDevice for Console {
     }
 
     fn save(&mut self) -> Saved {
-        Saved::stopped(self.active.take(), Kept::Nothing)
+        Saved::stopped(self.active.take(), DeviceState::Nothing)
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

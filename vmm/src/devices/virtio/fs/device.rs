@@ -29,7 +29,7 @@ use super::{
         device::{
             Activation, ActiveQueue, Broken, GuestMemory, Readiness, VirtioDevice, read_config,
         },
-        saved::{Kept, Saved},
+        saved::{DeviceState, Saved},
     },
     config::{CONFIG_BYTES, TAG_BYTES, config},
 };
@@ -421,8 +421,8 @@ impl VirtioDevice for Fs {
                 .map(|queue| queue.kernel_position(&active.memory))
                 .collect()
         });
-        let kept = Kept::Nothing;
-        Saved { queues, kept }
+        let state = DeviceState::Nothing;
+        Saved { queues, state }
     }
 }
 

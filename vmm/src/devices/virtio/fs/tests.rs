@@ -197,7 +197,7 @@ fn a_file_system_goes_on_where_it_stood() {
     let text = serde_json::to_string(&fs.save()).unwrap();
     let saved: Saved = serde_json::from_str(&text).unwrap();
     assert_eq!(saved.queues[1].next_used, 1);
-    fs.restore(&saved.kept).unwrap();
+    fs.restore(&saved.state).unwrap();
     fs.activate(driver.activation_at(1 << 32, &saved.queues))
         .unwrap();
     let (error, _) = request(&mut driver, FUSE_GETATTR, ROOT, &[0; 16], 104);

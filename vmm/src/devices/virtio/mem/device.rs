@@ -15,7 +15,7 @@ use crate::devices::virtio::{
         VirtioDevice, read_config,
     },
     discard::{Discard, DiscardError},
-    saved::{Kept, Position, RestoreError, Saved},
+    saved::{DeviceState, Position, RestoreError, Saved},
     segments::SegmentChain,
 };
 
@@ -308,23 +308,23 @@ impl VirtioDevice for Mem {
         let queue = running.and_then(|running| running.queue);
         Saved {
             queues: queue.iter().map(Position::of).collect(),
-            kept: Kept::Mem {
+            state: DeviceState::Mem {
                 requested_bytes: self.requested_bytes,
                 plugged: self.blocks.map().to_vec(),
             },
         }
     }
 
-    fn restore(&mut self, kept: &Kept) -> Result<(), RestoreError> {
-        let Kept::Mem {
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Mem {
             requested_bytes,
             plugged,
-        } = kept
+        } = state
         else {
-            return Err(self.cannot_restore(kept));
+            return Err(self.cannot_restore(state));
         };
         if *requested_bytes > self.parameters.region_bytes || !self.blocks.set_map(plugged) {
-            return Err(self.cannot_restore(kept));
+            return Err(self.cannot_restore(state));
         }
         self.requested_bytes = *requested_bytes;
         Ok(())

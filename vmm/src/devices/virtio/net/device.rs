@@ -25,7 +25,7 @@ use crate::devices::virtio::{
         Readiness, VirtioDevice, read_config,
     },
     rate_limiter::{RateLimiter, Rates},
-    saved::{Kept, Position, RestoreError, Saved},
+    saved::{DeviceState, Position, RestoreError, Saved},
     segments::SegmentChain,
 };
 
@@ -615,7 +615,7 @@ impl VirtioDevice for Net {
     /// A packet that no buffer was found for is lost, as packets may be.
     fn save(&mut self) -> Saved {
         let pairs = u16::try_from(self.attached.iter().filter(|attached| **attached).count());
-        let kept = Kept::Net {
+        let state = DeviceState::Net {
             pairs: pairs.expect("checked against PAIRS_MAX").max(1),
         };
         let mut queues = Vec::new();
@@ -638,16 +638,16 @@ impl VirtioDevice for Net {
             queues.extend(running.control.as_ref().map(Position::of));
         }
         self.stop();
-        Saved { queues, kept }
+        Saved { queues, state }
     }
 
-    fn restore(&mut self, kept: &Kept) -> Result<(), RestoreError> {
-        match *kept {
-            Kept::Net { pairs } if (1..=self.pairs()).contains(&pairs) => {
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        match *state {
+            DeviceState::Net { pairs } if (1..=self.pairs()).contains(&pairs) => {
                 self.pairs_due = pairs;
                 Ok(())
             }
-            _ => Err(self.cannot_restore(kept)),
+            _ => Err(self.cannot_restore(state)),
         }
     }
 

@@ -23,7 +23,7 @@ use crate::devices::virtio::{
     device::{Command, VirtioDevice},
     driver::{BUFFERS, Driver, HOSTILE_CHAINS, Part, assert_hostile_chains_break},
     rate_limiter::{Rate, Rates},
-    saved::{Kept, Saved},
+    saved::{DeviceState, Saved},
 };
 
 const QUEUE_SIZE: u16 = 256;
@@ -354,8 +354,11 @@ fn a_card_goes_on_where_another_one_stood() {
         drop(net);
         let saved: Saved = serde_json::from_str(&text).unwrap();
         let mut net = card(second);
-        net.restore(&saved.kept).unwrap();
-        assert!(net.restore(&Kept::Net { pairs: 2 }).is_err(), "it has one");
+        net.restore(&saved.state).unwrap();
+        assert!(
+            net.restore(&DeviceState::Net { pairs: 2 }).is_err(),
+            "it has one"
+        );
         let activation = guest
             .driver
             .activation_at(F_MAC | F_MRG_RXBUF, &saved.queues);

@@ -11,7 +11,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
 use super::{
     super::{
         device::{Activation, Broken, VirtioDevice, read_config},
-        saved::{Kept, RestoreError, Saved},
+        saved::{DeviceState, RestoreError, Saved},
         turns,
     },
     request::{RESPONSE_BYTES, Request},
@@ -186,14 +186,14 @@ impl VirtioDevice for Pmem {
 
     fn save(&mut self) -> Saved {
         let address = self.region_address;
-        Saved::stopped(self.active.take(), Kept::Pmem { address })
+        Saved::stopped(self.active.take(), DeviceState::Pmem { address })
     }
 
-    fn restore(&mut self, kept: &Kept) -> Result<(), RestoreError> {
-        match *kept {
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        match *state {
             // The driver has mapped it there: the machine lays regions out as it did before.
-            Kept::Pmem { address } if address == self.region_address => Ok(()),
-            _ => Err(self.cannot_restore(kept)),
+            DeviceState::Pmem { address } if address == self.region_address => Ok(()),
+            _ => Err(self.cannot_restore(state)),
         }
     }
 

@@ -6,7 +6,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use super::super::{
     buffers::Buffers,
     device::{Activation, Broken, VirtioDevice},
-    saved::{Kept, Saved},
+    saved::{DeviceState, Saved},
     turns,
 };
 
@@ -107,7 +107,7 @@ impl VirtioDevice for Rng {
     }
 
     fn save(&mut self) -> Saved {
-        Saved::stopped(self.active.take(), Kept::Nothing)
+        Saved::stopped(self.active.take(), DeviceState::Nothing)
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

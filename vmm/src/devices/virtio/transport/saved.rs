@@ -58,8 +58,8 @@ impl VirtioFunction {
         let [_, _, low, high] = lock(&self.config).word(self.msix_capability).to_le_bytes();
         self.decode();
         self.show_common();
-        let kept = lock(&self.device).restore(&saved.device.kept);
-        kept.map_err(|error| self.broken(error.to_string()))?;
+        let restored = lock(&self.device).restore(&saved.device.state);
+        restored.map_err(|error| self.broken(error.to_string()))?;
         if saved.registers.is_live() {
             self.activate(&saved.device.queues)?;
             // What lay in the rings was announced to the one before.

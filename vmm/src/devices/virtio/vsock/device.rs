@@ -13,7 +13,7 @@ use super::{
         buffers::BufferChain,
         chain,
         device::{Activation, Broken, GuestMemory, Readiness, VirtioDevice, read_config},
-        saved::{Kept, RestoreError, Saved},
+        saved::{DeviceState, RestoreError, Saved},
     },
     muxer::Muxer,
     packet::{HEADER_BYTES, HOST_CID, Header},
@@ -315,12 +315,12 @@ impl VirtioDevice for Vsock {
     fn save(&mut self) -> Saved {
         let connections = self.muxer.len() > 0;
         self.muxer.stop();
-        Saved::stopped(self.active.take(), Kept::Vsock { connections })
+        Saved::stopped(self.active.take(), DeviceState::Vsock { connections })
     }
 
-    fn restore(&mut self, kept: &Kept) -> Result<(), RestoreError> {
-        let Kept::Vsock { connections } = *kept else {
-            return Err(self.cannot_restore(kept));
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Vsock { connections } = *state else {
+            return Err(self.cannot_restore(state));
         };
         self.reset_due = connections;
         Ok(())

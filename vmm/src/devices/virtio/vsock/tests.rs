@@ -148,7 +148,7 @@ fn a_device_that_goes_on_tells_that_connections_are_gone() {
     );
     let text = serde_json::to_string(&saved).unwrap();
     let saved: Saved = serde_json::from_str(&text).unwrap();
-    guest.device.restore(&saved.kept).unwrap();
+    guest.device.restore(&saved.state).unwrap();
     let event = BUFFERS + (8 << 20);
     guest.driver.put(event, &[0xff; 4]);
     guest.driver.queues[2]
