@@ -32,14 +32,15 @@ pub fn from_descriptor(descriptor: OwnedFd) -> Kvm {
     unsafe { std::os::fd::FromRawFd::from_raw_fd(raw) }
 }
 
-/// The memory map of a virtual machine. Each slot holds what backs it until the slot is gone.
+/// The memory slots of a virtual machine: which guest addresses show which memory. Each slot holds
+/// what backs it until the slot is gone.
 #[derive(Debug)]
-pub struct Slots {
+pub struct MemorySlots {
     vm: Arc<VmFd>,
     used: Mutex<BTreeMap<u32, (u64, Backing)>>,
 }
 
-impl Slots {
+impl MemorySlots {
     /// The map of `vm`; nobody else may set its slots.
     #[must_use]
     pub fn new(vm: Arc<VmFd>) -> Self {
@@ -104,7 +105,7 @@ impl Slots {
     }
 }
 
-impl Drop for Slots {
+impl Drop for MemorySlots {
     fn drop(&mut self) {
         let used = std::mem::take(self.used.get_mut().unwrap_or_else(PoisonError::into_inner));
         for (slot, (guest_address, backing)) in used {

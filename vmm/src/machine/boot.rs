@@ -29,7 +29,7 @@ impl Machine {
         let template = arch::cpu::template(&self.kvm, description.cpu, features, count)?;
         let mut vcpus = Vec::new();
         for id in 0..count {
-            let vcpu = self.around.vm.create_vcpu(u64::from(id));
+            let vcpu = self.platform.vm.create_vcpu(u64::from(id));
             let vcpu = vcpu.map_err(arch::machine::KvmError::at("create vCPU"))?;
             let entry = (id == 0).then_some(&entry);
             arch::cpu::prepare(&vcpu, id, &template, entry)?;
@@ -55,7 +55,7 @@ impl Machine {
             bus: Arc::clone(&self.bus),
             gate: Arc::clone(&gate),
             exits: Arc::clone(&self.exits),
-            doorbell: Arc::clone(&self.around.doorbell),
+            doorbell: Arc::clone(&self.platform.doorbell),
         };
         let vcpus = Vcpus::spawn(vcpus, context, confine);
         self.vcpus = Some(vcpus.map_err(MachineError::host("vCPU threads"))?);

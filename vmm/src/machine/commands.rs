@@ -126,7 +126,7 @@ impl Machine {
             exits_mmio: self.exits.mmio.load(Relaxed),
             exits_other: self.exits.other.load(Relaxed),
             exits_interrupted: self.exits.interrupted.load(Relaxed),
-            interrupts: self.around.interrupts.load(Relaxed),
+            interrupts: self.platform.interrupts.load(Relaxed),
             resident_peak_bytes: peak_kib << 10,
             guest_resident_bytes: blocks * 512,
             vcpus: u64::from(vcpus),

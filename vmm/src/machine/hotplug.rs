@@ -89,7 +89,7 @@ impl Machine {
         let bar = bar.ok_or(MachineError::Exhausted("address"))?;
         let slot = place.0;
         let poller = Arc::new(FunctionPoller::new(Arc::clone(&self.waiter), slot));
-        let function = VirtioFunction::attach(made, place, bar, self.around.clone(), poller);
+        let function = VirtioFunction::attach(made, place, bar, self.platform.clone(), poller);
         let function = function.map_err(MachineError::host("device registers"))?;
         self.functions.insert(slot, function);
         let attached = Attached {
@@ -118,10 +118,10 @@ impl Machine {
         }
         let place = self.pci_slots.take(false);
         let place = place.ok_or(MachineError::Exhausted("slot"))?;
-        let (memory, around) = (&self.memory, &self.around);
+        let (memory, platform) = (&self.memory, &self.platform);
         let added = self
             .passthrough
-            .add(function, descriptors, place, memory, around);
+            .add(function, descriptors, place, memory, platform);
         if let Err(error) = added {
             self.pci_slots.give_back(place.0);
             return Err(error.into());
@@ -151,7 +151,10 @@ impl Machine {
         let address = self.regions.take_aligned(room, REGION_ALIGNMENT_BYTES);
         let address = address.ok_or(MachineError::Exhausted("address"))?;
         let backing = Backing::File(Arc::new(mapping));
-        let slot = self.slots.add(address, backing).map_err(host("region"))?;
+        let slot = self
+            .memory_slots
+            .add(address, backing)
+            .map_err(host("region"))?;
         device.set_region(address);
         Ok(Some(slot))
     }
@@ -171,7 +174,7 @@ impl Machine {
         }
         self.passthrough.remove(attached.slot);
         if let Some(region) = attached.region {
-            self.slots
+            self.memory_slots
                 .remove(region)
                 .map_err(MachineError::host("region"))?;
         }

@@ -4,7 +4,7 @@ use std::{fs::File, os::fd::OwnedFd, sync::Arc};
 
 use pericarp_protocol::machine::{Machine as Description, PageKind};
 use pericarp_sys::{
-    kvm::Slots,
+    kvm::MemorySlots,
     mapping::{Backing, GuestPages, map_guest_memory},
 };
 use vm_memory::{GuestMemoryMmap, GuestRegionMmap};
@@ -51,7 +51,7 @@ pub(crate) fn map(
     description: &Description,
     layout: Layout,
     file: OwnedFd,
-    slots: &Slots,
+    slots: &MemorySlots,
 ) -> Result<Memory, MemoryError> {
     let file = Arc::new(File::from(file));
     let (actual, wanted) = (file.metadata()?.len(), description.memory_max_bytes);

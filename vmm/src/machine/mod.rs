@@ -36,7 +36,7 @@ use std::{collections::BTreeMap, fs::File, sync::Arc};
 use kvm_ioctls::Kvm;
 use pericarp_protocol::machine::{FieldError, Machine as Description};
 use pericarp_sys::{
-    kvm::{self, Slots},
+    kvm::{self, MemorySlots},
     mapping::Backing,
 };
 
@@ -53,7 +53,7 @@ use crate::{
     arch,
     devices::virtio::{
         device::{Broken, Readiness},
-        transport::{Surroundings, VirtioFunction},
+        transport::{Platform, VirtioFunction},
     },
     event_loop::{Doorbell, End, Waiter},
     pci::{
@@ -72,11 +72,11 @@ pub(crate) struct Machine {
     kernel: File,
     initramfs: Option<File>,
     memory: Memory,
-    slots: Arc<Slots>,
-    around: Surroundings,
+    memory_slots: Arc<MemorySlots>,
+    platform: Platform,
     waiter: Arc<Waiter>,
     bus: Arc<Bus>,
-    pci_slots: root::Slots,
+    pci_slots: root::SlotAllocator,
     window: Allocator,
     regions: Allocator,
     names: BTreeMap<String, Attached>,
@@ -109,7 +109,7 @@ impl Machine {
         let vm =
             Arc::new(kvm::create_vm(&kvm).map_err(arch::machine::KvmError::at("create machine"))?);
         arch::machine::set_up(&vm)?;
-        let slots = Arc::new(Slots::new(Arc::clone(&vm)));
+        let slots = Arc::new(MemorySlots::new(Arc::clone(&vm)));
         let memory = memory::map(&description, layout, file, &slots)?;
         let host = MachineError::host;
         let root = Arc::new(Root::new().map_err(host("configuration space"))?);
@@ -127,10 +127,10 @@ impl Machine {
             initramfs,
             window: Allocator::new(memory.layout.window_64.clone()),
             regions: Allocator::new(memory.layout.regions.clone()),
-            around: Surroundings {
+            platform: Platform {
                 routes: Arc::new(Routes::new(Arc::clone(&vm))),
                 vm,
-                slots: Arc::clone(&slots),
+                memory_slots: Arc::clone(&slots),
                 memory: Arc::clone(&memory.guest),
                 root,
                 bars,
@@ -138,10 +138,10 @@ impl Machine {
                 interrupts: Arc::default(),
             },
             memory,
-            slots,
+            memory_slots: slots,
             waiter,
             bus: Arc::new(bus),
-            pci_slots: root::Slots::new(),
+            pci_slots: root::SlotAllocator::new(),
             names: BTreeMap::new(),
             single: BTreeMap::new(),
             functions: BTreeMap::new(),
@@ -155,7 +155,7 @@ impl Machine {
 
     /// What vCPU threads wake.
     pub(crate) fn doorbell(&self) -> &Arc<Doorbell> {
-        &self.around.doorbell
+        &self.platform.doorbell
     }
 
     /// What answers the accesses of a guest that is played.
@@ -178,7 +178,7 @@ impl Machine {
 
     /// Work that a vCPU rang for. Gives the names of devices that broke.
     pub(crate) fn work(&mut self) -> Vec<(String, Broken)> {
-        let slots = self.around.doorbell.take_slots();
+        let slots = self.platform.doorbell.take_slots();
         let mut moved = false;
         for passed in slots.iter().filter_map(|slot| self.passthrough.get(*slot)) {
             passed.map();
@@ -229,7 +229,7 @@ impl Machine {
 
     /// How it ended, if it did.
     pub(crate) fn ended(&self) -> Option<End> {
-        self.around.doorbell.ended()
+        self.platform.doorbell.ended()
     }
 
     /// Memory that it has at most.

@@ -31,7 +31,7 @@ use crate::{
     arch::layout,
     devices::{
         passthrough::function::{FunctionError, PassedFunction},
-        virtio::{discard::Pin, transport::Surroundings},
+        virtio::{discard::Pin, transport::Platform},
     },
     pci::Slot,
 };
@@ -248,7 +248,7 @@ impl Passthrough {
         descriptors: &mut Descriptors,
         place: (Slot, bool),
         memory: &Memory,
-        around: &Surroundings,
+        platform: &Platform,
     ) -> Result<(), PassthroughError> {
         let function = descriptors.take("Function.function", description.function)?;
         let group = description.group.as_slice().first();
@@ -276,9 +276,9 @@ impl Passthrough {
             Some(group) => group,
             None => function.try_clone().map_err(at("Function.function"))?,
         };
-        let added = Self::tell(&mut self.kvm, &mut self.files, (key, told), around)
+        let added = Self::tell(&mut self.kvm, &mut self.files, (key, told), platform)
             .and_then(|()| space.admit(&function))
-            .and_then(|()| self.attach(key, function, place, memory, around));
+            .and_then(|()| self.attach(key, function, place, memory, platform));
         if added.is_err() {
             self.tidy();
         }
@@ -290,7 +290,7 @@ impl Passthrough {
         kvm: &mut Option<KvmGroups>,
         files: &mut BTreeMap<FileKey, Held>,
         (key, descriptor): (FileKey, OwnedFd),
-        around: &Surroundings,
+        platform: &Platform,
     ) -> Result<(), PassthroughError> {
         let failed = at("KVM's list of groups");
         if files.contains_key(&key) {
@@ -298,7 +298,7 @@ impl Passthrough {
         }
         let kvm = match kvm {
             Some(kvm) => kvm,
-            None => kvm.insert(KvmGroups::new(&around.vm).map_err(&failed)?),
+            None => kvm.insert(KvmGroups::new(&platform.vm).map_err(&failed)?),
         };
         kvm.tell(&descriptor, KVM_DEV_VFIO_FILE_ADD)
             .map_err(failed)?;
@@ -316,11 +316,11 @@ impl Passthrough {
         function: OwnedFd,
         place: (Slot, bool),
         memory: &Memory,
-        around: &Surroundings,
+        platform: &Platform,
     ) -> Result<(), PassthroughError> {
         let length = |range: &std::ops::Range<u64>| range.end - range.start;
         let rooms = [&layout::WINDOW_32, &memory.layout.window_64].map(length);
-        let function = PassedFunction::attach(function, place, rooms, around.clone())?;
+        let function = PassedFunction::attach(function, place, rooms, platform.clone())?;
         if let Some(held) = self.files.get_mut(&key) {
             held.functions += 1;
         }

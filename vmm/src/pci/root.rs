@@ -46,12 +46,12 @@ pub(crate) struct Root {
 
 /// Which slots are taken.
 #[derive(Debug)]
-pub(crate) struct Slots {
+pub(crate) struct SlotAllocator {
     taken: [bool; SLOTS],
     permanent: Vec<u8>,
 }
 
-impl Slots {
+impl SlotAllocator {
     /// Only the host bridge is there.
     pub(crate) fn new() -> Self {
         let mut taken = [false; SLOTS];
@@ -179,7 +179,7 @@ mod tests {
 
     #[test]
     fn sixty_four_functions_fit_and_come_back() {
-        let mut slots = Slots::new();
+        let mut slots = SlotAllocator::new();
         let mut taken = Vec::new();
         while let Some((slot, shared)) = slots.take(taken.len() < 6) {
             assert!(!taken.contains(&slot));

@@ -34,7 +34,7 @@ use super::{
     windows,
 };
 use crate::{
-    devices::virtio::transport::Surroundings,
+    devices::virtio::transport::Platform,
     pci::{
         PciFunction, Slot,
         config::{Changed, ConfigSpace},
@@ -98,7 +98,7 @@ struct PassedBar {
 pub(crate) struct PassedFunction {
     this: Weak<Self>,
     slot: Slot,
-    around: Surroundings,
+    platform: Platform,
     bars: Vec<PassedBar>,
     msix: Option<(MsixPlace, Interrupts)>,
     msi: Option<(MsiPlace, Interrupts)>,
@@ -137,7 +137,7 @@ impl PassedFunction {
         fd: OwnedFd,
         (slot, multifunction): (Slot, bool),
         rooms: [u64; 2],
-        around: Surroundings,
+        platform: Platform,
     ) -> Result<Arc<Self>, FunctionError> {
         let (function, space, bytes) = open(fd)?;
         let mut regions = Vec::new();
@@ -149,7 +149,7 @@ impl PassedFunction {
         check_rooms(&seen.bars, rooms)?;
         let bars = map_bars(&function, &seen, &regions)?;
         let interrupts = |kind, count| {
-            let made = Interrupts::new(&function, kind, count, &around);
+            let made = Interrupts::new(&function, kind, count, &platform);
             made.map_err(at("interrupts"))
         };
         let msix = seen.msix.map(|place| {
@@ -161,7 +161,7 @@ impl PassedFunction {
             Ok::<_, FunctionError>((place, made))
         });
         let (msix, msi) = (msix.transpose()?, msi.transpose()?);
-        let words = Arc::clone(around.root.words());
+        let words = Arc::clone(platform.root.words());
         let command = COMMAND_MEMORY.to_le_bytes();
         let started = function.write(&space, COMMAND as u64, &command);
         started.map_err(at("command register"))?;
@@ -177,9 +177,9 @@ impl PassedFunction {
             config: Mutex::new(config),
             function: RwLock::new(Some(function)),
             shown: Mutex::default(),
-            around,
+            platform,
         });
-        let root = Arc::clone(&passed.around.root);
+        let root = Arc::clone(&passed.platform.root);
         root.attach(slot, Arc::clone(&passed) as Arc<dyn PciFunction>);
         Ok(passed)
     }
@@ -190,9 +190,9 @@ impl PassedFunction {
 
     /// Takes the function off the bus and gives it back, reset. After this it reaches no memory.
     pub(crate) fn detach(&self) {
-        self.around.root.detach(self.slot);
+        self.platform.root.detach(self.slot);
         lock(&self.config).clear();
-        self.around.bars.remove(self.slot);
+        self.platform.bars.remove(self.slot);
         for (_, (_, slots)) in std::mem::take(&mut *lock(&self.shown)) {
             self.hide(&slots);
         }
@@ -213,7 +213,7 @@ impl PassedFunction {
     fn hide(&self, slots: &[u32]) {
         for slot in slots {
             // What KVM does not let go stays mapped until the machine ends.
-            let _ = self.around.slots.remove(*slot);
+            let _ = self.platform.memory_slots.remove(*slot);
         }
     }
 
@@ -225,7 +225,7 @@ impl PassedFunction {
         let function: Arc<dyn PciFunction> = this;
         for passed in &self.bars {
             let range = passed.bar.range(&lock(&self.config));
-            let bars = &self.around.bars;
+            let bars = &self.platform.bars;
             bars.place(self.slot, passed.bar.register, range, &function);
         }
     }
@@ -252,7 +252,10 @@ impl PassedFunction {
                 let slots = passed.windows.iter().filter_map(|(offset, mapping)| {
                     let backing = Backing::Device(Arc::clone(mapping));
                     // Without it accesses trap, which only is slower.
-                    self.around.slots.add(range.start + offset, backing).ok()
+                    self.platform
+                        .memory_slots
+                        .add(range.start + offset, backing)
+                        .ok()
                 });
                 shown.insert(register, (range.start, slots.collect()));
             }
@@ -276,7 +279,7 @@ impl PassedFunction {
 
     /// Whether the bus decodes a BAR at an address, which it does for nobody else then.
     fn is_placed(&self, register: u8, address: u64, size: u64) -> bool {
-        let found = self.around.bars.find(address, size);
+        let found = self.platform.bars.find(address, size);
         found.is_some_and(|(function, bar, offset)| {
             std::ptr::addr_eq(Arc::as_ptr(&function), self) && bar == register && offset == 0
         })
@@ -470,7 +473,7 @@ impl PciFunction for PassedFunction {
                 }
                 drop(config);
                 self.decode();
-                self.around.doorbell.ring(self.slot);
+                self.platform.doorbell.ring(self.slot);
             }
             Changed::Capability(at) => self.capability(&config, at, offset, data),
             Changed::Nothing => {}

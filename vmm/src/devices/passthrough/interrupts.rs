@@ -21,7 +21,7 @@ use pericarp_sys::vfio;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
-    devices::virtio::transport::Surroundings,
+    devices::virtio::transport::Platform,
     pci::{msix::Msix, routes::InterruptMessage},
 };
 
@@ -52,7 +52,7 @@ impl Interrupts {
         function: &vfio::Function,
         kind: u32,
         count: u16,
-        around: &Surroundings,
+        platform: &Platform,
     ) -> io::Result<Self> {
         let there = function.interrupts(kind)?;
         // Both come from the same register; of a kernel that thinks otherwise the lower holds.
@@ -62,9 +62,9 @@ impl Interrupts {
             count,
             grows: there.grows,
             table: Msix::new(
-                Arc::clone(&around.vm),
-                Arc::clone(&around.routes),
-                Arc::clone(&around.interrupts),
+                Arc::clone(&platform.vm),
+                Arc::clone(&platform.routes),
+                Arc::clone(&platform.interrupts),
                 count,
             ),
             live: Mutex::default(),

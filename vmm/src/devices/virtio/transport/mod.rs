@@ -33,7 +33,7 @@ use std::{
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use pericarp_sys::{
-    kvm::Slots,
+    kvm::MemorySlots,
     mapping::{Backing, SharedWords},
 };
 use vmm_sys_util::eventfd::EventFd;
@@ -89,11 +89,11 @@ const CAPABILITY_VENDOR: u8 = 9;
 const VENDOR: u16 = 0x1af4;
 const DEVICE_BASE: u16 = 0x1040;
 
-/// What all functions of a machine share.
+/// The parts of a machine that its devices use.
 #[derive(Debug, Clone)]
-pub(crate) struct Surroundings {
+pub(crate) struct Platform {
     pub(crate) vm: Arc<VmFd>,
-    pub(crate) slots: Arc<Slots>,
+    pub(crate) memory_slots: Arc<MemorySlots>,
     pub(crate) memory: GuestMemory,
     pub(crate) root: Arc<Root>,
     pub(crate) bars: Arc<Bars>,
@@ -127,7 +127,7 @@ pub(crate) struct VirtioFunction {
     this: Weak<Self>,
     slot: Slot,
     name: String,
-    around: Surroundings,
+    platform: Platform,
     poller: Arc<dyn Poller>,
     msix: Arc<Msix>,
     msix_capability: usize,
@@ -153,15 +153,20 @@ impl VirtioFunction {
         device: Box<dyn VirtioDevice>,
         (slot, multifunction): (Slot, bool),
         bar: u64,
-        around: Surroundings,
+        platform: Platform,
         poller: Arc<dyn Poller>,
     ) -> std::io::Result<Arc<Self>> {
         let common = Arc::new(SharedWords::new(SHOWN_BYTES)?);
         let queues = device.queue_sizes().len();
         let count = vectors(device.device_type(), queues);
-        let (vm, routes) = (Arc::clone(&around.vm), Arc::clone(&around.routes));
-        let msix = Arc::new(Msix::new(vm, routes, Arc::clone(&around.interrupts), count));
-        let words = Arc::clone(around.root.words());
+        let (vm, routes) = (Arc::clone(&platform.vm), Arc::clone(&platform.routes));
+        let msix = Arc::new(Msix::new(
+            vm,
+            routes,
+            Arc::clone(&platform.interrupts),
+            count,
+        ));
+        let words = Arc::clone(platform.root.words());
         let identity = identity(device.as_ref(), multifunction);
         let mut config = ConfigSpace::new(words, slot, &identity);
         add_structures(&mut config, queues);
@@ -184,24 +189,24 @@ impl VirtioFunction {
             asked: Mutex::new(Effect::None),
             kicks: Mutex::default(),
             device: Mutex::new(device),
-            around,
+            platform,
         });
         lock(&function.registers).show(&function.common);
         function.decode();
         function.show_common();
-        let root = Arc::clone(&function.around.root);
+        let root = Arc::clone(&function.platform.root);
         root.attach(slot, Arc::clone(&function) as Arc<dyn PciFunction>);
         Ok(function)
     }
 
     /// Takes the device off the bus, after resetting it.
     pub(crate) fn detach(&self) {
-        self.around.root.detach(self.slot);
+        self.platform.root.detach(self.slot);
         lock(&self.config).clear();
-        self.around.bars.remove(self.slot);
+        self.platform.bars.remove(self.slot);
         if let Some((slot, _)) = lock(&self.shown).take() {
             // What KVM does not let go stays mapped, and is only read.
-            let _ = self.around.slots.remove(slot);
+            let _ = self.platform.memory_slots.remove(slot);
         }
         self.reset();
     }
@@ -219,7 +224,7 @@ impl VirtioFunction {
         let function: Arc<dyn PciFunction> = this;
         let range = lock(&self.config).bar(0, BAR_BYTES);
         let placed = self
-            .around
+            .platform
             .bars
             .place(self.slot, 0, range.clone(), &function);
         let notify = range
@@ -241,13 +246,13 @@ impl VirtioFunction {
         if shown.is_some_and(|(_, address)| address == range.start) {
             return;
         }
-        let slots = &self.around.slots;
+        let slots = &self.platform.memory_slots;
         if let Some((slot, _)) = shown.take() {
             let _ = slots.remove(slot);
         }
         // Only where the bus decodes it too, so that no guest puts it over something else. Without
         // it reads trap.
-        let ours = self.around.bars.find(range.start, BAR_BYTES);
+        let ours = self.platform.bars.find(range.start, BAR_BYTES);
         if ours.is_some_and(|(function, ..)| self.is(&function)) {
             let words = Backing::Words(Arc::clone(&self.common));
             *shown = slots
@@ -267,7 +272,7 @@ impl VirtioFunction {
         if kick.address == wanted {
             return;
         }
-        let vm = &self.around.vm;
+        let vm = &self.platform.vm;
         if let Some(old) = kick.address.take() {
             let address = IoEventAddress::Mmio(old);
             // It was registered so; if KVM forgot it, all the better.
@@ -317,7 +322,7 @@ impl VirtioFunction {
         lock(&self.kicks).live = kicks;
         let mut device = lock(&self.device);
         device.activate(Activation {
-            memory: Arc::clone(&self.around.memory),
+            memory: Arc::clone(&self.platform.memory),
             features,
             queues: active,
             interrupt: Arc::clone(&self.vectors) as Arc<dyn Interrupt>,
@@ -374,7 +379,7 @@ impl VirtioFunction {
         let mut queues = Vec::new();
         for (index, queue) in (0_u16..).zip(registers.queues()) {
             if queue.is_enabled() {
-                let built = queue.build(&self.around.memory, features);
+                let built = queue.build(&self.platform.memory, features);
                 let queue = built.map_err(|why| self.broken(format!("queue {index}: {why}")))?;
                 queues.push((index, queue));
             }
@@ -522,7 +527,7 @@ impl PciFunction for VirtioFunction {
             Changed::Decoding => {
                 drop(config);
                 self.decode();
-                self.around.doorbell.ring(self.slot);
+                self.platform.doorbell.ring(self.slot);
             }
             Changed::Capability(at) if at == self.msix_capability => {
                 let [_, _, low, high] = config.word(at).to_le_bytes();
@@ -559,7 +564,7 @@ impl PciFunction for VirtioFunction {
                 drop(registers);
                 if effect != Effect::None {
                     *lock(&self.asked) = effect;
-                    self.around.doorbell.ring(self.slot);
+                    self.platform.doorbell.ring(self.slot);
                 }
             }
             DEVICE..NOTIFY => lock(&self.device).write_config(offset - DEVICE, data),
