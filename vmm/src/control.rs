@@ -96,8 +96,8 @@ impl Control {
         self.flush()
     }
 
-    /// Queues an event.
-    pub(crate) fn tell(&mut self, event: Event) -> io::Result<()> {
+    /// Queues an event; drops it when too much waits.
+    pub(crate) fn send_event(&mut self, event: Event) -> io::Result<()> {
         if self.waiting.len() < WAITING_MAX {
             self.waiting
                 .push_back(encode_message(0, &Message::Event(event)));

@@ -100,7 +100,7 @@ impl Session {
         let started = machine.resume().map_err(io::Error::other);
         started.map_err(at("vCPUs"))?;
         self.control
-            .tell(Event::Started(Nothing {}))
+            .send_event(Event::Started(Nothing {}))
             .map_err(at("control socket"))?;
         let outcome = self.serve(&mut machine)?;
         if outcome == Outcome::Ended {
@@ -192,16 +192,16 @@ impl Session {
                     }
                     Source::Function(slot, token) => {
                         if let Some(broken) = machine.ready(slot, token, readiness) {
-                            self.tell_broken(broken)?;
+                            self.send_broken(broken)?;
                         }
                     }
                 }
             }
             if let Some(bytes) = machine.take_reached() {
-                self.tell(Event::MemoryReached(Bytes { bytes }))?;
+                self.send_event(Event::MemoryReached(Bytes { bytes }))?;
             }
-            if let Some((name, reason)) = machine.take_apart() {
-                self.tell(Event::PeersApart(PeersApart {
+            if let Some((name, reason)) = machine.take_peer_failure() {
+                self.send_event(Event::PeersApart(PeersApart {
                     device: DeviceName::lossy(&name),
                     reason: Reason::lossy(&reason),
                 }))?;
@@ -209,14 +209,14 @@ impl Session {
         }
     }
 
-    fn tell(&mut self, event: Event) -> Result<(), SessionError> {
-        let told = self.control.tell(event);
+    fn send_event(&mut self, event: Event) -> Result<(), SessionError> {
+        let sent = self.control.send_event(event);
         self.watch_control()?;
-        told.map_err(at("control socket"))
+        sent.map_err(at("control socket"))
     }
 
-    fn tell_broken(&mut self, (name, broken): (String, Broken)) -> Result<(), SessionError> {
-        self.tell(Event::DeviceBroken(DeviceBroken {
+    fn send_broken(&mut self, (name, broken): (String, Broken)) -> Result<(), SessionError> {
+        self.send_event(Event::DeviceBroken(DeviceBroken {
             device: DeviceName::lossy(&name),
             reason: Reason::lossy(&broken.to_string()),
         }))
@@ -281,16 +281,16 @@ impl Session {
     fn answer_doorbell(&mut self, machine: &mut Machine) -> Result<Outcome, SessionError> {
         machine.doorbell().answer();
         for broken in machine.work() {
-            self.tell_broken(broken)?;
+            self.send_broken(broken)?;
         }
         if machine.doorbell().take_panicked() {
-            self.tell(Event::GuestPanicked(Nothing {}))?;
+            self.send_event(Event::GuestPanicked(Nothing {}))?;
         }
         let Some(end) = machine.ended() else {
             return Ok(Outcome::GoOn);
         };
         let shutdown = |kind| Event::GuestShutdown(GuestShutdown { kind });
-        self.tell(match end {
+        self.send_event(match end {
             End::PowerOff => shutdown(ShutdownKind::PowerOff),
             End::Reset => shutdown(ShutdownKind::Reset),
             End::Vcpu(vcpu, reason) => Event::VcpuError(VcpuError {

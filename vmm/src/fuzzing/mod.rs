@@ -22,7 +22,7 @@ use self::bytes::Choices;
 use crate::{
     devices::{
         passthrough::{
-            function::{Met, meet},
+            function::{AccessTarget, access_target},
             mediate::{CONFIG_BYTES, check},
         },
         virtio::{
@@ -171,7 +171,7 @@ fn mediate_and_write(choices: &mut Choices<'_>) -> Option<()> {
         }
         if let Some(place) = &seen.msix {
             let at = u64::from(offset);
-            if let Met::Table(at) = meet(place, place.table.0, at, 4) {
+            if let AccessTarget::Table(at) = access_target(place, place.table.0, at, 4) {
                 assert!(at + 4 <= u64::from(place.count) * 16);
             }
         }

@@ -215,9 +215,9 @@ impl Machine {
         Some((self.name_of(slot), broken))
     }
 
-    /// The function of the host whose registers others do not reach, and why, once.
-    pub(crate) fn take_apart(&mut self) -> Option<(String, String)> {
-        let (slot, reason) = self.passthrough.take_apart()?;
+    /// The passthrough device whose BARs its peers cannot reach, and why. Returned once.
+    pub(crate) fn take_peer_failure(&mut self) -> Option<(String, String)> {
+        let (slot, reason) = self.passthrough.take_peer_failure()?;
         Some((self.name_of(slot), reason))
     }
 

@@ -102,7 +102,8 @@ struct Space {
     _pin: Pin,
 }
 
-/// What KVM is told of: a group by its number or, by iommufd, a function by its slot too.
+/// Names a file that KVM knows: a group by its number or, with iommufd, a function also by its
+/// slot.
 type FileKey = (u32, Option<Slot>);
 
 /// KVM's list of groups and functions, by which it knows whether devices see the caches of
@@ -132,7 +133,7 @@ pub(super) struct Passthrough {
     space: Option<Space>,
     kvm: Option<KvmGroups>,
     /// Whose registers others do not reach, and why.
-    apart: Option<(Slot, String)>,
+    peer_failure: Option<(Slot, String)>,
 }
 
 impl View {
@@ -216,7 +217,7 @@ impl KvmGroups {
         Ok(Self(vm.create_device(&mut device)?))
     }
 
-    fn tell(&self, file: &OwnedFd, act: u32) -> io::Result<()> {
+    fn set_file(&self, file: &OwnedFd, act: u32) -> io::Result<()> {
         let descriptor = file.as_raw_fd();
         let attribute = kvm_device_attr {
             group: KVM_DEV_VFIO_FILE,
@@ -272,11 +273,11 @@ impl Passthrough {
         }
         let alone = group.is_none().then_some(place.0);
         let key = (description.group_number, alone);
-        let told = match group {
+        let held_file = match group {
             Some(group) => group,
             None => function.try_clone().map_err(at("Function.function"))?,
         };
-        let added = Self::tell(&mut self.kvm, &mut self.files, (key, told), platform)
+        let added = Self::add_to_kvm(&mut self.kvm, &mut self.files, (key, held_file), platform)
             .and_then(|()| space.admit(&function))
             .and_then(|()| self.attach(key, function, place, memory, platform));
         if added.is_err() {
@@ -285,8 +286,8 @@ impl Passthrough {
         added
     }
 
-    /// Tells KVM of a group or function that it does not know.
-    fn tell(
+    /// Adds a group or function to those that KVM knows.
+    fn add_to_kvm(
         kvm: &mut Option<KvmGroups>,
         files: &mut BTreeMap<FileKey, Held>,
         (key, descriptor): (FileKey, OwnedFd),
@@ -300,7 +301,7 @@ impl Passthrough {
             Some(kvm) => kvm,
             None => kvm.insert(KvmGroups::new(&platform.vm).map_err(&failed)?),
         };
-        kvm.tell(&descriptor, KVM_DEV_VFIO_FILE_ADD)
+        kvm.set_file(&descriptor, KVM_DEV_VFIO_FILE_ADD)
             .map_err(failed)?;
         let held = Held {
             descriptor,
@@ -357,12 +358,12 @@ impl Passthrough {
             parts.map(|(address, registers)| (address, (*slot, registers)))
         });
         let refusal = space.peers.follow(&space.view, &wanted.collect());
-        self.apart = self.apart.take().or(refusal);
+        self.peer_failure = self.peer_failure.take().or(refusal);
     }
 
-    /// Whose registers other functions do not reach, and why, once.
-    pub(super) fn take_apart(&mut self) -> Option<(Slot, String)> {
-        self.apart.take()
+    /// The function whose BARs its peers cannot reach, and why. Returned once.
+    pub(super) fn take_peer_failure(&mut self) -> Option<(Slot, String)> {
+        self.peer_failure.take()
     }
 
     /// Gives back groups without functions and, without any, the memory.
@@ -373,7 +374,7 @@ impl Passthrough {
                 && let Some(kvm) = kvm
             {
                 // KVM holds it open until then.
-                let _ = kvm.tell(&held.descriptor, KVM_DEV_VFIO_FILE_DEL);
+                let _ = kvm.set_file(&held.descriptor, KVM_DEV_VFIO_FILE_DEL);
             }
             held.functions > 0
         });

@@ -1,9 +1,8 @@
-//! Registers of functions in the functions' view of memory, so that one function reaches another
-//! (peer to peer), where kernel and IOMMU let it.
+//! Peer-to-peer DMA between passthrough devices, where kernel and IOMMU support it.
 //!
-//! What of a function the guest reaches without us, other functions reach at the same addresses:
-//! the bus decodes it there, so it overlaps neither memory nor another function, and the table of
-//! MSI-X is not in it. A single function has no peers, and nothing is mapped for it.
+//! BAR ranges that the guest accesses directly are also mapped in the IOMMU at the same addresses.
+//! The bus decodes them there, so they overlap neither memory nor another device, and they exclude
+//! the MSI-X table. A single device has no peers, and nothing is mapped for it.
 //!
 //! Hostile guest: it moves BARs as it likes. Each turn of the event loop looks once at the BARs
 //! that there are and maps and takes away what has changed, however often it moved in between; what
@@ -15,8 +14,8 @@ use pericarp_sys::mapping::DeviceMapping;
 
 use crate::pci::Slot;
 
-/// Parts of BARs where the bus decodes them, by address, and whose they are.
-pub(super) type Registers = BTreeMap<u64, (Slot, Arc<DeviceMapping>)>;
+/// BAR ranges by the address at which the bus decodes them, with the slot of their device.
+pub(super) type BarRanges = BTreeMap<u64, (Slot, Arc<DeviceMapping>)>;
 
 /// What registers can be put into.
 pub(super) trait View {
@@ -39,7 +38,7 @@ struct Given {
 #[derive(Debug, Default)]
 pub(super) struct Peers {
     given: BTreeMap<u64, Given>,
-    told: bool,
+    reported: bool,
 }
 
 impl Peers {
@@ -48,7 +47,7 @@ impl Peers {
     pub(super) fn follow(
         &mut self,
         view: &impl View,
-        wanted: &Registers,
+        wanted: &BarRanges,
     ) -> Option<(Slot, String)> {
         let mut refusal = None;
         let stays = |address: &u64, given: &Given| {
@@ -91,7 +90,7 @@ impl Peers {
             };
             self.given.insert(*address, given);
         }
-        refusal.filter(|_| !std::mem::replace(&mut self.told, true))
+        refusal.filter(|_| !std::mem::replace(&mut self.reported, true))
     }
 }
 
@@ -128,7 +127,7 @@ mod tests {
         Arc::new(DeviceMapping::new(file.as_fd(), 0, 4096).unwrap())
     }
 
-    fn wanted(parts: &[(u64, Slot, &Arc<DeviceMapping>)]) -> Registers {
+    fn wanted(parts: &[(u64, Slot, &Arc<DeviceMapping>)]) -> BarRanges {
         let parts = parts.iter();
         parts
             .map(|(address, slot, registers)| (*address, (*slot, Arc::clone(registers))))
@@ -168,7 +167,7 @@ mod tests {
         assert_eq!(peers.follow(&view, &parts), None);
         assert!(view.0.take().is_empty(), "it is not tried again");
         let moved = wanted(&[(0x1000, 8, &a), (2 * REFUSED, 16, &b)]);
-        assert_eq!(peers.follow(&view, &moved), None, "it was told");
+        assert_eq!(peers.follow(&view, &moved), None, "it was reported");
         assert_eq!(view.0.take(), ["give 0x20000000000"], "nothing to take");
     }
 }

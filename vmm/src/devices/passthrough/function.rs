@@ -286,7 +286,7 @@ impl PassedFunction {
     }
 
     /// Writes a register of two bytes of the function's own configuration space.
-    fn tell(&self, offset: usize, value: u16) {
+    fn write_own_config(&self, offset: usize, value: u16) {
         if let Some(function) = self.function().as_ref() {
             // A function that does not take it is the guest's loss.
             let _ = function.write(&self.space, offset as u64, &value.to_le_bytes());
@@ -311,7 +311,7 @@ impl PassedFunction {
         if self.express.map(|express| express + DEVICE_CONTROL) == Some(at) {
             let [control, _] = halves(config.word(at));
             let wanted = written(offset, data, at + 1) & FUNCTION_RESET.to_le_bytes()[1];
-            self.tell(at, control | u16::from_le_bytes([0, wanted]));
+            self.write_own_config(at, control | u16::from_le_bytes([0, wanted]));
         }
         if let Some((place, interrupts)) = &self.msix
             && place.capability == at
@@ -407,21 +407,26 @@ fn map_bars(
     Ok(bars)
 }
 
-/// What an access to a BAR meets.
+/// What an access to a BAR is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Met {
+pub(crate) enum AccessTarget {
     /// The table, at this offset of it.
     Table(u64),
     /// The pending bits, at this offset.
     Pending(u64),
-    /// Their border: nothing that a driver does.
+    /// Both sides of a border of them: no driver does this.
     Border,
     /// The function's registers.
     Registers,
 }
 
-/// What `length` bytes at `offset` of BAR `bar` are.
-pub(crate) fn meet(place: &MsixPlace, bar: u8, offset: u64, length: usize) -> Met {
+/// Returns what `length` bytes at `offset` of BAR `bar` belong to.
+pub(crate) fn access_target(
+    place: &MsixPlace,
+    bar: u8,
+    offset: u64,
+    length: usize,
+) -> AccessTarget {
     let end = offset.saturating_add(length as u64);
     let touches = |(register, range): &(u8, Range<u64>)| {
         *register == bar && offset < range.end && end > range.start
@@ -430,27 +435,34 @@ pub(crate) fn meet(place: &MsixPlace, bar: u8, offset: u64, length: usize) -> Me
     if touches(&place.table) {
         let range = &place.table.1;
         return if inside(range) {
-            Met::Table(offset - range.start)
+            AccessTarget::Table(offset - range.start)
         } else {
-            Met::Border
+            AccessTarget::Border
         };
     }
     if touches(&place.pending) {
         let range = &place.pending.1;
         return if inside(range) {
-            Met::Pending(offset - range.start)
+            AccessTarget::Pending(offset - range.start)
         } else {
-            Met::Border
+            AccessTarget::Border
         };
     }
-    Met::Registers
+    AccessTarget::Registers
 }
 
 impl PassedFunction {
-    fn meet(&self, bar: u8, offset: u64, length: usize) -> (Met, Option<&Interrupts>) {
+    fn access_target(
+        &self,
+        bar: u8,
+        offset: u64,
+        length: usize,
+    ) -> (AccessTarget, Option<&Interrupts>) {
         match &self.msix {
-            Some((place, interrupts)) => (meet(place, bar, offset, length), Some(interrupts)),
-            None => (Met::Registers, None),
+            Some((place, interrupts)) => {
+                (access_target(place, bar, offset, length), Some(interrupts))
+            }
+            None => (AccessTarget::Registers, None),
         }
     }
 
@@ -469,7 +481,7 @@ impl PciFunction for PassedFunction {
                 let [low, high, ..] = config.word(COMMAND).to_le_bytes();
                 let command = u16::from_le_bytes([low, high]) & COMMAND_PASSED;
                 if usize::from(offset) / 4 == COMMAND / 4 {
-                    self.tell(COMMAND, command | COMMAND_MEMORY);
+                    self.write_own_config(COMMAND, command | COMMAND_MEMORY);
                 }
                 drop(config);
                 self.decode();
@@ -482,10 +494,12 @@ impl PciFunction for PassedFunction {
 
     fn read_bar(&self, bar: u8, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
-        match self.meet(bar, offset, data.len()) {
-            (Met::Table(at), Some(interrupts)) => interrupts.table().read_table(at, data),
-            (Met::Pending(at), Some(interrupts)) => interrupts.table().read_pending(at, data),
-            (Met::Registers, _) => {
+        match self.access_target(bar, offset, data.len()) {
+            (AccessTarget::Table(at), Some(interrupts)) => interrupts.table().read_table(at, data),
+            (AccessTarget::Pending(at), Some(interrupts)) => {
+                interrupts.table().read_pending(at, data)
+            }
+            (AccessTarget::Registers, _) => {
                 if let (Some(function), Some(region)) = (self.function().as_ref(), self.region(bar))
                     && function.read(region, offset, data).is_err()
                 {
@@ -497,12 +511,12 @@ impl PciFunction for PassedFunction {
     }
 
     fn write_bar(&self, bar: u8, offset: u64, data: &[u8]) {
-        match self.meet(bar, offset, data.len()) {
-            (Met::Table(at), Some(interrupts)) => {
+        match self.access_target(bar, offset, data.len()) {
+            (AccessTarget::Table(at), Some(interrupts)) => {
                 interrupts.table().write_table(at, data);
                 self.connect(interrupts, u16::try_from(at / 16).ok());
             }
-            (Met::Registers, _) => {
+            (AccessTarget::Registers, _) => {
                 if let (Some(function), Some(region)) = (self.function().as_ref(), self.region(bar))
                 {
                     // Nobody is told of writes that a device does not take.
@@ -537,14 +551,20 @@ mod tests {
             table: (0, 0x2000..0x2020),
             pending: (1, 0x10..0x18),
         };
-        assert_eq!(meet(&place, 0, 0x2000, 4), Met::Table(0));
-        assert_eq!(meet(&place, 0, 0x201c, 4), Met::Table(0x1c));
-        assert_eq!(meet(&place, 0, 0x201c, 8), Met::Border);
-        assert_eq!(meet(&place, 0, 0x1ffc, 8), Met::Border);
-        assert_eq!(meet(&place, 0, 0x2020, 4), Met::Registers);
-        assert_eq!(meet(&place, 1, 0x2000, 4), Met::Registers);
-        assert_eq!(meet(&place, 1, 0x10, 8), Met::Pending(0));
-        assert_eq!(meet(&place, 1, u64::MAX, 8), Met::Registers);
+        assert_eq!(access_target(&place, 0, 0x2000, 4), AccessTarget::Table(0));
+        assert_eq!(
+            access_target(&place, 0, 0x201c, 4),
+            AccessTarget::Table(0x1c)
+        );
+        assert_eq!(access_target(&place, 0, 0x201c, 8), AccessTarget::Border);
+        assert_eq!(access_target(&place, 0, 0x1ffc, 8), AccessTarget::Border);
+        assert_eq!(access_target(&place, 0, 0x2020, 4), AccessTarget::Registers);
+        assert_eq!(access_target(&place, 1, 0x2000, 4), AccessTarget::Registers);
+        assert_eq!(access_target(&place, 1, 0x10, 8), AccessTarget::Pending(0));
+        assert_eq!(
+            access_target(&place, 1, u64::MAX, 8),
+            AccessTarget::Registers
+        );
     }
 
     #[test]

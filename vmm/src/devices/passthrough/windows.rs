@@ -9,7 +9,7 @@ pub(crate) const PAGE_BYTES: u64 = 4096;
 /// Parts of one BAR, each a slot of KVM.
 pub(crate) const WINDOWS_MAX: usize = 16;
 
-/// The parts of a BAR of `size` bytes that are mapped, in order and apart: `mappable` without the
+/// The parts of a BAR of `size` bytes that are mapped, sorted and disjoint: `mappable` without the
 /// pages that `trapped` touches. A BAR smaller than a page is not mapped: the guest may place
 /// something else in the rest of that page.
 pub(crate) fn windows(
@@ -42,9 +42,9 @@ pub(crate) fn windows(
     // The kernel's parts do not overlap; of a broken kernel's the first counts.
     let mut end = 0;
     parts.retain(|part| {
-        let apart = part.start >= end;
+        let disjoint = part.start >= end;
         end = end.max(part.end);
-        apart
+        disjoint
     });
     parts.truncate(WINDOWS_MAX);
     parts
@@ -90,10 +90,10 @@ mod tests {
                 prop_assert!(window.end <= size);
                 prop_assert!(window.start % PAGE_BYTES == 0 && window.end % PAGE_BYTES == 0);
                 for trap in &trapped {
-                    let apart = trap.is_empty()
+                    let disjoint = trap.is_empty()
                         || trap.end <= window.start
                         || trap.start >= window.end;
-                    prop_assert!(apart, "{trap:?} in {window:?}");
+                    prop_assert!(disjoint, "{trap:?} in {window:?}");
                 }
                 end = window.end;
             }
