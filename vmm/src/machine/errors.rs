@@ -31,20 +31,20 @@ pub(crate) enum MachineError {
     /// A device.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// A function of the host.
+    /// A passthrough device.
     #[error("Device.kind: {0}")]
     Passthrough(#[from] PassthroughError),
     /// A device did not obey.
     #[error(transparent)]
     Command(#[from] CommandError),
     /// There is a device of that name.
-    #[error("Device.name: {0:?} exists")]
+    #[error("Device.name: {0:?} already exists")]
     Exists(String),
     /// There is a device of that kind, and there can be one.
-    #[error("Device.kind: {0:?} is of this kind, of which there is one")]
+    #[error("Device.kind: only one such device is allowed; {0:?} already exists")]
     Single(String),
-    /// There is none.
-    #[error("device: there is no {0:?}")]
+    /// No device has that name.
+    #[error("device: {0:?} does not exist")]
     NotFound(String),
     /// No slot or address is left.
     #[error("Device: the bus has no {0} left")]

@@ -71,7 +71,7 @@ impl Machine {
         let hot = self.vcpus.is_some();
         if hot && matches!(device.kind, DeviceKind::Mem(_)) {
             return Err(MachineError::State(
-                "Device.kind: mem is there from the start or never",
+                "Device.kind: mem cannot be added to a running machine",
             ));
         }
         if let DeviceKind::Function(function) = &device.kind {
@@ -104,7 +104,7 @@ impl Machine {
         Ok(root::address_of(slot))
     }
 
-    /// Puts a function of the host on the bus; the guest places its BARs.
+    /// Attaches a passthrough device; the guest places its BARs.
     fn pass_through(
         &mut self,
         name: String,
@@ -113,7 +113,7 @@ impl Machine {
     ) -> Result<PciAddress, MachineError> {
         if !self.memory.layout.pluggable.is_empty() {
             return Err(MachineError::State(
-                "Device.kind: a machine with pluggable memory gets no function of the host",
+                "Device.kind: passthrough devices and pluggable memory exclude each other",
             ));
         }
         let place = self.pci_slots.take(false);
@@ -159,13 +159,13 @@ impl Machine {
         Ok(Some(slot))
     }
 
-    /// Takes a device away.
+    /// Removes a device.
     pub(crate) fn remove(&mut self, name: &str) -> Result<(), MachineError> {
         let unknown = || MachineError::NotFound(name.to_owned());
         let attached = self.names.get(name).ok_or_else(unknown)?;
         if attached.permanent {
             return Err(MachineError::State(
-                "device: this kind stays for the machine's life",
+                "device: a device of this kind cannot be removed",
             ));
         }
         let attached = self.names.remove(name).ok_or_else(unknown)?;

@@ -66,8 +66,8 @@ pub(crate) enum PassthroughError {
             remapping on in the firmware"
     )]
     Interrupts,
-    /// Some functions of the machine came by groups and some by iommufd.
-    #[error("Function.group: the machine's other functions came the other way")]
+    /// Some passthrough devices use VFIO groups and some iommufd.
+    #[error("Function.group: cannot mix VFIO groups and iommufd in one VM")]
     Mixed,
     /// A system call.
     #[error("{step}: {source}")]

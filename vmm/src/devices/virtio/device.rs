@@ -30,7 +30,8 @@ pub(crate) type GuestMemory = Arc<GuestMemoryMmap>;
 /// Bits of a device's own tokens: the transport and the event loop use the rest of the number.
 pub(crate) const TOKEN_BITS: u32 = 23;
 
-/// Raises interrupts of a device (MSI-X by irqfd).
+/// Raises interrupts of a device: MSI-X messages, which we send by KVM_SIGNAL_MSI and vhost back ends
+/// by the eventfd of a vector.
 pub(crate) trait Interrupt: Debug + Send + Sync {
     /// "Used buffer notification" of one queue (virtio 1.2 §2.3). The caller has asked
     /// [`virtio_queue::QueueT::needs_notification`] first.

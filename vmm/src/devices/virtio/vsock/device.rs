@@ -100,7 +100,7 @@ impl Vsock {
     }
 
     /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET` (§5.10.6.7): all connections are gone.
-    fn tell_reset(&self, activation: &mut Activation) -> Result<(), Broken> {
+    fn send_reset(&self, activation: &mut Activation) -> Result<(), Broken> {
         const TRANSPORT_RESET: [u8; 4] = [0; 4];
         let memory = activation.memory.clone();
         let [queue] = queues(activation, [EVENT]);
@@ -268,8 +268,8 @@ impl VirtioDevice for Vsock {
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), Broken> {
         let memory = activation.memory.clone();
-        // Buffers are looked for when there is something to put into them; events are never sent
-        // (there is no migration yet).
+        // Buffers are looked for when there is something to put into them. The only event is the
+        // reset after a restore, and it is sent here.
         for queue in queues(&mut activation, [RECEIVE, EVENT])
             .into_iter()
             .flatten()
@@ -282,7 +282,7 @@ impl VirtioDevice for Vsock {
             .start(activation.poller.clone())
             .map_err(|e| self.broken(format!("sockets cannot be waited for: {e}")))?;
         if std::mem::take(&mut self.reset_due) {
-            self.tell_reset(&mut activation)?;
+            self.send_reset(&mut activation)?;
         }
         self.active = Some(activation);
         self.turn()
