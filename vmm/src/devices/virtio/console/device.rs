@@ -9,8 +9,8 @@ use vm_memory::WriteVolatile;
 use super::super::{
     buffers::Buffers,
     device::{Activation, Broken, VirtioDevice},
+    queue_worker,
     saved::{DeviceState, Saved},
-    turns,
 };
 
 /// Entries of each queue. The driver of Linux keeps one or two buffers in flight.
@@ -77,13 +77,14 @@ impl Console {
 
     fn transmit(&mut self) -> Result<(), Broken> {
         let output = &mut self.output;
-        let outcome = turns::serve(&mut self.active, TRANSMIT, CHAINS_PER_TURN_MAX, |chain| {
-            if chain.writable.len() > 0 {
-                return Err("transmit buffer is device-writable".to_owned());
-            }
-            output.write(&chain.readable);
-            Ok(0)
-        });
+        let outcome =
+            queue_worker::serve(&mut self.active, TRANSMIT, CHAINS_PER_TURN_MAX, |chain| {
+                if chain.writable.len() > 0 {
+                    return Err("transmit buffer is device-writable".to_owned());
+                }
+                output.write(&chain.readable);
+                Ok(0)
+            });
         outcome.map_err(|reason| self.broken(reason))
     }
 }

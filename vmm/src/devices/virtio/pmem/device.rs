@@ -11,8 +11,8 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
 use super::{
     super::{
         device::{Activation, Broken, VirtioDevice, read_config},
+        queue_worker,
         saved::{DeviceState, RestoreError, Saved},
-        turns,
     },
     request::{RESPONSE_BYTES, Request},
 };
@@ -119,14 +119,15 @@ impl Pmem {
 
     fn serve(&mut self) -> Result<(), Broken> {
         let flushes = &mut self.flushes;
-        let outcome = turns::serve(&mut self.active, REQUESTS, REQUESTS_PER_TURN_MAX, |chain| {
-            let request = chain.readable.read_array().map(Request::parse);
-            let request = request.filter(|_| chain.writable.len() >= RESPONSE_BYTES);
-            let request = request.ok_or("request or response is shorter than its 4 bytes")?;
-            *flushes += u64::from(request == Request::Flush);
-            let count = chain.writable.write(&request.response());
-            Ok(u32::try_from(count).expect("a response has 4 bytes"))
-        });
+        let outcome =
+            queue_worker::serve(&mut self.active, REQUESTS, REQUESTS_PER_TURN_MAX, |chain| {
+                let request = chain.readable.read_array().map(Request::parse);
+                let request = request.filter(|_| chain.writable.len() >= RESPONSE_BYTES);
+                let request = request.ok_or("request or response is shorter than its 4 bytes")?;
+                *flushes += u64::from(request == Request::Flush);
+                let count = chain.writable.write(&request.response());
+                Ok(u32::try_from(count).expect("a response has 4 bytes"))
+            });
         outcome.map_err(|reason| self.broken(reason))
     }
 }

@@ -6,8 +6,8 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use super::super::{
     buffers::Buffers,
     device::{Activation, Broken, VirtioDevice},
+    queue_worker,
     saved::{DeviceState, Saved},
-    turns,
 };
 
 /// Entries of the queue. The driver of Linux keeps one buffer in flight.
@@ -47,15 +47,16 @@ impl Rng {
 
     fn serve(&mut self) -> Result<(), Broken> {
         let given = &mut self.bytes_given;
-        let outcome = turns::serve(&mut self.active, REQUESTS, REQUESTS_PER_TURN_MAX, |chain| {
-            // §5.4.6.1: the driver may offer device-writable buffers only.
-            if chain.readable.len() > 0 {
-                return Err("request buffer is device-readable".to_owned());
-            }
-            let count = fill(&mut chain.writable)?;
-            *given += u64::from(count);
-            Ok(count)
-        });
+        let outcome =
+            queue_worker::serve(&mut self.active, REQUESTS, REQUESTS_PER_TURN_MAX, |chain| {
+                // §5.4.6.1: the driver may offer device-writable buffers only.
+                if chain.readable.len() > 0 {
+                    return Err("request buffer is device-readable".to_owned());
+                }
+                let count = fill(&mut chain.writable)?;
+                *given += u64::from(count);
+                Ok(count)
+            });
         outcome.map_err(|reason| self.broken(reason))
     }
 }
