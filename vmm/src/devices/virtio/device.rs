@@ -30,8 +30,8 @@ pub(crate) type GuestMemory = Arc<GuestMemoryMmap>;
 /// Bits of a device's own tokens: the transport and the event loop use the rest of the number.
 pub(crate) const TOKEN_BITS: u32 = 23;
 
-/// Raises interrupts of a device: MSI-X messages, which we send by KVM_SIGNAL_MSI and vhost back ends
-/// by the eventfd of a vector.
+/// Raises interrupts of a device: MSI-X messages, which we send by KVM_SIGNAL_MSI and vhost back
+/// ends by the eventfd of a vector.
 pub(crate) trait Interrupt: Debug + Send + Sync {
     /// "Used buffer notification" of one queue (virtio 1.2 §2.3). The caller has asked
     /// [`virtio_queue::QueueT::needs_notification`] first.
@@ -173,8 +173,8 @@ pub(crate) trait VirtioDevice: Debug + Send {
     /// Stops as [`Self::reset`] does and gives what another device needs to go on. May wait for
     /// requests that the host works on. The vCPUs stand still.
     fn save(&mut self) -> Saved;
-    /// Takes the state of another device of this kind, before [`Self::activate`], whose queues then stand
-    /// where they stood.
+    /// Takes the state of another device of this kind, before [`Self::activate`], whose queues then
+    /// stand where they stood.
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
         match state {
             DeviceState::Nothing => Ok(()),
