@@ -1,7 +1,12 @@
 //! The agent's parsers as functions of any bytes, for `tests/fuzz`. Each panics when what must hold
 //! does not.
 
-use crate::{container::fuzzing as container, drivers, rpc, stats, uevents};
+use crate::{
+    container::fuzzing as container,
+    drivers,
+    ground::{stats, uevents},
+    rpc,
+};
 
 /// See [`container::paths`].
 pub fn paths(data: &[u8]) {

@@ -4,10 +4,22 @@
 //! connection.
 //!
 //! ```text
-//! main ─ init (mounts) ─ connection (dial, hello) ─ ttrpc ─ rpc/* ─ pod ─┬─ container
-//!                            │                                           ├─ storage, network,
-//!                            │                                           │  devices, drivers
-//!                            └─ streams: stdio, forward                  └─ reaper, events, stats
+//! main ─ machine::init (mounts) ─ rpc::connection (dial, hello) ─ ttrpc ─ rpc/*
+//! ```
+//!
+//! Its parts are folders, each of which uses only those named beside it:
+//!
+//! ```text
+//! rpc        requests of the host            pod, processes, container, storage, network, drivers,
+//!                                            machine, ground
+//! pod        what requests share             processes, container, storage, drivers, machine, ground
+//! processes  exits and streams               container, ground
+//! container  builder of containers           ground
+//! storage    mounts for containers           machine, ground
+//! drivers    image of drivers                machine, ground
+//! network    interfaces, routes, neighbours  ground
+//! machine    devices, limits, init's work    ground
+//! ground     files, logs, ids, errors        -
 //! ```
 //!
 //! Runs as something else when told so by its first argument: `container-init` builds one container
@@ -21,32 +33,22 @@
 
 use std::{env, process::ExitCode};
 
-mod connection;
 mod container;
-mod devices;
 mod drivers;
-mod errors;
-mod events;
-mod files;
-mod forward;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
-mod init;
-mod limits;
-mod log;
+mod ground;
+mod machine;
 mod network;
-mod oom;
 mod pod;
-mod pod_init;
-mod process;
-mod reaper;
+mod processes;
 mod rpc;
-mod stats;
-mod stdio;
 mod storage;
-mod streams;
-mod table;
-mod uevents;
+
+use ground::log;
+use machine::init;
+use pod::pod_init;
+use rpc::connection;
 
 /// The program.
 pub fn main() -> ExitCode {

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Deserialize;
 
 use super::is_beneath;
-use crate::devices::Model;
+use crate::machine::devices::Model;
 
 /// Largest specification in bytes. `nvidia-ctk` writes some 20 KiB.
 pub(super) const SPEC_BYTES_MAX: u64 = 1 << 20;

@@ -29,7 +29,11 @@ use nix::{
 };
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Process, Spec};
 
-use crate::{connection, devices::Model, files, rpc::kernel_log};
+use crate::{
+    ground::files,
+    machine::devices::Model,
+    rpc::{connection, kernel_log},
+};
 
 mod cdi;
 mod edit;

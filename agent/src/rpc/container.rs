@@ -19,14 +19,14 @@ use serde::de::DeserializeOwned;
 use super::check_id;
 use crate::{
     container::{Container, ContainerError, CreateOptions, Created, Stdio},
-    devices::{self, Model, PciAddress},
     drivers::Additions,
-    errors::RpcError,
-    init, log,
+    ground::{errors::RpcError, log},
+    machine::{
+        devices::{self, Model, PciAddress},
+        init,
+    },
     pod::{Contained, Pod, blocking},
-    process::Process,
-    reaper::Hold,
-    stdio::Prepared,
+    processes::{Process, reaper::Hold, stdio::Prepared},
     storage,
 };
 

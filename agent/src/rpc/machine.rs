@@ -8,9 +8,11 @@ use pericarp_protocol::guest::{
 };
 
 use crate::{
-    devices::{self, PciAddress},
-    errors::RpcError,
-    init,
+    ground::errors::RpcError,
+    machine::{
+        devices::{self, PciAddress},
+        init,
+    },
     pod::{Pod, blocking},
 };
 

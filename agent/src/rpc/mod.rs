@@ -23,8 +23,9 @@ pub(crate) use stats::kernel_log;
 #[cfg(feature = "fuzzing")]
 pub(crate) use stats::read_log;
 
-use crate::{errors::RpcError, pod::Pod};
+use crate::{ground::errors::RpcError, pod::Pod};
 
+pub(crate) mod connection;
 mod container;
 mod machine;
 mod process;

@@ -13,12 +13,9 @@ use super::{
 };
 use crate::{
     container::{Container, ContainerError},
-    errors::RpcError,
-    log, oom,
-    pod::{Contained, Executed, Pod, blocking},
-    process::Process,
-    reaper::Exit,
-    stdio::Prepared,
+    ground::{errors::RpcError, log},
+    pod::{Contained, Executed, Pod, blocking, oom},
+    processes::{Process, reaper::Exit, stdio::Prepared},
     storage,
 };
 

@@ -14,8 +14,9 @@ use pericarp_sys::guest::ENTROPY_BYTES_MAX;
 use super::check_id;
 use crate::{
     drivers::Drivers,
-    errors::RpcError,
-    files, init, log, network,
+    ground::{errors::RpcError, files, log},
+    machine::init,
+    network,
     pod::{Pod, SandboxState, blocking},
     storage,
 };

@@ -14,12 +14,14 @@ use pericarp_protocol::{
 };
 
 use crate::{
-    connection,
-    errors::RpcError,
-    files, init,
-    init::CGROUP_ROOT,
+    ground::{
+        errors::RpcError,
+        files,
+        stats::{memory_total_and_available, of_cgroup},
+    },
+    machine::init::{self, CGROUP_ROOT},
     pod::{Pod, blocking},
-    stats::{memory_total_and_available, of_cgroup},
+    rpc::connection,
     storage::Attached,
 };
 

@@ -28,10 +28,14 @@ use pericarp_protocol::guest::{
 use pericarp_sys::fscontext::{DetachedMount, FsContext, c_string};
 
 use crate::{
-    devices::{self, DeviceError, PciAddress},
-    files::{self, Missing},
-    init::RUN,
-    log,
+    ground::{
+        files::{self, Missing},
+        log,
+    },
+    machine::{
+        devices::{self, DeviceError, PciAddress},
+        init::RUN,
+    },
 };
 
 mod ext4;

@@ -23,7 +23,7 @@ use nix::{
 };
 use pericarp_protocol::guest::FsGroup;
 
-use crate::files::descriptor_path;
+use crate::ground::files::descriptor_path;
 
 /// Deepest directory that is entered: each level holds two descriptors.
 const DEPTH_MAX: usize = 256;

@@ -37,12 +37,10 @@ use tokio::{
 use ttrpc::asynchronous::{Server, transport::Listener};
 
 use crate::{
-    files,
-    init::{self, Options},
-    log,
+    ground::{files, log, uevents},
+    machine::init::{self, Options},
     pod::Pod,
     rpc::Service,
-    uevents,
 };
 
 /// vsock context of the host (vsock(7)).

@@ -23,7 +23,7 @@ use pericarp_protocol::{
 };
 use tokio::{io::AsyncWriteExt, net::UnixStream, time::timeout};
 
-use crate::{forward, log};
+use crate::{ground::log, processes::forward};
 
 /// How long a connection may take to say what it is for.
 const HEADER_WAIT: Duration = Duration::from_secs(10);

@@ -18,7 +18,11 @@ use nix::{
     },
 };
 
-use crate::{devices::PciAddress, events::Events, files, log};
+use crate::{
+    ground::{files, log},
+    machine::devices::PciAddress,
+    pod::events::Events,
+};
 
 /// Largest uevent in bytes (`UEVENT_BUFFER_SIZE` of the kernel, and its header).
 const UEVENT_BYTES_MAX: usize = 4096;

@@ -13,7 +13,7 @@ use std::{
     },
 };
 
-use crate::{
+use crate::processes::{
     reaper::{Exit, ExitWatch, Reaper, exited},
     stdio::Attached,
 };

@@ -14,7 +14,7 @@ use std::{
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType};
 use pericarp_protocol::limits::DRIVER_SECONDS_MAX;
 
-use crate::{files, uevents::Uevents};
+use crate::ground::{files, uevents::Uevents};
 
 /// How long a device that the host added may take to appear.
 const DEVICE_WAIT: Duration = Duration::from_secs(10);
@@ -387,7 +387,7 @@ pub(crate) fn online(vcpus: u32, memory: bool) -> Result<Online, DeviceError> {
         path: online.into(),
         source,
     })?;
-    let memory = crate::stats::memory_total_and_available();
+    let memory = crate::ground::stats::memory_total_and_available();
     Ok(Online {
         vcpus: count_list(&text),
         memory_bytes: memory.0,

@@ -24,7 +24,10 @@ use std::{
 
 use pericarp_protocol::{guest::NodeLimits, limits::RESOURCE_LIMITS_MAX};
 
-use crate::{container::ResourceLimit, errors::RpcError, files, log};
+use crate::{
+    container::ResourceLimit,
+    ground::{errors::RpcError, files, log},
+};
 
 /// Bytes of one page, on every architecture that guests have.
 const PAGE_BYTES: u64 = 4096;

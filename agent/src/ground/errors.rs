@@ -14,9 +14,14 @@ use std::io;
 use ttrpc::Code;
 
 use crate::{
-    container::ContainerError, devices::DeviceError, drivers::DriversError, log,
-    network::NetworkError, stdio::StdioError, storage::StorageError, streams::StreamError,
-    table::TableError,
+    container::ContainerError,
+    drivers::DriversError,
+    ground::log,
+    machine::devices::DeviceError,
+    network::NetworkError,
+    pod::table::TableError,
+    processes::{stdio::StdioError, streams::StreamError},
+    storage::StorageError,
 };
 
 /// Why a request fails.

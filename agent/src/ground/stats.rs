@@ -12,7 +12,7 @@ use pericarp_protocol::guest::{
     PressureLine, StatsResponse,
 };
 
-use crate::{files, init};
+use crate::{ground::files, machine::init};
 
 /// Devices with I/O figures, page sizes, and network devices that are reported, of each.
 const LISTED_MAX: usize = 1024;

@@ -13,7 +13,10 @@ use std::{
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use tokio::io::unix::AsyncFd;
 
-use crate::{events::Events, files, log};
+use crate::{
+    ground::{files, log},
+    pod::events::Events,
+};
 
 /// What the kernel writes in a cgroup about its memory.
 const EVENTS_FILE: &str = "memory.events";

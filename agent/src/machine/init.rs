@@ -25,7 +25,7 @@ use nix::{
     unistd::{chdir, chroot},
 };
 
-use crate::{files, log};
+use crate::ground::{files, log};
 
 /// Threads at once in blocking calls of the kernel; a guest with more mounts than this stuck is
 /// past help.
@@ -69,7 +69,7 @@ pub(crate) enum InitError {
     Runtime(#[source] io::Error),
     /// The host could not be reached or spoken to.
     #[error(transparent)]
-    Connection(#[from] crate::connection::ConnectionError),
+    Connection(#[from] crate::rpc::connection::ConnectionError),
 }
 
 /// How the agent was started.

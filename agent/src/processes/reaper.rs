@@ -23,7 +23,7 @@ use tokio::{
     sync::{Notify, watch},
 };
 
-use crate::{init, log};
+use crate::{ground::log, machine::init};
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

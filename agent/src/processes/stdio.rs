@@ -42,9 +42,11 @@ use tokio::{
 
 use crate::{
     container::Stdio,
-    files,
-    reaper::ExitWatch,
-    streams::{StreamError, Streams},
+    ground::files,
+    processes::{
+        reaper::ExitWatch,
+        streams::{StreamError, Streams},
+    },
 };
 
 /// Bytes copied at once: a pipe's default capacity.

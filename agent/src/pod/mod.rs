@@ -27,20 +27,20 @@ use tokio::{sync::Notify, time::timeout};
 use crate::{
     container::{Container, Exec},
     drivers::{Additions, Drivers},
-    errors::RpcError,
-    events::Events,
-    files, init,
-    init::Options,
-    limits::Limits,
-    log,
-    oom::OomWatch,
-    pod_init::{self, PodInit},
-    process::Process,
-    reaper::Reaper,
+    ground::{errors::RpcError, files, log},
+    machine::{
+        init::{self, Options},
+        limits::Limits,
+    },
+    pod::{events::Events, oom::OomWatch, pod_init::PodInit, table::Table},
+    processes::{Process, reaper::Reaper, streams::Streams},
     storage,
-    streams::Streams,
-    table::Table,
 };
+
+pub(crate) mod events;
+pub(crate) mod oom;
+pub(crate) mod pod_init;
+pub(crate) mod table;
 
 /// Storages of the sandbox itself.
 const SANDBOX_STORAGES_MAX: usize = 1024;

@@ -24,7 +24,7 @@ use pericarp_sys::{
     signals,
 };
 
-use crate::log;
+use crate::ground::log;
 
 /// The first argument that makes the agent's binary this.
 pub(crate) const COMMAND: &str = "pod-init";

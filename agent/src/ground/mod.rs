@@ -1,0 +1,7 @@
+//! The ground floor: what every other part of the agent may use, and what uses none of them.
+
+pub(crate) mod errors;
+pub(crate) mod files;
+pub(crate) mod log;
+pub(crate) mod stats;
+pub(crate) mod uevents;
