@@ -4,8 +4,7 @@
 use crate::{
     container::fuzzing as container,
     drivers,
-    ground::{stats, uevents},
-    rpc,
+    ground::{kernel, stats, uevents},
 };
 
 /// See [`container::paths`].
@@ -58,5 +57,5 @@ pub fn figures(data: &[u8]) {
 
 /// Records of the kernel's log, which a container can add to.
 pub fn kernel_log(data: &[u8]) {
-    rpc::read_log(data);
+    kernel::read_log(data);
 }

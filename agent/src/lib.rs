@@ -31,7 +31,7 @@
 //!
 //! It is a library only for the fuzz targets: [`main`] is all that the program uses.
 
-use std::{env, process::ExitCode};
+use std::{env, io, process::ExitCode};
 
 mod container;
 mod drivers;
@@ -45,14 +45,28 @@ mod processes;
 mod rpc;
 mod storage;
 
-use ground::log;
+use ground::{clock, log};
 use machine::init;
 use pod::pod_init;
 use rpc::connection;
 
+/// Why the agent cannot begin or go on.
+#[derive(Debug, thiserror::Error)]
+enum MainError {
+    /// The machine could not be set up.
+    #[error(transparent)]
+    Init(#[from] init::InitError),
+    /// The runtime could not be made.
+    #[error("cannot start the runtime")]
+    Runtime(#[source] io::Error),
+    /// The host could not be reached or spoken to.
+    #[error(transparent)]
+    Connection(#[from] connection::ConnectionError),
+}
+
 /// The program.
 pub fn main() -> ExitCode {
-    let started_us = init::boot_time_us();
+    let started_us = clock::boot_time_us();
     // All that the agent starts would ignore what its own starter ignored.
     if let Err(error) = pericarp_sys::signals::reset_inherited() {
         log::warn(format_args!("cannot reset inherited signals: {error}"));
@@ -64,8 +78,8 @@ pub fn main() -> ExitCode {
         Some(pod_init::COMMAND) => pod_init::main(),
         _ => {}
     }
-    match init::Options::parse(env::args_os().skip(1)).and_then(|options| run(options, started_us))
-    {
+    let options = init::Options::parse(env::args_os().skip(1)).map_err(MainError::from);
+    match options.and_then(|options| run(options, started_us)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             log::error(format_args!("{}", log::chain(&error)));
@@ -74,7 +88,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(options: init::Options, started_us: u64) -> Result<(), init::InitError> {
+fn run(options: init::Options, started_us: u64) -> Result<(), MainError> {
     pericarp_sys::guest::use_one_arena();
     init::mount_early(&options)?;
     // One thread serves everything; what blocks in the kernel (mounts, building containers) goes to
@@ -85,7 +99,7 @@ fn run(options: init::Options, started_us: u64) -> Result<(), init::InitError> {
         .max_blocking_threads(init::BLOCKING_THREADS_MAX)
         .thread_keep_alive(init::BLOCKING_THREAD_KEEP_ALIVE)
         .build()
-        .map_err(init::InitError::Runtime)?;
+        .map_err(MainError::Runtime)?;
     runtime.block_on(connection::serve(options, started_us))?;
     Ok(())
 }

@@ -30,9 +30,8 @@ use nix::{
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Process, Spec};
 
 use crate::{
-    ground::files,
+    ground::{files, kernel},
     machine::devices::Model,
-    rpc::{connection, kernel_log},
 };
 
 mod cdi;
@@ -255,9 +254,9 @@ impl Drivers {
             Err(error) => Err(DriversError::Module {
                 line: module.line,
                 path: module.path.clone(),
-                release: connection::kernel_release(),
+                release: kernel::release(),
                 answer: error.into(),
-                words: words_about(&kernel_log(), &modules::name(&module.path)),
+                words: words_about(&kernel::log(), &modules::name(&module.path)),
             }),
         }
     }

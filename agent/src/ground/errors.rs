@@ -1,53 +1,17 @@
-//! Every error of the agent as an answer to a request: one table of gRPC codes.
-//!
-//! | code | meaning |
-//! |---|---|
-//! | `NOT_FOUND` | no such container, process, device |
-//! | `ALREADY_EXISTS` | a second create |
-//! | `INVALID_ARGUMENT` | the request is wrong; the text begins with the field |
-//! | `FAILED_PRECONDITION` | not in this state |
-//! | `RESOURCE_EXHAUSTED` | a bound of `protocol/src/limits.rs` |
-//! | `INTERNAL` | the guest's kernel refused, or the agent is at fault |
+//! Errors as answers to requests.
 
-use std::io;
+use std::{error::Error, fmt, io};
 
 use ttrpc::Code;
 
-use crate::{
-    container::ContainerError,
-    drivers::DriversError,
-    ground::log,
-    machine::devices::DeviceError,
-    network::NetworkError,
-    pod::table::TableError,
-    processes::{stdio::StdioError, streams::StreamError},
-    storage::StorageError,
-};
+use super::log;
 
 /// Why a request fails.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RpcError {
-    /// A name is taken, unknown or busy.
+    /// A part of the agent refuses.
     #[error(transparent)]
-    Table(#[from] TableError),
-    /// The container builder.
-    #[error(transparent)]
-    Container(#[from] ContainerError),
-    /// A storage.
-    #[error(transparent)]
-    Storage(#[from] StorageError),
-    /// The network.
-    #[error(transparent)]
-    Network(#[from] NetworkError),
-    /// A device.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    /// The image of drivers.
-    #[error(transparent)]
-    Drivers(#[from] DriversError),
-    /// Streams of a process.
-    #[error(transparent)]
-    Stdio(#[from] StdioError),
+    Part(PartError),
     /// The request is wrong.
     #[error("{field}: {reason}")]
     Invalid {
@@ -88,43 +52,41 @@ impl RpcError {
         move |source| Self::Kernel { action, source }
     }
 
+    /// An error of a part of the agent that has errors of its own.
+    pub(crate) fn of(code: Code, error: impl Error + Send + Sync + 'static) -> Self {
+        Self::Part(PartError {
+            code,
+            error: Box::new(error),
+        })
+    }
+
     fn code(&self) -> Code {
         match self {
-            Self::Table(TableError::Exists { .. }) => Code::ALREADY_EXISTS,
-            Self::Table(TableError::Unknown { .. })
-            | Self::Device(DeviceError::Unknown(_))
-            | Self::Ended(_) => Code::NOT_FOUND,
-            Self::Table(TableError::Full { .. })
-            | Self::Stdio(StdioError::Stream(StreamError::Full)) => Code::RESOURCE_EXHAUSTED,
-            Self::Table(TableError::Busy { .. })
-            | Self::State { .. }
-            | Self::Container(ContainerError::WrongState { .. })
-            | Self::Device(DeviceError::Missing { .. }) => Code::FAILED_PRECONDITION,
-            Self::Invalid { .. }
-            | Self::Container(
-                ContainerError::InvalidSpec { .. }
-                | ContainerError::ExecutableNotFound { .. }
-                | ContainerError::ExecutableRefused { .. },
-            )
-            | Self::Storage(
-                StorageError::Invalid { .. } | StorageError::Device(DeviceError::Address { .. }),
-            )
-            | Self::Network(NetworkError::Invalid { .. })
-            | Self::Device(DeviceError::Address { .. })
-            | Self::Stdio(
-                StdioError::TerminalStderr | StdioError::Stream(StreamError::Unknown { .. }),
-            ) => Code::INVALID_ARGUMENT,
-            Self::Storage(StorageError::Device(DeviceError::Missing { .. }))
-            | Self::Network(NetworkError::NoInterface(_))
-            | Self::Drivers(_) => Code::FAILED_PRECONDITION,
-            Self::Container(_)
-            | Self::Storage(_)
-            | Self::Network(_)
-            | Self::Device(_)
-            | Self::Stdio(_)
-            | Self::Kernel { .. }
-            | Self::Crashed => Code::INTERNAL,
+            Self::Part(error) => error.code,
+            Self::Invalid { .. } => Code::INVALID_ARGUMENT,
+            Self::State { .. } => Code::FAILED_PRECONDITION,
+            Self::Ended(_) => Code::NOT_FOUND,
+            Self::Kernel { .. } | Self::Crashed => Code::INTERNAL,
         }
+    }
+}
+
+/// An error and the code that it is answered with.
+#[derive(Debug)]
+pub(crate) struct PartError {
+    code: Code,
+    error: Box<dyn Error + Send + Sync>,
+}
+
+impl fmt::Display for PartError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl Error for PartError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.error.source()
     }
 }
 

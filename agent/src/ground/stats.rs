@@ -12,7 +12,7 @@ use pericarp_protocol::guest::{
     PressureLine, StatsResponse,
 };
 
-use crate::{ground::files, machine::init};
+use super::{clock, files};
 
 /// Devices with I/O figures, page sizes, and network devices that are reported, of each.
 const LISTED_MAX: usize = 1024;
@@ -21,7 +21,7 @@ const LISTED_MAX: usize = 1024;
 pub(crate) fn of_cgroup(cgroup: &Path, file_systems: &[impl AsRef<Path>]) -> StatsResponse {
     let text = |name: &str| files::read(cgroup.join(name)).unwrap_or_default();
     StatsResponse {
-        taken_at_ns: init::wall_clock_ns(),
+        taken_at_ns: clock::wall_clock_ns(),
         cpu: Some(CpuStats {
             pressure: pressure(&text("cpu.pressure")),
             ..cpu(&text("cpu.stat"))

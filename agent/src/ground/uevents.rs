@@ -7,7 +7,6 @@
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
-    sync::Arc,
     time::Instant,
 };
 
@@ -18,14 +17,10 @@ use nix::{
     },
 };
 
-use crate::{
-    ground::{files, log},
-    machine::devices::PciAddress,
-    pod::events::Events,
-};
+use super::pci::PciAddress;
 
 /// Largest uevent in bytes (`UEVENT_BUFFER_SIZE` of the kernel, and its header).
-const UEVENT_BYTES_MAX: usize = 4096;
+pub(crate) const UEVENT_BYTES_MAX: usize = 4096;
 
 /// Group of the kernel's own announcements.
 const GROUP: u32 = 1;
@@ -75,33 +70,10 @@ impl Uevents {
     }
 
     /// The next announcement; empty when somebody else than the kernel sent it.
-    fn receive<'a>(&self, buffer: &'a mut [u8]) -> io::Result<&'a [u8]> {
+    pub(crate) fn receive<'a>(&self, buffer: &'a mut [u8]) -> io::Result<&'a [u8]> {
         let (length, from) = recvfrom::<NetlinkAddr>(self.as_raw_fd(), buffer)?;
         let from_kernel = from.is_some_and(|address| address.pid() == 0);
         Ok(&buffer[..if from_kernel { length } else { 0 }])
-    }
-}
-
-/// Tells the host of PCI functions that are gone, whoever took them away. For ever.
-pub(crate) async fn report(events: Arc<Events>) {
-    let uevents = match Uevents::new().and_then(files::watch) {
-        Ok(uevents) => uevents,
-        Err(error) => {
-            log::warn(format_args!("cannot hear of devices: {error}"));
-            return;
-        }
-    };
-    loop {
-        let Ok(mut guard) = uevents.readable().await else {
-            return;
-        };
-        guard.clear_ready();
-        let mut buffer = [0; UEVENT_BYTES_MAX];
-        while let Ok(message) = uevents.get_ref().receive(&mut buffer) {
-            if let Some(address) = removed_function(message) {
-                events.device_gone(&address.to_string());
-            }
-        }
     }
 }
 
@@ -122,7 +94,7 @@ pub(crate) fn removed_function(message: &[u8]) -> Option<PciAddress> {
         }
     }
     let is_removal = action == Some("remove") && subsystem == Some("pci");
-    PciAddress::parse("PCI_SLOT_NAME", slot.filter(|_| is_removal)?).ok()
+    PciAddress::parse(slot.filter(|_| is_removal)?)
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use std::{
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType};
 use pericarp_protocol::limits::DRIVER_SECONDS_MAX;
 
-use crate::ground::{files, uevents::Uevents};
+use crate::ground::{files, pci::PciAddress, stats, uevents::Uevents};
 
 /// How long a device that the host added may take to appear.
 const DEVICE_WAIT: Duration = Duration::from_secs(10);
@@ -72,40 +72,12 @@ pub(crate) enum DeviceError {
     },
 }
 
-/// Domain, bus, device and function, as sysfs writes them. Holding one proves the form, not that
-/// the function exists.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct PciAddress(String);
-
-impl PciAddress {
-    /// Parses "0000:00:05.0" from the field `field` of a request.
-    pub(crate) fn parse(field: &'static str, text: &str) -> Result<Self, DeviceError> {
-        let bytes = text.as_bytes();
-        let well_formed = bytes.len() == 12
-            && bytes.iter().enumerate().all(|(index, byte)| match index {
-                4 | 7 => *byte == b':',
-                10 => *byte == b'.',
-                11 => (b'0'..=b'7').contains(byte),
-                _ => byte.is_ascii_digit() || (b'a'..=b'f').contains(byte),
-            });
-        if !well_formed {
-            return Err(DeviceError::Address {
-                field,
-                text: text.to_owned(),
-            });
-        }
-        Ok(Self(text.to_owned()))
-    }
-
-    fn directory(&self) -> PathBuf {
-        Path::new("/sys/bus/pci/devices").join(&self.0)
-    }
-}
-
-impl std::fmt::Display for PciAddress {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
-    }
+/// The address in the field `field` of a request.
+pub(crate) fn address(field: &'static str, text: &str) -> Result<PciAddress, DeviceError> {
+    PciAddress::parse(text).ok_or_else(|| DeviceError::Address {
+        field,
+        text: text.to_owned(),
+    })
 }
 
 /// Lets the kernel look for new functions. Answers all that are there.
@@ -113,7 +85,7 @@ pub(crate) fn rescan() -> Result<Vec<PciAddress>, DeviceError> {
     write("/sys/bus/pci/rescan", "1")?;
     let mut addresses: Vec<PciAddress> = names("/sys/bus/pci/devices")?
         .into_iter()
-        .filter_map(|name| PciAddress::parse("", &name).ok())
+        .filter_map(|name| PciAddress::parse(&name))
         .collect();
     addresses.sort();
     Ok(addresses)
@@ -180,7 +152,7 @@ fn find_block_device(
         };
         let on_function = target
             .components()
-            .any(|part| part.as_os_str() == address.0.as_str());
+            .any(|part| part.as_os_str() == address.as_ref());
         let number = files::read(class.join(&name).join("partition"))
             .ok()
             .and_then(|text| text.trim().parse().ok())
@@ -387,7 +359,7 @@ pub(crate) fn online(vcpus: u32, memory: bool) -> Result<Online, DeviceError> {
         path: online.into(),
         source,
     })?;
-    let memory = crate::ground::stats::memory_total_and_available();
+    let memory = stats::memory_total_and_available();
     Ok(Online {
         vcpus: count_list(&text),
         memory_bytes: memory.0,
@@ -452,21 +424,6 @@ fn names(directory: impl AsRef<Path>) -> Result<Vec<String>, DeviceError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_the_form_of_sysfs_is_an_address() {
-        assert!(PciAddress::parse("f", "0000:00:1f.7").is_ok());
-        for text in [
-            "",
-            "00:05.0",
-            "0000:00:05.8",
-            "0000:00:05.0/",
-            "../../../etc",
-            "0000:00:0G.0",
-        ] {
-            assert!(PciAddress::parse("f", text).is_err(), "{text:?}");
-        }
-    }
 
     #[test]
     fn lists_of_the_kernel_are_counted() {

@@ -1,5 +1,5 @@
-//! What the first process of a guest owes its kernel: the first mounts, cgroup delegation, the
-//! clock, and power-off.
+//! The work of a guest's first process for its kernel: the first mounts, cgroup delegation and
+//! power-off.
 //!
 //! Before the host is dialled only what that needs is done ([`mount_early`]); the rest ([`set_up`])
 //! runs while the host reads the hello. On a developer's machine (`--socket`) neither touches
@@ -19,13 +19,14 @@ use nix::{
         reboot::{RebootMode, reboot},
         resource::{Resource, setrlimit},
         statfs::{FsType, TMPFS_MAGIC, statfs},
-        time::TimeSpec,
     },
-    time::{ClockId, clock_gettime, clock_settime},
     unistd::{chdir, chroot},
 };
 
-use crate::ground::{files, log};
+use crate::ground::{
+    files, log,
+    paths::{CGROUP_ROOT, RUN},
+};
 
 /// Threads at once in blocking calls of the kernel; a guest with more mounts than this stuck is
 /// past help.
@@ -40,13 +41,7 @@ const DESCRIPTORS_MAX: u64 = 1 << 20;
 /// File system type of an initramfs that is no tmpfs (uapi/linux/magic.h).
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 
-/// Where everything that is mounted for the pod lies.
-pub(crate) const RUN: &str = "/run/pericarp";
-
-/// The root of the cgroup hierarchy.
-pub(crate) const CGROUP_ROOT: &str = "/sys/fs/cgroup";
-
-/// Why the agent cannot begin or go on.
+/// Why the agent cannot begin.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum InitError {
     /// An argument of the command line is not known.
@@ -64,12 +59,6 @@ pub(crate) enum InitError {
         #[source]
         source: Errno,
     },
-    /// The runtime could not be made.
-    #[error("cannot start the runtime")]
-    Runtime(#[source] io::Error),
-    /// The host could not be reached or spoken to.
-    #[error(transparent)]
-    Connection(#[from] crate::rpc::connection::ConnectionError),
 }
 
 /// How the agent was started.
@@ -125,31 +114,6 @@ impl Options {
 
 fn files_asked(mut arguments: impl Iterator<Item = OsString>) -> bool {
     arguments.any(|argument| argument == OsStr::new("--socket"))
-}
-
-/// Time since boot in microseconds.
-pub(crate) fn boot_time_us() -> u64 {
-    // The call cannot fail for a clock that every kernel has; 0 would only spoil a figure.
-    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(0, |time| {
-        let seconds = u64::try_from(time.tv_sec()).unwrap_or(0);
-        let nanoseconds = u64::try_from(time.tv_nsec()).unwrap_or(0);
-        seconds * 1_000_000 + nanoseconds / 1000
-    })
-}
-
-/// Nanoseconds since the epoch.
-pub(crate) fn wall_clock_ns() -> i64 {
-    clock_gettime(ClockId::CLOCK_REALTIME)
-        .map_or(0, |time| time.tv_sec() * 1_000_000_000 + time.tv_nsec())
-}
-
-/// Sets the wall clock.
-pub(crate) fn set_wall_clock_ns(time_ns: i64) -> nix::Result<()> {
-    let time = TimeSpec::new(
-        time_ns.div_euclid(1_000_000_000),
-        time_ns.rem_euclid(1_000_000_000),
-    );
-    clock_settime(ClockId::CLOCK_REALTIME, time)
 }
 
 /// One of the first mounts: source, target, type, flags, options.

@@ -24,10 +24,10 @@ use std::{
 
 use pericarp_protocol::{guest::NodeLimits, limits::RESOURCE_LIMITS_MAX};
 
-use crate::{
-    container::ResourceLimit,
-    ground::{errors::RpcError, files, log},
-};
+use crate::ground::{errors::RpcError, files, log};
+
+/// A limit of a process: `RLIMIT_*`, soft, hard.
+type ResourceLimit = (u32, u64, u64);
 
 /// Bytes of one page, on every architecture that guests have.
 const PAGE_BYTES: u64 = 4096;

@@ -5,7 +5,7 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use pericarp_protocol::{
@@ -13,6 +13,11 @@ use pericarp_protocol::{
     limits::EVENTS_PENDING_MAX,
 };
 use tokio::sync::Notify;
+
+use crate::ground::{
+    files, log,
+    uevents::{UEVENT_BYTES_MAX, Uevents, removed_function},
+};
 
 /// The queue.
 #[derive(Debug, Default)]
@@ -68,6 +73,29 @@ impl Events {
 
     fn lock(&self) -> MutexGuard<'_, VecDeque<Event>> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Tells the host of PCI functions that are gone, whoever took them away. For ever.
+pub(crate) async fn report_removals(events: Arc<Events>) {
+    let uevents = match Uevents::new().and_then(files::watch) {
+        Ok(uevents) => uevents,
+        Err(error) => {
+            log::warn(format_args!("cannot hear of devices: {error}"));
+            return;
+        }
+    };
+    loop {
+        let Ok(mut guard) = uevents.readable().await else {
+            return;
+        };
+        guard.clear_ready();
+        let mut buffer = [0; UEVENT_BYTES_MAX];
+        while let Ok(message) = uevents.get_ref().receive(&mut buffer) {
+            if let Some(address) = removed_function(message) {
+                events.device_gone(&address.to_string());
+            }
+        }
     }
 }
 

@@ -23,7 +23,7 @@ use tokio::{
     sync::{Notify, watch},
 };
 
-use crate::{ground::log, machine::init};
+use crate::ground::{clock, log};
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,7 +146,7 @@ impl State {
         if let Some(sender) = self.registered.remove(&pid) {
             sender.send_replace(Some(Exit {
                 status,
-                at_ns: init::wall_clock_ns(),
+                at_ns: clock::wall_clock_ns(),
             }));
         }
     }
@@ -162,7 +162,7 @@ pub(crate) async fn exited(watch: &mut ExitWatch) -> Exit {
             // The reaper drops a sender only after it has sent.
             return Exit {
                 status: 255,
-                at_ns: init::wall_clock_ns(),
+                at_ns: clock::wall_clock_ns(),
             };
         }
     }

@@ -37,9 +37,9 @@ use tokio::{
 use ttrpc::asynchronous::{Server, transport::Listener};
 
 use crate::{
-    ground::{files, log, uevents},
+    ground::{clock, files, kernel, log},
     machine::init::{self, Options},
-    pod::Pod,
+    pod::{Pod, events},
     rpc::Service,
 };
 
@@ -105,7 +105,7 @@ pub(crate) async fn serve(options: Options, started_us: u64) -> Result<(), Conne
         let pod = Arc::clone(&pod);
         async move { pod.oom.run().await }
     });
-    tokio::spawn(uevents::report(Arc::clone(&pod.events)));
+    tokio::spawn(events::report_removals(Arc::clone(&pod.events)));
     tokio::spawn(accept_streams(streams, Arc::clone(&pod)));
 
     let (gone, host_gone) = oneshot::channel();
@@ -159,9 +159,9 @@ async fn say_hello(host: &mut UnixStream, started_us: u64) -> Result<(), Connect
         protocol_major: GUEST_PROTOCOL_MAJOR,
         protocol_minor: GUEST_PROTOCOL_MINOR,
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
-        kernel_release: kernel_release(),
+        kernel_release: kernel::release(),
         started_us,
-        ready_us: init::boot_time_us(),
+        ready_us: clock::boot_time_us(),
         features: features(),
         ..Default::default()
     };
@@ -175,13 +175,6 @@ async fn say_hello(host: &mut UnixStream, started_us: u64) -> Result<(), Connect
     let mut frame = length.to_le_bytes().to_vec();
     frame.extend_from_slice(&body);
     host.write_all(&frame).await.map_err(ConnectionError::Hello)
-}
-
-/// The running kernel's release.
-pub(crate) fn kernel_release() -> String {
-    files::read("/proc/sys/kernel/osrelease")
-        .map(|text| text.trim_end().to_owned())
-        .unwrap_or_default()
 }
 
 /// What this kernel and image have that another might lack.

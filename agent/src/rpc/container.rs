@@ -20,11 +20,8 @@ use super::check_id;
 use crate::{
     container::{Container, ContainerError, CreateOptions, Created, Stdio},
     drivers::Additions,
-    ground::{errors::RpcError, log},
-    machine::{
-        devices::{self, Model, PciAddress},
-        init,
-    },
+    ground::{errors::RpcError, log, paths},
+    machine::devices::{self, Model},
     pod::{Contained, Pod, blocking},
     processes::{Process, reaper::Hold, stdio::Prepared},
     storage,
@@ -117,7 +114,7 @@ fn build(
             .into(),
         devices,
         default_limits: pod.limits.of_processes(),
-        pod_files: Some(init::RUN.into()),
+        pod_files: Some(paths::RUN.into()),
     };
     let storages = storage::attach_all(&request.storages)?;
     match storage::nodes(&request.storages) {
@@ -245,7 +242,7 @@ fn passed_through(
     let mut found = Vec::new();
     let mut functions = Vec::new();
     for address in addresses {
-        let address = PciAddress::parse("device_pci_addresses", address)?;
+        let address = devices::address("device_pci_addresses", address)?;
         found.extend(devices::passed_through(&address)?);
         functions.push(Model::of(&address)?);
     }

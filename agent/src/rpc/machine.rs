@@ -8,11 +8,8 @@ use pericarp_protocol::guest::{
 };
 
 use crate::{
-    ground::errors::RpcError,
-    machine::{
-        devices::{self, PciAddress},
-        init,
-    },
+    ground::{clock, errors::RpcError},
+    machine::devices,
     pod::{Pod, blocking},
 };
 
@@ -27,7 +24,7 @@ pub(super) async fn rescan() -> Result<RescanResponse, RpcError> {
 
 /// Gives a function up, so that the host may take it away.
 pub(super) async fn remove_device(request: RemoveDeviceRequest) -> Result<Empty, RpcError> {
-    let address = PciAddress::parse("pci_address", &request.pci_address)?;
+    let address = devices::address("pci_address", &request.pci_address)?;
     blocking(move || devices::remove(&address)).await??;
     Ok(Empty::new())
 }
@@ -58,7 +55,7 @@ pub(super) fn set_clock(request: &SetClockRequest) -> Result<Empty, RpcError> {
             reason: format!("{} is no time after the epoch", request.wall_clock_ns),
         });
     }
-    init::set_wall_clock_ns(request.wall_clock_ns)
+    clock::set_wall_clock_ns(request.wall_clock_ns)
         .map_err(|error| RpcError::kernel("set the clock")(error.into()))?;
     Ok(Empty::new())
 }

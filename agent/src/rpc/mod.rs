@@ -19,14 +19,11 @@ use pericarp_protocol::{
 };
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
-pub(crate) use stats::kernel_log;
-#[cfg(feature = "fuzzing")]
-pub(crate) use stats::read_log;
-
 use crate::{ground::errors::RpcError, pod::Pod};
 
 pub(crate) mod connection;
 mod container;
+mod errors;
 mod machine;
 mod process;
 mod sandbox;

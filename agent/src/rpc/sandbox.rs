@@ -14,8 +14,7 @@ use pericarp_sys::guest::ENTROPY_BYTES_MAX;
 use super::check_id;
 use crate::{
     drivers::Drivers,
-    ground::{errors::RpcError, files, log},
-    machine::init,
+    ground::{clock, errors::RpcError, files, log, paths::RUN},
     network,
     pod::{Pod, SandboxState, blocking},
     storage,
@@ -78,9 +77,9 @@ pub(super) async fn configure(
 
 fn apply(pod: &Pod, request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
     add_entropy(&request.entropy)?;
-    let behind = request.wall_clock_ns.abs_diff(init::wall_clock_ns());
+    let behind = request.wall_clock_ns.abs_diff(clock::wall_clock_ns());
     if request.wall_clock_ns != 0 && behind > CLOCK_DIFFERENCE_NS {
-        init::set_wall_clock_ns(request.wall_clock_ns)
+        clock::set_wall_clock_ns(request.wall_clock_ns)
             .map_err(|error| RpcError::kernel("set the clock")(error.into()))?;
     }
     if !request.hostname.is_empty() {
@@ -126,10 +125,10 @@ fn use_drivers(pod: &Pod, path: &str) -> Result<(), RpcError> {
     if path.is_empty() {
         return Ok(());
     }
-    if files::components_beneath(Path::new(init::RUN), Path::new(path)).is_none() {
+    if files::components_beneath(Path::new(RUN), Path::new(path)).is_none() {
         return Err(RpcError::Invalid {
             field: "drivers_path",
-            reason: format!("{path:?} does not lie beneath {}", init::RUN),
+            reason: format!("{path:?} does not lie beneath {}", RUN),
         });
     }
     let drivers = Drivers::set_up(Path::new(path))?;

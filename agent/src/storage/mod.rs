@@ -31,11 +31,9 @@ use crate::{
     ground::{
         files::{self, Missing},
         log,
+        paths::RUN,
     },
-    machine::{
-        devices::{self, DeviceError, PciAddress},
-        init::RUN,
-    },
+    machine::devices::{self, DeviceError},
 };
 
 mod ext4;
@@ -147,7 +145,7 @@ pub(crate) fn nodes(storages: &[Storage]) -> Result<Vec<LinuxDevice>, StorageErr
         if !device.raw || device.device_path.is_empty() {
             continue;
         }
-        let address = PciAddress::parse("pci_address", &device.pci_address)?;
+        let address = devices::address("pci_address", &device.pci_address)?;
         let node = devices::block_device(&address, device.partition)?;
         nodes.push(node.at(&device.device_path));
     }
@@ -407,7 +405,7 @@ fn attach_disk(
     options: &Options,
     target: &Target<'_>,
 ) -> Result<(), StorageError> {
-    let address = PciAddress::parse("pci_address", &device.pci_address)?;
+    let address = devices::address("pci_address", &device.pci_address)?;
     let node = devices::block_device(&address, device.partition)?;
     if device.raw {
         // Its parents are made and checked; the node itself must be new.

@@ -1,0 +1,7 @@
+//! Paths of the guest that several parts of the agent use.
+
+/// Where everything that is mounted for the pod lies.
+pub(crate) const RUN: &str = "/run/pericarp";
+
+/// The root of the cgroup hierarchy.
+pub(crate) const CGROUP_ROOT: &str = "/sys/fs/cgroup";
