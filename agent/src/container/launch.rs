@@ -15,10 +15,10 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use pericarp_sys::{attributes, pidfd};
 
 use super::{
-    ResourceLimit, Stdio,
     cgroup::Cgroup,
     error::ContainerError,
     message::{self, InitMessage, Job, REPORT_BYTES_MAX, Report, Role},
+    options::{ResourceLimit, Stdio},
     plan::process::ProcessLimits,
 };
 

@@ -26,10 +26,10 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::{fs::MetadataExt, net::UnixStream},
     },
-    path::{Path, PathBuf},
+    path::Path,
 };
 
-use oci_spec::runtime::{Linux, LinuxDevice, LinuxNamespaceType, LinuxResources, Process, Spec};
+use oci_spec::runtime::{Linux, LinuxNamespaceType, LinuxResources, Process, Spec};
 use pericarp_sys::{children, pidfd};
 
 mod cgroup;
@@ -39,6 +39,7 @@ pub(crate) mod fuzzing;
 mod helper;
 mod launch;
 mod message;
+mod options;
 mod plan;
 mod seccomp;
 
@@ -46,19 +47,11 @@ use cgroup::Cgroup;
 pub(crate) use error::ContainerError;
 use launch::{Luggage, Waiting};
 use message::{Job, Role};
+pub(crate) use options::{CreateOptions, ResourceLimit, Stdio};
 use plan::{
     Afterwards, ExecPlan,
     namespaces::{Namespaces, clone_flag},
 };
-
-/// The ends of its streams that a process gets; what is `None` becomes `/dev/null`. With a terminal
-/// none are given.
-#[derive(Debug, Default)]
-pub(crate) struct Stdio {
-    pub(crate) stdin: Option<OwnedFd>,
-    pub(crate) stdout: Option<OwnedFd>,
-    pub(crate) stderr: Option<OwnedFd>,
-}
 
 /// A process that is built and waits for its start.
 #[derive(Debug)]
@@ -67,28 +60,6 @@ pub(crate) struct Created {
     pub(crate) pid: i32,
     /// The terminal's master end when `process.terminal` is set.
     pub(crate) terminal: Option<OwnedFd>,
-}
-
-/// A limit of a process: `RLIMIT_*`, soft, hard.
-pub(crate) type ResourceLimit = (u32, u64, u64);
-
-/// What the specification does not say about a container.
-#[derive(Debug, Default)]
-pub(crate) struct CreateOptions {
-    /// Columns and rows; overrides `process.consoleSize`.
-    pub(crate) console_size: Option<(u32, u32)>,
-    /// Join this PID namespace although the specification asks for one of its own.
-    pub(crate) pid_namespace: Option<OwnedFd>,
-    /// Directory of the cgroup v2 hierarchy beneath which the container's own is made, named by its
-    /// id.
-    pub(crate) cgroup_parent: PathBuf,
-    /// Devices beyond those of the specification; their use is allowed.
-    pub(crate) devices: Vec<LinuxDevice>,
-    /// Limits of processes where the specification sets none.
-    pub(crate) default_limits: Vec<ResourceLimit>,
-    /// Directory beneath which the pod's own files lie: layers, volumes, what the host shares. The
-    /// paths of sources beneath it are free of symbolic links, or refused.
-    pub(crate) pod_files: Option<PathBuf>,
 }
 
 /// One container. Dropping it ends nothing: [`Container::delete`] does.

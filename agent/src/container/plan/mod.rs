@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Spec};
 use serde::{Deserialize, Serialize};
 
-use super::{CreateOptions, error::ContainerError};
+use super::{error::ContainerError, options::CreateOptions};
 
 mod capabilities;
 pub(super) mod devices;
