@@ -15,7 +15,7 @@ use std::{
     fs::File,
     io::{self, Read},
     os::{
-        fd::OwnedFd,
+        fd::{AsFd, OwnedFd},
         unix::fs::{FileTypeExt, MetadataExt},
     },
     path::{Component, Path, PathBuf},
@@ -23,14 +23,14 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{OFlag, OpenHow, ResolveFlag, openat2},
+    fcntl::OFlag,
     kmod::{ModuleInitFlags, finit_module},
     sys::stat::{major, minor},
 };
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Process, Spec};
 
 use crate::{
-    ground::{files, kernel},
+    ground::{beneath, files, kernel},
     machine::devices::Model,
 };
 
@@ -118,10 +118,7 @@ impl Tree {
     }
 
     fn get(&self, path: &str, flags: OFlag) -> io::Result<File> {
-        let how = OpenHow::new()
-            .flags(flags | OFlag::O_CLOEXEC)
-            .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-        Ok(openat2(&self.0, path, how)?.into())
+        Ok(beneath::open_with(self.0.as_fd(), path, flags)?.into())
     }
 
     fn has(&self, path: &str) -> Result<bool, DriversError> {

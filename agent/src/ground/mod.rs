@@ -1,5 +1,6 @@
 //! The ground floor: what every other part of the agent may use, and what uses none of them.
 
+pub(crate) mod beneath;
 pub(crate) mod clock;
 pub(crate) mod errors;
 pub(crate) mod files;

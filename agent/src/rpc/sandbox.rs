@@ -14,7 +14,7 @@ use pericarp_sys::guest::ENTROPY_BYTES_MAX;
 use super::check_id;
 use crate::{
     drivers::Drivers,
-    ground::{clock, errors::RpcError, files, log, paths::RUN},
+    ground::{beneath, clock, errors::RpcError, files, log, paths::RUN},
     network,
     pod::{Pod, SandboxState, blocking},
     storage,
@@ -125,7 +125,7 @@ fn use_drivers(pod: &Pod, path: &str) -> Result<(), RpcError> {
     if path.is_empty() {
         return Ok(());
     }
-    if files::components_beneath(Path::new(RUN), Path::new(path)).is_none() {
+    if beneath::components(Path::new(RUN), Path::new(path)).is_none() {
         return Err(RpcError::Invalid {
             field: "drivers_path",
             reason: format!("{path:?} does not lie beneath {}", RUN),

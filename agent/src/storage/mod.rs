@@ -29,7 +29,7 @@ use pericarp_sys::fscontext::{DetachedMount, FsContext, c_string};
 
 use crate::{
     ground::{
-        files::{self, Missing},
+        beneath::{self, Make},
         log,
         paths::RUN,
     },
@@ -240,17 +240,16 @@ struct Target<'a> {
 
 impl<'a> Target<'a> {
     fn new(field: &'static str, path: &'a Path) -> Result<Self, StorageError> {
-        let names = files::components_beneath(Path::new(RUN), path).ok_or_else(|| {
-            StorageError::Invalid {
+        let names =
+            beneath::components(Path::new(RUN), path).ok_or_else(|| StorageError::Invalid {
                 field,
                 reason: format!("{} does not lie beneath {RUN}", path.display()),
-            }
-        })?;
+            })?;
         Ok(Self { field, path, names })
     }
 
-    fn open(&self, missing: Missing) -> Result<std::os::fd::OwnedFd, StorageError> {
-        files::open_beneath(Path::new(RUN), &self.names, missing).map_err(|source| {
+    fn open(&self, missing: Option<Make>) -> Result<std::os::fd::OwnedFd, StorageError> {
+        beneath::open_names(Path::new(RUN), &self.names, missing).map_err(|source| {
             match source.raw_os_error() {
                 Some(libc::ELOOP | libc::ENOENT) => StorageError::Invalid {
                     field: self.field,
@@ -262,7 +261,7 @@ impl<'a> Target<'a> {
     }
 
     fn attach(&self, mount: DetachedMount) -> Result<(), StorageError> {
-        let target = self.open(Missing::Directory)?;
+        let target = self.open(Some(Make::Directory))?;
         mount
             .attach(target.as_fd())
             .map_err(StorageError::kernel("mount on", self.path.display()))
@@ -411,7 +410,7 @@ fn attach_disk(
         // Its parents are made and checked; the node itself must be new.
         let parent = target.path.parent().unwrap_or(Path::new(RUN));
         if parent != Path::new(RUN) {
-            Target::new(target.field, parent)?.open(Missing::Directory)?;
+            Target::new(target.field, parent)?.open(Some(Make::Directory))?;
         }
         let mode = Mode::from_bits_truncate(0o660);
         return mknod(
@@ -451,7 +450,7 @@ fn mount_overlay(
     let maker = Maker::new("overlay", format!("overlay at {}", target.path.display()))?;
     maker.set("source", Some("overlay"))?;
     for lower in &overlay.lower {
-        Target::new("overlay.lower", Path::new(lower))?.open(Missing::Refuse)?;
+        Target::new("overlay.lower", Path::new(lower))?.open(None)?;
         // Linux 6.8: one directory a call, so that their number is not bounded by the length of one
         // option. The last "." has a mount of the host that is announced there made by the guest's
         // virtio-fs (`FUSE_ATTR_SUBMOUNT`): overlay's own look-up would stop before it.
@@ -463,7 +462,7 @@ fn mount_overlay(
             ("overlay.work", "workdir", &overlay.work),
         ] {
             let is_new = field == "overlay.upper" && !Path::new(path).exists();
-            Target::new(field, Path::new(path))?.open(Missing::Directory)?;
+            Target::new(field, Path::new(path))?.open(Some(Make::Directory))?;
             if is_new && let Some(lower) = overlay.lower.first() {
                 look_like(Path::new(path), Path::new(lower))
                     .map_err(StorageError::kernel("set the owner of", path))?;
@@ -513,7 +512,7 @@ fn bind_path(
     target: &Target<'_>,
 ) -> Result<(), StorageError> {
     let source_path = Path::new(&bind.path);
-    let mut source = Target::new("bind.path", source_path)?.open(Missing::Refuse)?;
+    let mut source = Target::new("bind.path", source_path)?.open(None)?;
     if !bind.beneath.is_empty() {
         let names = bind.beneath.iter().map(|one| one.name.as_str());
         let place = source_path.join(names.collect::<PathBuf>());
@@ -533,9 +532,9 @@ fn bind_path(
         })
         .map_err(|error| failed("examine")(error.into()))?;
     let missing = if is_directory {
-        Missing::Directory
+        Some(Make::Directory)
     } else {
-        Missing::File
+        Some(Make::File)
     };
     let target_fd = target.open(missing)?;
     mount

@@ -9,21 +9,21 @@
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
 };
 
 use nix::{
     errno::Errno,
-    fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2},
+    fcntl::{OFlag, openat},
     sys::stat::{Mode, fchmod, mkdirat},
     unistd::fchown,
 };
 use pericarp_protocol::guest::Directory;
 
+use crate::ground::beneath::{self, Links};
+
 /// Most names of one place: as deep as paths of requests may be.
 const NAMES_MAX: usize = 64;
-
-/// How often a path is resolved again because a container renamed something on it meanwhile.
-const ATTEMPTS_MAX: usize = 64;
 
 /// Opens the place that `names` lead to from `volume`, not for reading; directories that are
 /// missing are made.
@@ -56,23 +56,11 @@ pub(super) fn open(volume: BorrowedFd<'_>, names: &[Directory]) -> io::Result<Ow
 }
 
 fn resolve(volume: BorrowedFd<'_>, path: &str) -> io::Result<OwnedFd> {
-    let how = OpenHow::new()
-        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
-        .resolve(
-            ResolveFlag::RESOLVE_BENEATH
-                | ResolveFlag::RESOLVE_NO_XDEV
-                | ResolveFlag::RESOLVE_NO_MAGICLINKS,
-        );
-    let mut attempts = 0;
-    loop {
-        attempts += 1;
-        match openat2(volume, path, how) {
-            // Something was renamed while the kernel resolved a "..", says openat2(2).
-            Err(Errno::EAGAIN) if attempts < ATTEMPTS_MAX => {}
-            Err(Errno::EXDEV) => return Err(io::Error::other("it leads out of the volume")),
-            result => return Ok(result?),
-        }
-    }
+    let place = beneath::resolve(volume, Path::new(path), Links::Beneath, OFlag::O_PATH);
+    place.map_err(|error| match error.raw_os_error() {
+        Some(libc::EXDEV) => io::Error::other("it leads out of the volume"),
+        _ => error,
+    })
 }
 
 fn make(parent: BorrowedFd<'_>, directory: &Directory) -> io::Result<()> {
@@ -96,7 +84,6 @@ mod tests {
     use std::{
         fs::{self, File},
         os::unix::fs::{MetadataExt, symlink},
-        path::Path,
     };
 
     use nix::sys::stat::fstat;

@@ -15,6 +15,7 @@
 mod container;
 
 mod cgroups;
+mod ground;
 mod harness;
 mod identity;
 mod lifecycle;

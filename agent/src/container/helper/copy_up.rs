@@ -13,7 +13,7 @@ use nix::{
     unistd::{fchown, fchownat, symlinkat},
 };
 
-use super::beneath;
+use crate::ground::beneath;
 
 /// Deepest directory that is copied: each level holds two descriptors.
 const DEPTH_MAX: usize = 64;

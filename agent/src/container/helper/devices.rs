@@ -18,9 +18,9 @@ use super::{
         plan::{ContainerPlan, devices::DevicePlan},
     },
     Step,
-    beneath::{self, Make},
     sources::Sources,
 };
+use crate::ground::beneath::{self, Make};
 
 /// config-linux.md, "Default Devices" and runtime-linux.md, "Dev symbolic links".
 const LINKS: [(&str, &str); 6] = [

@@ -15,11 +15,12 @@ use super::{
         message::{Report, Role},
         plan::ExecPlan,
     },
-    Descriptors, Step, Streams, apparmor, beneath, first,
+    Descriptors, Step, Streams, apparmor, first,
     program::{self, Program},
     report,
     terminal::Terminal,
 };
+use crate::ground::beneath;
 
 /// Builds the process `plan`. Returns in the helper; the new process becomes its program.
 pub(super) fn build(

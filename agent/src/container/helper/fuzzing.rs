@@ -8,10 +8,8 @@ use std::{
     },
 };
 
-use super::{
-    beneath::{self, Make},
-    passwd::home,
-};
+use super::passwd::home;
+use crate::ground::beneath::{self, Make};
 
 /// Entries that one input makes.
 const ENTRIES_MAX: usize = 16;

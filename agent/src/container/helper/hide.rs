@@ -8,7 +8,8 @@ use std::{
 use nix::sys::stat::{SFlag, fstat};
 use pericarp_sys::fscontext::{DetachedMount, FsContext};
 
-use super::{super::error::ContainerError, Step, beneath};
+use super::{super::error::ContainerError, Step};
+use crate::ground::beneath;
 
 /// Makes `paths` and all beneath them read-only; a path that does not exist needs no lock.
 pub(super) fn lock(root: BorrowedFd<'_>, paths: &[String]) -> Result<(), ContainerError> {

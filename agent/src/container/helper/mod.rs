@@ -27,7 +27,6 @@ use super::{
 };
 
 mod apparmor;
-mod beneath;
 mod builder;
 mod copy_up;
 mod devices;

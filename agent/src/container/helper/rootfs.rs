@@ -30,12 +30,11 @@ use super::{
             process::ProcessPlan,
         },
     },
-    Step,
-    beneath::{self, Make},
-    copy_up, devices, hide,
+    Step, copy_up, devices, hide,
     sources::Sources,
     terminal::Terminal,
 };
+use crate::ground::beneath::{self, Make};
 
 /// File systems whose instances are the kernel's own: `ro` is of the mount, not of an instance that
 /// others use too.

@@ -16,6 +16,7 @@ use std::{
 };
 
 use nix::{
+    fcntl::OFlag,
     mount::MsFlags,
     sched::{CloneFlags, unshare},
     sys::stat::{Mode, SFlag, makedev, mknodat},
@@ -37,8 +38,9 @@ use super::{
             mounts::{IdMap, MountPlan, Source},
         },
     },
-    Step, beneath, rootfs,
+    Step, rootfs,
 };
+use crate::ground::beneath::{self, Links};
 
 /// Mounts that wait to be attached.
 #[derive(Debug)]
@@ -128,7 +130,7 @@ fn clone_at(plan: &ContainerPlan, path: &Path, recursive: bool) -> io::Result<De
         return DetachedMount::clone_at(path, recursive);
     };
     let root = File::open(root)?;
-    let place = beneath::open_without_links(root.as_fd(), rest)?;
+    let place = beneath::resolve(root.as_fd(), rest, Links::Refused, OFlag::O_PATH)?;
     DetachedMount::clone_of(place.as_fd(), recursive)
 }
 
@@ -247,7 +249,7 @@ fn device_nodes(plan: &ContainerPlan) -> Result<BTreeMap<usize, DetachedMount>, 
             &plan.namespaces.gid_mappings,
         )
         .step("create", object())?;
-        let flags = nix::fcntl::OFlag::O_PATH | nix::fcntl::OFlag::O_CLOEXEC;
+        let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
         let node = nix::fcntl::openat(&directory, name.as_str(), flags, Mode::empty())
             .step("open", object())?;
         let mount = DetachedMount::clone_of(node.as_fd(), false).step("clone", object())?;

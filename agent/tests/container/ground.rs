@@ -1,0 +1,5 @@
+//! The parts of the agent's ground floor that the builder uses.
+
+#[expect(dead_code, reason = "the storages and the helper use the rest")]
+#[path = "../../src/ground/beneath.rs"]
+pub(crate) mod beneath;
