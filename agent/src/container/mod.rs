@@ -32,6 +32,8 @@ use std::{
 use oci_spec::runtime::{Linux, LinuxNamespaceType, LinuxResources, Process, Spec};
 use pericarp_sys::{children, pidfd};
 
+use crate::ground::ids;
+
 mod cgroup;
 mod error;
 #[cfg(feature = "fuzzing")]
@@ -351,16 +353,7 @@ pub(crate) fn init_main() -> ! {
     helper::main()
 }
 
-/// Ids become names of directories and keyrings.
+/// Checks an id of a container or an exec.
 fn check_id(id: &str) -> Result<(), ContainerError> {
-    // NAME_MAX less room for what is put before or behind it.
-    const ID_BYTES_MAX: usize = 200;
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-+".contains(&byte);
-    let fits = (1..=ID_BYTES_MAX).contains(&id.len()) && !id.starts_with('.');
-    if !fits || !id.bytes().all(plain) {
-        let reason =
-            format!("{id:?} is not 1 to {ID_BYTES_MAX} of letters, digits, '.', '_', '-' and '+'");
-        return Err(ContainerError::invalid("container id", reason));
-    }
-    Ok(())
+    ids::check(id).map_err(|reason| ContainerError::invalid("container id", reason))
 }

@@ -4,6 +4,7 @@ pub(crate) mod beneath;
 pub(crate) mod clock;
 pub(crate) mod errors;
 pub(crate) mod files;
+pub(crate) mod ids;
 pub(crate) mod kernel;
 pub(crate) mod log;
 pub(crate) mod paths;

@@ -15,11 +15,13 @@ use pericarp_protocol::{
         StatsResponse, Storage, UpdateContainerRequest, UpdateNetworkRequest, WaitResponse,
     },
     guest_ttrpc::Agent,
-    limits::ID_BYTES_MAX,
 };
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
-use crate::{ground::errors::RpcError, pod::Pod};
+use crate::{
+    ground::{errors::RpcError, ids},
+    pod::Pod,
+};
 
 pub(crate) mod connection;
 mod container;
@@ -54,23 +56,9 @@ async fn complete<T: Send + 'static>(
     result.map_err(ttrpc::Error::from)
 }
 
-/// Checks an id that becomes the name of a cgroup.
+/// Checks the id in the field `field` of a request.
 fn check_id(field: &'static str, id: &str) -> Result<(), RpcError> {
-    let fits = !id.is_empty() && id.len() <= ID_BYTES_MAX && !id.starts_with('.');
-    if fits
-        && id
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte))
-    {
-        return Ok(());
-    }
-    Err(RpcError::Invalid {
-        field,
-        reason: format!(
-            "{id:?} is no id: 1 to {ID_BYTES_MAX} letters, digits, '_', '.' and '-', not \
-                beginning with '.'"
-        ),
-    })
+    ids::check(id).map_err(|reason| RpcError::Invalid { field, reason })
 }
 
 #[async_trait]
@@ -226,21 +214,5 @@ impl Agent for Service {
 
     async fn power_off(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
         complete(machine::power_off(self.pod())).await
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ids_are_names_of_directories() {
-        for id in ["a", "0123456789abcdef", "a_b.c-d"] {
-            assert!(check_id("f", id).is_ok(), "{id:?}");
-        }
-        let long = "a".repeat(ID_BYTES_MAX + 1);
-        for id in ["", ".", "..", ".a", "a/b", "a b", "a\0", "ä", long.as_str()] {
-            assert!(check_id("f", id).is_err(), "{id:?}");
-        }
     }
 }

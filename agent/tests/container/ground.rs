@@ -3,3 +3,5 @@
 #[expect(dead_code, reason = "the storages and the helper use the rest")]
 #[path = "../../src/ground/beneath.rs"]
 pub(crate) mod beneath;
+#[path = "../../src/ground/ids.rs"]
+pub(crate) mod ids;
