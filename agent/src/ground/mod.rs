@@ -10,4 +10,5 @@ pub(crate) mod log;
 pub(crate) mod paths;
 pub(crate) mod pci;
 pub(crate) mod stats;
+pub(crate) mod sysctls;
 pub(crate) mod uevents;

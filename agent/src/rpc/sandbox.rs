@@ -14,7 +14,7 @@ use pericarp_sys::guest::ENTROPY_BYTES_MAX;
 use super::check_id;
 use crate::{
     drivers::Drivers,
-    ground::{beneath, clock, errors::RpcError, files, log, paths::RUN},
+    ground::{beneath, clock, errors::RpcError, files, log, paths::RUN, sysctls},
     network,
     pod::{Pod, SandboxState, blocking},
     storage,
@@ -176,38 +176,14 @@ fn set_sysctls(request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
         });
     }
     for (name, value) in &request.sysctls {
-        let path = sysctl_path(name).ok_or_else(|| RpcError::Invalid {
+        let path = sysctls::path(name).ok_or_else(|| RpcError::Invalid {
             field: "sysctls",
-            reason: format!("{name:?} is no name of a sysctl"),
+            reason: format!("{name:?} is not the name of a sysctl"),
         })?;
         files::write(Path::new("/proc/sys").join(path), value)
             .map_err(RpcError::kernel(format!("set sysctl {name} to {value:?}")))?;
     }
     Ok(())
-}
-
-/// The file of a sysctl beneath `/proc/sys`. As sysctl(8) reads names: the first separator decides,
-/// and the other character stands for itself, so that interfaces with a dot in their name can be
-/// named.
-fn sysctl_path(name: &str) -> Option<String> {
-    let known = |byte: u8| byte.is_ascii_alphanumeric() || b"_-./".contains(&byte);
-    if name.is_empty() || !name.bytes().all(known) {
-        return None;
-    }
-    let path = match name.find(['.', '/']) {
-        Some(first) if name.as_bytes()[first] == b'.' => name
-            .chars()
-            .map(|character| match character {
-                '.' => '/',
-                '/' => '.',
-                other => other,
-            })
-            .collect(),
-        _ => name.to_owned(),
-    };
-    path.split('/')
-        .all(|part| !part.is_empty() && part != "." && part != "..")
-        .then_some(path)
 }
 
 /// The guest's own resolver files. Containers get theirs as mounts.
@@ -276,33 +252,4 @@ fn detach(pod: &Pod, mount_point: &str) -> Result<(), RpcError> {
         return Err(error.into());
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sysctls_are_named_as_sysctl_does() {
-        for (name, path) in [
-            ("net.ipv4.ip_forward", Some("net/ipv4/ip_forward")),
-            (
-                "net/ipv4/conf/eth0.1/forwarding",
-                Some("net/ipv4/conf/eth0.1/forwarding"),
-            ),
-            (
-                "net.ipv4.conf.eth0/1.forwarding",
-                Some("net/ipv4/conf/eth0.1/forwarding"),
-            ),
-            ("kernel", Some("kernel")),
-            ("../../etc/passwd", None),
-            ("net..ipv4", None),
-            ("/proc", None),
-            ("a/../b", None),
-            ("a b", None),
-            ("", None),
-        ] {
-            assert_eq!(sysctl_path(name).as_deref(), path, "{name:?}");
-        }
-    }
 }

@@ -5,3 +5,5 @@
 pub(crate) mod beneath;
 #[path = "../../src/ground/ids.rs"]
 pub(crate) mod ids;
+#[path = "../../src/ground/sysctls.rs"]
+pub(crate) mod sysctls;

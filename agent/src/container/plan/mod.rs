@@ -9,6 +9,8 @@ use std::path::PathBuf;
 use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Spec};
 use serde::{Deserialize, Serialize};
 
+use crate::ground::sysctls;
+
 use super::{error::ContainerError, options::CreateOptions};
 
 mod capabilities;
@@ -282,62 +284,18 @@ fn sysctls(
     let mut result = Vec::new();
     for (key, value) in sysctls {
         let field = format!("linux.sysctl[{key:?}]");
-        // sysctl(8): with a slash before any dot the separators are swapped, so that names may hold
-        // dots.
-        let slashes = key
-            .find('/')
-            .is_some_and(|slash| key.find('.').is_none_or(|dot| slash < dot));
-        let path = if slashes {
-            key.clone()
-        } else {
-            key.replace('/', "\0").replace('.', "/")
-        };
-        let path = path.replace('\0', ".");
-        let needs = sysctl_namespace(&path)
+        let path = sysctls::path(key)
+            .ok_or_else(|| ContainerError::invalid(&field, "is not the name of a sysctl"))?;
+        let needs = sysctls::namespace(&path)
             .ok_or_else(|| ContainerError::invalid(&field, "belongs to no namespace"))?;
         if namespaces.is_guests(needs) {
             let reason = format!("needs a {needs} namespace of the container in linux.namespaces");
             return Err(ContainerError::invalid(&field, reason));
         }
-        if path
-            .split('/')
-            .any(|part| part.is_empty() || part == "." || part == "..")
-        {
-            return Err(ContainerError::invalid(
-                &field,
-                "is no path beneath /proc/sys",
-            ));
-        }
         result.push((path, value.clone()));
     }
     result.sort();
     Ok(result)
-}
-
-/// namespaces(7), ipc_namespaces(7): which namespace a path beneath `/proc/sys` belongs to.
-fn sysctl_namespace(path: &str) -> Option<LinuxNamespaceType> {
-    const IPC: [&str; 9] = [
-        "msgmax",
-        "msgmnb",
-        "msgmni",
-        "sem",
-        "shmall",
-        "shmmax",
-        "shmmni",
-        "shm_rmid_forced",
-        "auto_msgmni",
-    ];
-    if path.starts_with("net/") {
-        return Some(LinuxNamespaceType::Network);
-    }
-    if path.starts_with("fs/mqueue/") {
-        return Some(LinuxNamespaceType::Ipc);
-    }
-    match path.strip_prefix("kernel/")? {
-        "domainname" | "hostname" => Some(LinuxNamespaceType::Uts),
-        name if IPC.contains(&name) => Some(LinuxNamespaceType::Ipc),
-        _ => None,
-    }
 }
 
 /// Converts and checks id mappings.
