@@ -186,8 +186,8 @@ settings! {
         agent_ready_ms: u64 = integer("ms", 100, TIMEOUT_MS_MAX), "30000", pod;
         /// Answer of the agent or the VMM to an ordinary request.
         rpc_ms: u64 = integer("ms", 100, TIMEOUT_MS_MAX), "10000", node;
-        /// How long a container may take to end after SIGKILL. Past that, the whole VM is ended, and
-        /// with it every container of the pod.
+        /// How long a container may take to end after SIGKILL. Past that, the whole VM is ended,
+        /// and with it every container of the pod.
         kill_ms: u64 = integer("ms", 100, TIMEOUT_MS_MAX), "6000", node;
     }
 

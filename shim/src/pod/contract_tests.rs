@@ -1,5 +1,5 @@
-//! What containerd sees of processes and pods when the agent or the VMM misbehaves. Agent and VMM are
-//! parts of the test.
+//! What containerd sees of processes and pods when the agent or the VMM misbehaves. Agent and VMM
+//! are parts of the test.
 
 use std::{os::fd::AsRawFd as _, process::Command, time::Instant};
 

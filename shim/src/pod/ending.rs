@@ -7,7 +7,7 @@
 //! SIGKILL to a container ──> its end is told within timeouts.kill_ms ──> done
 //!            │ the agent does not answer, or processes are left
 //!            v
-//!      the VM is ended (SIGKILL to the VMM) ──> every process ends with 137, every call fails at once
+//!      the VM is ended (SIGKILL to the VMM) ──> every process ends with 137, every call fails
 //! ```
 //!
 //! SIGKILL ends a stopped VMM and one in a frozen cgroup (version 2) too. A VMM that does not end
@@ -116,7 +116,7 @@ impl Pod {
         }
     }
 
-    /// Whether the agent answers at all: a question about container `id` that it needs not wait for.
+    /// Whether the agent answers at all: a question about container `id` that takes it no time.
     pub(crate) async fn agent_answers(&self, id: &str) -> bool {
         let agent = self.agent.within(PROBE_MAX);
         let answer = agent_call!(agent, pids, &container_request(id));

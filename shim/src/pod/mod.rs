@@ -197,10 +197,6 @@ impl Pod {
             driver_image::Image::open(settings)?,
         );
         let failed = |error| CallError::host(state.display(), error);
-        if let Some(bundle) = &request.bundle {
-            let noted = bundle.note_state(state);
-            noted.map_err(|error| CallError::host(bundle.path.display(), error))?;
-        }
         let mut journal = make_state(request, state).map_err(failed)?;
         let (cgroups, meter, place) = make_cgroups(request, &mut journal)?;
         let shared = SharedDirectory::make(state, &mut journal).map_err(failed)?;
@@ -588,6 +584,9 @@ fn cgroups_path(request: &Request) -> Option<PathBuf> {
 /// is set there.
 /// Makes the state directory, with the journal of what must be undone and the sandbox's files.
 fn make_state(request: &Request, state: &Path) -> io::Result<Journal> {
+    if let Some(bundle) = &request.bundle {
+        bundle.note_state(state)?;
+    }
     if let Some(run_dir) = state.parent() {
         private::make_directory(run_dir)?;
     }
