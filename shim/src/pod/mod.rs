@@ -708,11 +708,15 @@ async fn pass_events_on(pod: &Pod) {
     }
 }
 
+/// How much later than its file-system daemon a VMM may be seen to end that ended first.
+const VMM_GOES_FIRST_MAX: Duration = Duration::from_millis(500);
+
 /// Without its file-system daemon a guest hangs in every access to its files, its agent included:
 /// such a pod is ended at once, so that its end is seen and its removal does not wait for it.
 async fn end_without_files(daemon: Watched, vmm: Watched) {
     let how = daemon.ended().await;
-    if !vmm.has_ended() {
+    // It ends with the VMM too, and may be seen to end first.
+    if timeout(VMM_GOES_FIRST_MAX, vmm.ended()).await.is_err() {
         warn!(
             how,
             "the file-system daemon ended, and the VM is ended with it"
