@@ -2,6 +2,7 @@
 //! of what to undo.
 
 pub(crate) mod block_io;
+pub(crate) mod capacity;
 pub(crate) mod cgroup;
 pub(crate) mod child;
 pub(crate) mod id_map;

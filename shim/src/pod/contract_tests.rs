@@ -21,7 +21,7 @@ use pericarp_protocol::{
     },
     guest_ttrpc::{Agent as AgentService, create_agent},
 };
-use pericarp_runtime_config::Config;
+use pericarp_runtime_config::{Config, Demand, HostCapacity};
 use protobuf::Message as _;
 use tempfile::TempDir;
 use tokio::{
@@ -29,6 +29,7 @@ use tokio::{
     net::UnixStream,
     sync::{mpsc, watch as channel},
     task::AbortHandle,
+    time::timeout,
 };
 use ttrpc::{
     Code,
@@ -37,6 +38,7 @@ use ttrpc::{
 };
 
 use super::*;
+use crate::machine::size::Plan;
 use crate::pod::{
     container::{delete, start},
     ending::kill,
@@ -162,7 +164,7 @@ struct World {
 /// Serves `service` to the one connection whose other end is the answer.
 async fn serve(service: HashMap<String, Service>) -> (UnixStream, Server) {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let connections = stream::iter([io::Result::Ok(theirs)]).chain(stream::pending());
+    let connections = stream::iter([std::io::Result::Ok(theirs)]).chain(stream::pending());
     let mut server = Server::new()
         .add_listener(Listener::new(connections))
         .register_service(service);
@@ -215,7 +217,7 @@ async fn world(manner: Manner) -> World {
         memory_bytes: 1 << 30,
     };
     let plan = Plan::of(&settings, Demand::default(), host).unwrap();
-    let size = follow(&settings, plan, dir.path(), (&machine, &agent));
+    let size = boot::follow(&settings, plan, dir.path(), &machine, &agent);
     let pod = Arc::new(Pod {
         id: "pod".to_owned(),
         namespace: "k8s.io".to_owned(),
@@ -231,7 +233,7 @@ async fn world(manner: Manner) -> World {
         by_sandbox_service: false,
         guest_seccomp: true,
         memory: MemoryVolumes::of(&HashMap::new(), 1 << 30),
-        stand_in: StandIn::start(None).unwrap(),
+        stand_in: StandIn::for_guest(None).unwrap(),
         network_namespace: None,
         passthrough: Arc::new(Passthrough::new(&machine, &agent, &[], 1 << 30, None)),
         disks: Disks::new(&machine, &agent, &settings.storage),
@@ -241,8 +243,8 @@ async fn world(manner: Manner) -> World {
         exit: channel::Sender::new(None),
         next_stream: AtomicU64::new(1),
     });
-    tokio::spawn(watch_end(Arc::clone(&pod)));
-    tokio::spawn(pass_events(Arc::clone(&pod)));
+    tokio::spawn(ending::watch_vm(Arc::clone(&pod)));
+    tokio::spawn(agent_events::pass_on(Arc::clone(&pod)));
     let container = Container::made(&pod, "c");
     World {
         pod,

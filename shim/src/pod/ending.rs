@@ -30,6 +30,7 @@ use tracing::{debug, warn};
 use crate::{
     errors::CallError,
     guest::agent_client::agent_call,
+    host::child::Watched,
     pod::{
         Pod,
         container::{Container, request_of, timestamp},
@@ -340,4 +341,37 @@ async fn expect_end(pod: Arc<Pod>, container: Arc<Container>, deadline: Instant)
         "container {id} still has {left} processes {limit:?} after SIGKILL"
     ))
     .await;
+}
+
+/// How much later than its file-system daemon a VMM may be seen to end that ended first.
+const VMM_GOES_FIRST_MAX: Duration = Duration::from_millis(500);
+
+/// Without its file-system daemon a guest hangs in every access to its files, its agent included:
+/// such a pod is ended at once, so that its end is seen and its removal does not wait for it.
+pub(crate) async fn end_without_files(daemon: Watched, vmm: Watched) {
+    let how = daemon.ended().await;
+    // It ends with the VMM too, and may be seen to end first.
+    if timeout(VMM_GOES_FIRST_MAX, vmm.ended()).await.is_err() {
+        warn!(
+            how,
+            "the file-system daemon ended, and the VM is ended with it"
+        );
+        vmm.kill();
+    }
+}
+
+/// The end of the VM is the end of every process in it.
+pub(crate) async fn watch_vm(pod: Arc<Pod>) {
+    let reason = pod.machine.ended().await;
+    pod.vmm.kill();
+    pod.agent.hang_up();
+    pod.note_end(Exit::now(LOST_STATUS));
+    for container in pod.containers() {
+        if container.lost(&pod).await {
+            warn!(
+                container = container.id,
+                reason, "a container ended with its VM"
+            );
+        }
+    }
 }

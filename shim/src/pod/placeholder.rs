@@ -19,6 +19,8 @@ use nix::{
     unistd::gettid,
 };
 
+use crate::errors::CallError;
+
 /// The thread calls nothing that needs more.
 const STACK_BYTES: usize = 32 * 1024;
 
@@ -31,7 +33,12 @@ pub(crate) struct StandIn {
 
 impl StandIn {
     /// Starts one, in the network namespace at that path.
-    pub(crate) fn start(network_namespace: Option<&Path>) -> io::Result<Self> {
+    pub(crate) fn for_guest(network_namespace: Option<&Path>) -> Result<Self, CallError> {
+        Self::start(network_namespace)
+            .map_err(|error| CallError::host("placeholder for a PID of the guest", error))
+    }
+
+    fn start(network_namespace: Option<&Path>) -> io::Result<Self> {
         let namespace = network_namespace.map(File::open).transpose()?;
         let (told, answer) = sync_channel(1);
         let (until, end) = sync_channel(0);

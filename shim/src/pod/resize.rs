@@ -34,8 +34,9 @@ use crate::{
         size::{BLOCK_BYTES, Plan},
     },
     pod::{
-        self, Pod,
+        Pod,
         demand::{ContainerLimits, PodDemand},
+        state_file,
     },
 };
 
@@ -286,7 +287,7 @@ impl Owner {
 
     /// `pericarp list` shows the size.
     fn note(&self) {
-        if let Err(error) = pod::note_size(&self.parts.state, self.now) {
+        if let Err(error) = state_file::note_size(&self.parts.state, self.now) {
             warn!(%error, "the VM's new size is not in its state file");
         }
     }
