@@ -90,6 +90,14 @@ impl Daemon {
         }
     }
 
+    /// A daemon whose pod boots and never has booted.
+    #[cfg(test)]
+    pub(crate) fn booting(args: &Args, publisher: Publisher) -> Self {
+        let daemon = Self::new(args, publisher);
+        daemon.booting.store(true, Ordering::SeqCst);
+        daemon
+    }
+
     /// Begins to boot the pod; a second call is refused.
     pub(crate) fn boot(self: &Arc<Self>, request: Request) -> Result<(), CallError> {
         if self.booting.swap(true, Ordering::SeqCst) {
@@ -131,12 +139,15 @@ impl Daemon {
         }
     }
 
-    /// The pod of a container that exists already. A pod that did not boot has none: containerd is
-    /// told so, and goes on to `Shutdown`.
-    pub(crate) async fn pod_of(&self, id: &str) -> Result<Arc<Pod>, CallError> {
-        self.pod()
-            .await
-            .map_err(|error| CallError::NotFound(format!("container {id} ({error})")))
+    /// The pod of a container that exists already. A pod that has not booted has none, and neither
+    /// has one that could not: containerd is told so at once, and goes on to `Shutdown`.
+    pub(crate) fn pod_of(&self, id: &str) -> Result<Arc<Pod>, CallError> {
+        let unknown = |reason: &str| CallError::NotFound(format!("container {id} ({reason})"));
+        match &*self.booted.borrow() {
+            Some(Ok(pod)) => Ok(Arc::clone(pod)),
+            Some(Err(error)) => Err(unknown(&error.to_string())),
+            None => Err(unknown("its pod has not booted")),
+        }
     }
 
     /// `Shutdown`: ends pod and daemon when no container is left, now or later. containerd calls it

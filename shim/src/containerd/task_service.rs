@@ -79,7 +79,7 @@ impl Task for TaskService {
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Answer<StartResponse> {
-        let pod = self.0.pod_of(&request.id).await?;
+        let pod = self.0.pod_of(&request.id)?;
         let work = async move { container::start(&pod, &request.id, &request.exec_id).await };
         let pid = to_the_end(work).await?;
         Ok(StartResponse {
@@ -89,7 +89,7 @@ impl Task for TaskService {
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Answer<DeleteResponse> {
-        let pod = self.0.pod_of(&request.id).await?;
+        let pod = self.0.pod_of(&request.id)?;
         let daemon = Arc::clone(&self.0);
         let work = async move {
             let deleted = container::delete(&pod, &request.id, &request.exec_id).await;
@@ -106,13 +106,13 @@ impl Task for TaskService {
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> Answer<Empty> {
-        let pod = self.0.pod_of(&request.id).await?;
+        let pod = self.0.pod_of(&request.id)?;
         to_the_end(async move { container::exec(&pod, &request).await }).await?;
         Ok(Empty::new())
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> Answer<StateResponse> {
-        let pod = self.0.pod_of(&request.id).await?;
+        let pod = self.0.pod_of(&request.id)?;
         let container = pod.container(&request.id)?;
         let process = container.process(&request.exec_id)?;
         let phase = process.phase();
@@ -136,9 +136,7 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Answer<PidsResponse> {
-        // containerd asks this too when it starts, of pods that still boot.
-        let unknown = || CallError::NotFound(format!("container {}", request.id));
-        let pod = self.0.pod_now().ok_or_else(unknown)?;
+        let pod = self.0.pod_of(&request.id)?;
         let container = pod.container(&request.id)?;
         // PIDs of the guest mean nothing on the host.
         let process = ProcessInfo {
@@ -152,13 +150,13 @@ impl Task for TaskService {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> Answer<Empty> {
-        let pod = self.0.pod_of(&request.id).await?;
+        let pod = self.0.pod_of(&request.id)?;
         to_the_end(async move { container::freeze(&pod, &request.id, true).await }).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Answer<Empty> {
-        let pod = self.0.pod_of(&request.id).await?;
+        let pod = self.0.pod_of(&request.id)?;
         to_the_end(async move { container::freeze(&pod, &request.id, false).await }).await?;
         Ok(Empty::new())
     }
@@ -168,7 +166,7 @@ impl Task for TaskService {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Answer<Empty> {
-        let pod = self.0.pod_of(&request.id).await?;
+        let pod = self.0.pod_of(&request.id)?;
         to_the_end(async move {
             let (id, exec_id) = (&request.id, &request.exec_id);
             ending::kill(&pod, id, exec_id, request.signal, request.all).await
@@ -178,7 +176,7 @@ impl Task for TaskService {
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Answer<Empty> {
-        let pod = self.0.pod_of(&request.id).await?;
+        let pod = self.0.pod_of(&request.id)?;
         to_the_end(async move {
             let (id, exec_id) = (&request.id, &request.exec_id);
             container::resize(&pod, id, exec_id, request.width, request.height).await
@@ -188,7 +186,7 @@ impl Task for TaskService {
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> Answer<Empty> {
-        let pod = self.0.pod_of(&request.id).await?;
+        let pod = self.0.pod_of(&request.id)?;
         let process = pod.container(&request.id)?.process(&request.exec_id)?;
         if request.stdin {
             process.close_stdin();
@@ -197,14 +195,14 @@ impl Task for TaskService {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Answer<Empty> {
-        let pod = self.0.pod_of(&request.id).await?;
+        let pod = self.0.pod_of(&request.id)?;
         let work = async move { resize::update(&pod, &request.id, &request.resources.value).await };
         to_the_end(work).await?;
         Ok(Empty::new())
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> Answer<WaitResponse> {
-        let pod = self.0.pod_of(&request.id).await?;
+        let pod = self.0.pod_of(&request.id)?;
         let process = pod.container(&request.id)?.process(&request.exec_id)?;
         let exit = process.wait().await?;
         Ok(WaitResponse {
@@ -215,7 +213,7 @@ impl Task for TaskService {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Answer<StatsResponse> {
-        let pod = self.0.pod_of(&request.id).await?;
+        let pod = self.0.pod_of(&request.id)?;
         let container = pod.container(&request.id)?;
         let counters = to_the_end(async move { container::stats(&pod, &container).await }).await?;
         Ok(StatsResponse {
@@ -266,12 +264,16 @@ mod tests {
     use super::*;
     use crate::{containerd::args::Args, pod::events::Publisher};
 
+    fn service() -> TaskService {
+        let words = ["-namespace", "k8s.io", "-id", "pod", "daemon"];
+        let args = Args::parse(words.map(str::to_owned)).unwrap();
+        let (publisher, _events) = Publisher::new("k8s.io".to_owned());
+        TaskService(Arc::new(Daemon::booting(&args, publisher)))
+    }
+
     #[tokio::test]
     async fn containerd_reaches_a_daemon_by_the_id_of_its_sandbox_before_the_pod_has_booted() {
-        let words = ["-namespace", "k8s.io", "-id", "pod", "daemon"];
-        let args = Args::parse(words.map(str::to_owned).into_iter()).unwrap();
-        let (publisher, _events) = Publisher::new("k8s.io".to_owned());
-        let service = TaskService(Arc::new(Daemon::new(&args, publisher)));
+        let service = service();
         let request = ConnectRequest {
             id: "pod".to_owned(),
             ..Default::default()
@@ -280,5 +282,18 @@ mod tests {
         let answer = timeout(Duration::from_secs(5), service.connect(&context, request));
         let answer = answer.await.unwrap().unwrap();
         assert_eq!((answer.shim_pid, answer.task_pid), (std::process::id(), 0));
+    }
+
+    #[tokio::test]
+    async fn a_delete_does_not_wait_for_the_boot() {
+        let service = service();
+        let request = DeleteRequest {
+            id: "pod".to_owned(),
+            ..Default::default()
+        };
+        let context = TtrpcContext::default();
+        let answer = timeout(Duration::from_secs(5), service.delete(&context, request));
+        let error = answer.await.unwrap().unwrap_err();
+        assert!(error.to_string().contains("has not booted"), "{error}");
     }
 }
