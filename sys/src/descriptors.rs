@@ -2,18 +2,19 @@
 //! child.
 
 use std::{
-    io::{self, IoSlice, IoSliceMut},
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    io::{self, IoSlice},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
 };
 
 use nix::{
-    cmsg_space,
     errno::Errno,
-    sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg},
+    sys::socket::{ControlMessage, MsgFlags, sendmsg},
 };
 
+use crate::{interrupted, rights};
+
 /// Most descriptors that one message carries: `SCM_MAX_FD` of the kernel.
-pub const DESCRIPTORS_MAX: usize = 253;
+pub const DESCRIPTORS_MAX: usize = rights::DESCRIPTORS_MAX;
 
 /// Sends some of `bytes` with all of `descriptors` and returns how many bytes went.
 ///
@@ -46,27 +47,11 @@ pub fn send(
 /// # Errors
 /// The kernel's; `EMSGSIZE` when descriptors were lost.
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
-    let mut space = cmsg_space!([RawFd; DESCRIPTORS_MAX]);
-    let mut slices = [IoSliceMut::new(buffer)];
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let message = loop {
-        match recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut space), flags) {
-            Err(Errno::EINTR) => {}
-            result => break result?,
-        }
-    };
-    let mut descriptors = Vec::new();
-    for control in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(fds) = control {
-            // SAFETY: the kernel made these descriptors for this message, so nothing else owns
-            // them.
-            descriptors.extend(
-                fds.into_iter()
-                    .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
-            );
-        }
+    let received = interrupted::retry(|| rights::receive(socket, buffer))?;
+    if received.descriptors_lost {
+        return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
     }
-    Ok((message.bytes, descriptors))
+    Ok((received.length, received.descriptors))
 }
 
 /// Takes standard input away from the process: gives it as a descriptor of its own and leaves

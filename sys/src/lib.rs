@@ -28,6 +28,7 @@ pub mod mapping;
 pub mod mount_tree;
 pub mod pidfd;
 pub mod random;
+mod rights;
 pub mod seccomp;
 pub mod seqpacket;
 pub mod signals;

@@ -1,17 +1,18 @@
 //! Messages with descriptors on a `SOCK_SEQPACKET` unix socket.
 
 use std::{
-    io::{self, IoSlice, IoSliceMut},
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    io::{self, IoSlice},
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
 };
 
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
-    sendmsg, socketpair,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair,
 };
 
+use crate::rights;
+
 /// The most descriptors of one message (`SCM_MAX_FD` of the kernel).
-pub const DESCRIPTORS_MAX: usize = 253;
+pub const DESCRIPTORS_MAX: usize = rights::DESCRIPTORS_MAX;
 
 /// One message.
 #[derive(Debug)]
@@ -65,31 +66,11 @@ pub fn send(
 /// # Errors
 /// The kernel's; `EAGAIN` on a socket that does not block.
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received> {
-    let mut control = nix::cmsg_space!([RawFd; DESCRIPTORS_MAX]);
-    let mut parts = [IoSliceMut::new(buffer)];
-    let message = recvmsg::<()>(
-        socket.as_raw_fd(),
-        &mut parts,
-        Some(&mut control),
-        MsgFlags::MSG_CMSG_CLOEXEC,
-    )?;
-    let mut descriptors = Vec::new();
-    for part in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(numbers) = part {
-            // SAFETY: the kernel has just made these descriptors for this message, and nothing else
-            // knows their numbers.
-            descriptors.extend(
-                numbers
-                    .into_iter()
-                    .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
-            );
-        }
-    }
-    let lost = MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC;
+    let received = rights::receive(socket, buffer)?;
     Ok(Received {
-        length: message.bytes,
-        descriptors,
-        truncated: message.flags.intersects(lost),
+        length: received.length,
+        descriptors: received.descriptors,
+        truncated: received.bytes_lost || received.descriptors_lost,
     })
 }
 

@@ -133,7 +133,7 @@ fn interpret(buffer: &[u8], received: seqpacket::Received) -> Incoming {
     let bytes = &buffer[..received.length];
     if received.truncated {
         let reason = "it is longer than a request, or its descriptors could not be taken";
-        return Incoming::Invalid(0, FieldError::new("length", reason));
+        return Incoming::Invalid(number_of(bytes), FieldError::new("length", reason));
     }
     let descriptors = Descriptors::new(received.descriptors);
     match decode_request(bytes) {

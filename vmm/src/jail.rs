@@ -26,8 +26,11 @@ use nix::{
 };
 use pericarp_sys::capabilities;
 
-/// Descriptors of the process: 2,048 vsock connections, and those of devices.
-const DESCRIPTORS_MAX: u64 = 4096;
+use crate::devices::virtio::vsock::CONNECTIONS_MAX;
+
+/// Descriptors of the process: all vsock connections, and as many again for devices and requests,
+/// so that connections of a guest never leave none for the shim.
+const DESCRIPTORS_MAX: u64 = 2 * CONNECTIONS_MAX as u64;
 
 /// A folder that exists on every host, to mount the empty root on in our own mount namespace.
 const MOUNT_POINT: &str = "/proc";

@@ -8,6 +8,7 @@ use std::{
     collections::BTreeSet,
     fs,
     os::fd::AsFd,
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -203,18 +204,43 @@ fn messages_that_are_none_are_answered() {
     let mut vmm = Vmm::running(&SPIN);
     let mut other_version = encode_request(77, &Request::Pause(Nothing {}));
     other_version[0] ^= 0xff;
-    for bytes in [&other_version[..], &other_version[..9], &[0; 9000]] {
+    // Its number is read although the rest is lost.
+    let mut too_long = encode_request(78, &Request::Pause(Nothing {}));
+    too_long.resize(9000, 0);
+    for (number, bytes) in [
+        (77, &other_version[..]),
+        (77, &other_version[..9]),
+        (78, &too_long),
+        (0, &[0; 9000]),
+    ] {
         vmm.send_bytes(bytes);
         let answer = vmm.receive().unwrap();
         let pericarp_protocol::machine::Message::Failure(failure) = answer.1 else {
             panic!("{answer:?}");
         };
+        assert_eq!(answer.0, number);
         assert_eq!(failure.code, ErrorCode::Invalid);
     }
     assert!(
         vmm.ask(&Request::Pause(Nothing {}), &[]).is_ok(),
         "it still obeys"
     );
+}
+
+/// A VMM at its limit of descriptors refuses a request that brings more, by its number.
+#[test]
+fn lost_descriptors_are_the_requests_failure() {
+    need_kvm!();
+    let start = Start::new(&SPIN);
+    // Standard streams, the control socket, the loop's: one is left of the three that come.
+    let mut vmm = Vmm::spawn_by(Command::new("/bin/sh").args([
+        "-c",
+        "ulimit -n 6 && exec \"$0\"",
+        env!("CARGO_BIN_EXE_pericarp-vmm"),
+    ]));
+    let lost = vmm.ask(&Request::Start(start.machine.clone()), &start.descriptors());
+    assert_eq!(lost.unwrap_err().code, ErrorCode::Invalid);
+    assert!(vmm.hang_up().0.success());
 }
 
 #[test]
@@ -300,6 +326,12 @@ fn the_jail_is_closed() {
         .find(|line| line.starts_with("Max core file size"))
         .unwrap();
     assert!(core.contains(" 0 "), "{core}");
+    // Twice the connections of vsock: they cannot take the last descriptor.
+    let files = limits
+        .lines()
+        .find(|line| line.starts_with("Max open files"))
+        .unwrap();
+    assert!(files.contains(" 8192 "), "{files}");
     for namespace in ["mnt", "net", "ipc", "uts", "pid"] {
         let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{namespace}")).unwrap();
         assert_ne!(of(&vmm.child.id().to_string()), of("self"), "{namespace}");

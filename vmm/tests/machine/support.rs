@@ -63,15 +63,19 @@ pub(crate) struct Vmm {
 impl Vmm {
     /// Starts the VMM.
     pub(crate) fn spawn() -> Self {
+        Self::spawn_by(&mut Command::new(env!("CARGO_BIN_EXE_pericarp-vmm")))
+    }
+
+    /// Starts the VMM by a command of the test's own.
+    pub(crate) fn spawn_by(command: &mut Command) -> Self {
         let (ours, theirs) = seqpacket::pair().unwrap();
         let placement = Placement {
             descriptors: &[(theirs.as_raw_fd(), CONTROL_DESCRIPTOR)],
             cgroups: &[],
             new_pid_namespace: true,
         };
-        let mut command = Command::new(env!("CARGO_BIN_EXE_pericarp-vmm"));
         command.stdin(Stdio::null()).stdout(Stdio::null());
-        let child = spawn_placed(&mut command, &placement).unwrap();
+        let child = spawn_placed(command, &placement).unwrap();
         Self {
             child,
             socket: Some(ours),

@@ -35,3 +35,4 @@ mod table;
 mod tests;
 
 pub(crate) use device::{Parameters, Vsock};
+pub(crate) use table::SLOTS_MAX as CONNECTIONS_MAX;
