@@ -37,6 +37,9 @@ const CONTROL_QUEUE_SIZE: u16 = 64;
 const F_VERSION_1: u64 = 1 << 32;
 
 const READABLE: Readiness = libc::EPOLLIN as Readiness;
+/// What a tap shows whose interface is gone (Linux `tun_chr_poll`). It is shown whatever is waited
+/// for, and for ever.
+const GONE: Readiness = libc::EPOLLERR as Readiness;
 
 /// Tokens on the event loop: below, the tap of a pair.
 const TOKEN_RECEIVE_TIMER: u32 = 0x1_0000;
@@ -580,7 +583,7 @@ impl VirtioDevice for Net {
         }
     }
 
-    fn descriptor_ready(&mut self, token: u32, _readiness: Readiness) -> Result<(), Broken> {
+    fn descriptor_ready(&mut self, token: u32, readiness: Readiness) -> Result<(), Broken> {
         match token {
             TOKEN_RECEIVE_TIMER => {
                 self.receive_limiter.wait_ended();
@@ -604,6 +607,7 @@ impl VirtioDevice for Net {
             token if token >= TOKEN_VHOST_ERROR => {
                 Err(self.broken("vhost-net met a malformed ring"))
             }
+            _ if readiness & GONE != 0 => Err(self.broken(TapGone)),
             token => self.receive(token as usize),
         }
     }

@@ -689,6 +689,24 @@ fn a_tap_that_goes_away_breaks_the_card() {
     });
 }
 
+/// Without buffers nothing is read, so only the poller can tell.
+#[test]
+fn a_tap_that_goes_away_breaks_a_device_without_buffers() {
+    with_taps(1, 1500, |taps| {
+        let mut net = card(taps);
+        let guest = Guest::new(&net, 2048);
+        guest.activate(&mut net, F_MRG_RXBUF);
+        while guest.driver.turn(&mut net, 0).unwrap() {}
+        assert!(ip("link del tap0"));
+        let broken = guest.driver.turn(&mut net, 1000).unwrap_err();
+        assert_eq!(
+            broken.to_string(),
+            "virtio-net eth0: the tap's interface is gone"
+        );
+        assert!(!guest.driver.turn(&mut net, 0).unwrap(), "it is quiet");
+    });
+}
+
 #[test]
 fn interrupts_follow_the_event_index() {
     with_taps(1, 1500, |taps| {
