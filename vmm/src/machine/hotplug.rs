@@ -78,20 +78,24 @@ impl Machine {
             return self.pass_through(name, function, descriptors);
         }
         let mut made = devices::make(device, descriptors, &self.memory)?;
-        let region = self.map_region(made.as_mut())?;
-        let taken = self.pci_slots.take(permanent && !hot);
-        let place = taken.ok_or(MachineError::Exhausted("slot"))?;
-        let bar = if hot {
-            Some(0)
-        } else {
-            self.window.take(BAR_BYTES)
-        };
-        let bar = bar.ok_or(MachineError::Exhausted("address"))?;
+        let place = self.pci_slots.take(permanent && !hot);
+        let place = place.ok_or(MachineError::Exhausted("slot"))?;
         let slot = place.0;
-        let poller = Arc::new(FunctionPoller::new(Arc::clone(&self.waiter), slot));
-        let function = VirtioFunction::attach(made, place, bar, self.platform.clone(), poller);
-        let function = function.map_err(MachineError::host("device registers"))?;
-        self.functions.insert(slot, function);
+        let region = match self.map_region(made.as_mut()) {
+            Ok(region) => region,
+            Err(error) => {
+                self.pci_slots.give_back(slot);
+                return Err(error);
+            }
+        };
+        if let Err(error) = self.attach(made, place, hot) {
+            if let Some(region) = region {
+                // The memory slot goes with the machine if KVM cannot delete it.
+                let _ = self.memory_slots.remove(region);
+            }
+            self.pci_slots.give_back(slot);
+            return Err(error);
+        }
         let attached = Attached {
             slot,
             permanent,
@@ -102,6 +106,26 @@ impl Machine {
         }
         self.names.insert(name, attached);
         Ok(root::address_of(slot))
+    }
+
+    /// Puts a device on the bus.
+    fn attach(
+        &mut self,
+        device: Box<dyn VirtioDevice>,
+        place: (Slot, bool),
+        hot: bool,
+    ) -> Result<(), MachineError> {
+        let bar = if hot {
+            Some(0)
+        } else {
+            self.window.take(BAR_BYTES)
+        };
+        let bar = bar.ok_or(MachineError::Exhausted("address"))?;
+        let poller = Arc::new(FunctionPoller::new(Arc::clone(&self.waiter), place.0));
+        let function = VirtioFunction::attach(device, place, bar, self.platform.clone(), poller);
+        let function = function.map_err(MachineError::host("device registers"))?;
+        self.functions.insert(place.0, function);
+        Ok(())
     }
 
     /// Attaches a passthrough device; the guest places its BARs.

@@ -13,7 +13,7 @@ use std::{
 };
 
 use pericarp_protocol::machine::{
-    Blk, CacheMode, DeviceKind, ErrorCode, Event, GuestShutdown, Named, Nothing, RateLimit,
+    Blk, CacheMode, DeviceKind, ErrorCode, Event, GuestShutdown, Named, Nothing, Pmem, RateLimit,
     Request, ShutdownKind, Success, Text, Vcpus, encode_request,
 };
 
@@ -153,6 +153,29 @@ fn sixty_four_disks_fit() {
         count += 1;
     }
     assert!(count + 3 >= 55, "{count} disks beside three devices");
+}
+
+#[test]
+fn a_device_that_does_not_fit_leaves_nothing() {
+    need_kvm!();
+    let mut vmm = Vmm::running(&SPIN);
+    let image = tempfile::tempfile().unwrap();
+    image.set_len(1 << 20).unwrap();
+    let pmem = || DeviceKind::Pmem(Pmem { file: at(0) });
+    let added = vmm.add("first", pmem(), &[image.as_fd()]);
+    assert!(added.is_ok(), "{added:?}");
+    assert_eq!(vmm.mappings_of(&image), 1);
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 20).unwrap();
+    let mut count = 0;
+    while let Ok(Success::Added(_)) = vmm.add(&format!("disk{count}"), disk(), &[file.as_fd()]) {
+        count += 1;
+    }
+    for _ in 0..3 {
+        let refused = vmm.add("second", pmem(), &[image.as_fd()]).unwrap_err();
+        assert_eq!(refused.code, ErrorCode::Exhausted, "{refused}");
+    }
+    assert_eq!(vmm.mappings_of(&image), 1);
 }
 
 #[test]

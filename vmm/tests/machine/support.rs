@@ -7,7 +7,10 @@ use std::{
     io::{self, Seek, Write},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        unix::{fs::FileExt, net::UnixListener},
+        unix::{
+            fs::{FileExt, MetadataExt},
+            net::UnixListener,
+        },
     },
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
@@ -202,6 +205,16 @@ impl Vmm {
         let memory = self.memory.as_ref().expect("a machine was described");
         memory.read_exact_at(&mut bytes, address.into()).unwrap();
         u32::from_le_bytes(bytes)
+    }
+
+    /// How often the process has a file mapped.
+    pub(crate) fn mappings_of(&self, file: &File) -> usize {
+        let inode = file.metadata().unwrap().ino().to_string();
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.child.id())).unwrap();
+        let inodes = maps
+            .lines()
+            .filter_map(|line| line.split_whitespace().nth(4));
+        inodes.filter(|found| *found == inode).count()
     }
 
     /// The process.
