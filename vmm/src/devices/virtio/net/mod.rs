@@ -24,6 +24,7 @@
 //! ```
 
 mod device;
+mod open;
 mod receive;
 pub(crate) mod request;
 mod transmit;
@@ -32,4 +33,5 @@ mod vhost;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use device::{Net, Parameters, QUEUE_SIZE};
+pub(crate) use device::Net;
+pub(crate) use open::{Parameters, QUEUE_SIZE};

@@ -13,7 +13,7 @@ use pericarp_sys::tap;
 
 use super::{
     Net, Parameters,
-    device::Error,
+    open::Error,
     request::{
         F_CSUM, F_CTRL_VQ, F_GUEST_CSUM, F_GUEST_TSO4, F_MAC, F_MQ, F_MRG_RXBUF, HEADER_BYTES,
         PACKET_BYTES_MAX,
