@@ -67,20 +67,20 @@ pub fn blk(data: &[u8]) {
     });
 }
 
-/// The network card, on a tap that nothing else uses. Needs the right to make one.
+/// The network device, on a tap that nothing else uses. Needs the right to make one.
 pub fn net(data: &[u8]) {
     thread_local! {
-        // Made once: a card leaves the queues of its taps detached.
-        static CARD: RefCell<Option<Net>> = RefCell::new(card());
+        // Made once: a device leaves the queues of its taps detached.
+        static DEVICE: RefCell<Option<Net>> = RefCell::new(device());
     }
-    CARD.with_borrow_mut(|card| {
-        if let Some(card) = card {
-            play(card, &mut |_| {}, data);
+    DEVICE.with_borrow_mut(|device| {
+        if let Some(device) = device {
+            play(device, &mut |_| {}, data);
         }
     });
 }
 
-fn card() -> Option<Net> {
+fn device() -> Option<Net> {
     // A network of this thread's own: nobody else gets its packets.
     unshare(CloneFlags::CLONE_NEWNET).ok()?;
     let taps = (0..2).map(|_| tap::open("fuzz0", true).ok());
@@ -93,8 +93,8 @@ fn card() -> Option<Net> {
         receive: Rates::NONE,
         transmit: Rates::NONE,
     };
-    let card = Net::new("fuzz".to_owned(), &parameters, taps, Vec::new());
-    Some(card.expect("a card on sound taps"))
+    let device = Net::new("fuzz".to_owned(), &parameters, taps, Vec::new());
+    Some(device.expect("a device on sound taps"))
 }
 
 /// The sockets, with host programs that dial, write, read and hang up.

@@ -1,4 +1,4 @@
-//! The card: set-up, activation, and who runs when.
+//! The device: set-up, activation, and who runs when.
 
 use std::{
     io,
@@ -63,7 +63,7 @@ pub(super) struct Counters {
     pub(super) transmit_refused: u64,
 }
 
-/// A pair's backend and its queues while the card runs.
+/// A pair's backend and its queues while the device runs.
 #[derive(Debug)]
 enum Pair {
     InProcess {
@@ -87,7 +87,7 @@ struct Running {
     control: Option<ActiveQueue>,
 }
 
-/// The card.
+/// A network device.
 #[derive(Debug)]
 pub(crate) struct Net {
     name: String,
@@ -107,7 +107,7 @@ pub(crate) struct Net {
 }
 
 impl Net {
-    /// A card on `taps`, one queue pair each; with one vhost-net descriptor per tap the kernel
+    /// A device on `taps`, one queue pair each; with one vhost-net descriptor per tap the kernel
     /// moves the packets.
     pub(crate) fn new(
         name: String,
@@ -609,7 +609,7 @@ impl VirtioDevice for Net {
     }
 }
 
-/// Why a card could not begin to serve.
+/// Why a device could not start.
 #[derive(Debug, thiserror::Error)]
 enum StartError {
     #[error("setting the tap's offloads: {0}")]

@@ -1,4 +1,4 @@
-//! virtio-net (virtio 1.2 §5.1): an Ethernet card on a tap.
+//! virtio-net (virtio 1.2 §5.1): an Ethernet device on a tap.
 //!
 //! - Thread: the event loop; with vhost-net the kernel's worker moves the packets and the event
 //!   loop only serves the control queue.

@@ -15,7 +15,7 @@ use crate::devices::virtio::rate_limiter::Rates;
 
 /// Entries of a receive or transmit queue that are offered when the parameters name none.
 pub(crate) const QUEUE_SIZE: u16 = 256;
-/// What a card is made from.
+/// Parameters of a network device.
 #[derive(Debug, Clone)]
 pub(crate) struct Parameters {
     /// Its address.
@@ -32,15 +32,15 @@ pub(crate) struct Parameters {
     pub(crate) transmit: Rates,
 }
 
-/// Why a card could not be made.
+/// Why a device could not be made.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     /// No tap, or too many.
-    #[error("network card {name}: {count} taps given, 1 to {PAIRS_MAX} are possible")]
+    #[error("network device {name}: {count} taps given, 1 to {PAIRS_MAX} are possible")]
     TapCount { name: String, count: usize },
     /// Some vhost-net descriptors, but not one per tap.
     #[error(
-        "network card {name}: {count} vhost descriptors for {taps} taps: give one each, or none"
+        "network device {name}: {count} vhost descriptors for {taps} taps: give one each, or none"
     )]
     VhostCount {
         name: String,
@@ -48,17 +48,17 @@ pub(crate) enum Error {
         taps: usize,
     },
     /// The queue size is no power of two or out of range.
-    #[error("network card {name}: queue_size {size} is not a power of two from 2 to 1024")]
+    #[error("network device {name}: queue_size {size} is not a power of two from 2 to 1024")]
     QueueSize { name: String, size: u16 },
     /// An MTU no network has.
-    #[error("network card {name}: mtu {mtu} is below {MTU_MIN}")]
+    #[error("network device {name}: mtu {mtu} is below {MTU_MIN}")]
     Mtu { name: String, mtu: u16 },
     /// A multicast address.
-    #[error("network card {name}: mac is a multicast address")]
+    #[error("network device {name}: mac is a multicast address")]
     Mac { name: String },
     /// A descriptor is not what it should be.
     #[error(
-        "network card {name}: tap {index} is no tap with IFF_VNET_HDR{}",
+        "network device {name}: tap {index} is not a tap with IFF_VNET_HDR{}",
         if *.several { " and IFF_MULTI_QUEUE" } else { "" }
     )]
     TapKind {
@@ -67,7 +67,7 @@ pub(crate) enum Error {
         several: bool,
     },
     /// A tap refused a setting.
-    #[error("network card {name}: tap {index}: {step}: {source}")]
+    #[error("network device {name}: tap {index}: {step}: {source}")]
     Tap {
         name: String,
         index: usize,
@@ -75,17 +75,17 @@ pub(crate) enum Error {
         source: io::Error,
     },
     /// A vhost-net descriptor refused.
-    #[error("network card {name}: vhost {index}: {reason}")]
+    #[error("network device {name}: vhost {index}: {reason}")]
     Vhost {
         name: String,
         index: usize,
         reason: String,
     },
     /// A limit that nobody would hold.
-    #[error("network card {name}: receive_limit and transmit_limit cannot be held with vhosts")]
+    #[error("network device {name}: receive_limit and transmit_limit cannot be held with vhosts")]
     Limit { name: String },
     /// No timer for a limiter.
-    #[error("network card {name}: timer: {source}")]
+    #[error("network device {name}: timer: {source}")]
     Timer { name: String, source: io::Error },
 }
 
@@ -161,8 +161,7 @@ pub(super) fn set_up_taps(name: &str, taps: &[OwnedFd]) -> Result<u32, Error> {
     .into_iter()
     .find(|offloads| tap::set_offload(taps[0].as_fd(), *offloads).is_ok())
     .unwrap_or(0);
-    // Until a driver agrees, packets come finished. A refusal shows again, as an error, when one
-    // does.
+    // Offloads stay off until the driver negotiates them. A failure here resurfaces in `start`.
     let _ = tap::set_offload(taps[0].as_fd(), 0);
     Ok(offloads)
 }

@@ -1,4 +1,4 @@
-//! What crosses between driver and card apart from packets: features, configuration, control
+//! What crosses between driver and device apart from packets: features, configuration, control
 //! commands. Pure functions.
 
 use pericarp_sys::tap;
@@ -6,7 +6,7 @@ use pericarp_sys::tap;
 /// Device ID (virtio 1.2 §5.1.1).
 pub(crate) const DEVICE_TYPE: u16 = 1;
 
-/// Queue pairs of one card. Linux' tap has 256; a pod's guest has up to 256 vCPUs but 16 pairs
+/// Queue pairs of one device. Linux' tap has 256; a pod's guest has up to 256 vCPUs but 16 pairs
 /// saturate a host's stack.
 pub(crate) const PAIRS_MAX: u16 = 16;
 
@@ -112,7 +112,7 @@ pub(crate) enum Control {
     SetPairs(u16),
 }
 
-/// Parses a command of a card with `pairs` queue pairs; `None` is answered with [`CONTROL_ERR`].
+/// Parses a command for a device with `pairs` queue pairs; `None` is answered with [`CONTROL_ERR`].
 pub(crate) fn parse_control(bytes: &[u8], pairs: u16) -> Option<Control> {
     let (header, data) = bytes.split_first_chunk::<CONTROL_HEADER_BYTES>()?;
     if *header != CONTROL_PAIRS_SET {

@@ -1,4 +1,4 @@
-//! The card between a driver's double and a real tap in a network namespace of the test's own.
+//! The device between a driver's double and a real tap in a network namespace of the test's own.
 
 use std::{
     net::UdpSocket,
@@ -91,7 +91,7 @@ fn parameters() -> Parameters {
     }
 }
 
-fn card(taps: Vec<OwnedFd>) -> Net {
+fn device(taps: Vec<OwnedFd>) -> Net {
     Net::new("eth0".into(), &parameters(), taps, Vec::new()).unwrap()
 }
 
@@ -263,7 +263,7 @@ impl Guest {
 #[test]
 fn every_size_reaches_the_host() {
     with_taps(1, 9000, |taps| {
-        let mut net = card(taps);
+        let mut net = device(taps);
         let mut guest = Guest::new(&net, 2048);
         guest.activate(&mut net, F_MAC | F_CSUM);
         let socket = sockets();
@@ -295,7 +295,7 @@ fn every_size_reaches_the_guest() {
         (F_GUEST_CSUM, 4096),
     ] {
         with_taps(1, 9000, |taps| {
-            let mut net = card(taps);
+            let mut net = device(taps);
             let mut guest = Guest::new(&net, buffer_bytes);
             guest.activate(&mut net, features);
             guest.fill(0, usize::from(QUEUE_SIZE));
@@ -326,7 +326,7 @@ fn every_size_reaches_the_guest() {
 fn a_card_goes_on_where_another_one_stood() {
     with_taps(1, 1500, |taps| {
         let second = vec![taps[0].try_clone().unwrap()];
-        let mut net = card(taps);
+        let mut net = device(taps);
         let mut guest = Guest::new(&net, 2048);
         guest.activate(&mut net, F_MAC | F_MRG_RXBUF);
         guest.fill(0, 8);
@@ -353,7 +353,7 @@ fn a_card_goes_on_where_another_one_stood() {
         let text = serde_json::to_string(&net.save()).unwrap();
         drop(net);
         let saved: Saved = serde_json::from_str(&text).unwrap();
-        let mut net = card(second);
+        let mut net = device(second);
         net.restore(&saved.state).unwrap();
         assert!(
             net.restore(&DeviceState::Net { pairs: 2 }).is_err(),
@@ -371,7 +371,7 @@ fn a_card_goes_on_where_another_one_stood() {
 #[test]
 fn packets_wait_for_buffers_and_are_not_cut() {
     with_taps(1, 9000, |taps| {
-        let mut net = card(taps);
+        let mut net = device(taps);
         let mut guest = Guest::new(&net, 1000);
         guest.activate(&mut net, F_MRG_RXBUF);
         let socket = sockets();
@@ -408,7 +408,7 @@ fn packets_wait_for_buffers_and_are_not_cut() {
 #[test]
 fn four_pairs_share_the_flows() {
     with_taps(4, 1500, |taps| {
-        let mut net = card(taps);
+        let mut net = device(taps);
         assert_eq!(net.queue_sizes().len(), 9);
         assert_ne!(net.features() & F_MQ, 0);
         let mut config = [0; 12];
@@ -563,7 +563,7 @@ fn limits_hold_and_can_be_changed() {
 #[test]
 fn what_is_no_packet_is_refused() {
     with_taps(1, 1500, |taps| {
-        let mut net = card(taps);
+        let mut net = device(taps);
         let mut guest = Guest::new(&net, 2048);
         guest.activate(&mut net, F_CSUM);
         let mut bad_header = frame(&pattern(10, 0), true);
@@ -591,10 +591,10 @@ fn hostile_chains_break_the_card() {
     with_taps(1, 1500, |taps| {
         let sizes = [QUEUE_SIZE; 2];
         let clone = || taps[0].try_clone().unwrap();
-        assert_hostile_chains_break(|| card(vec![clone()]), &sizes, &[0, 1]);
+        assert_hostile_chains_break(|| device(vec![clone()]), &sizes, &[0, 1]);
     });
     with_taps(2, 1500, |taps| {
-        let mut net = card(taps);
+        let mut net = device(taps);
         for (what, break_queue) in HOSTILE_CHAINS {
             let mut driver = Driver::new(net.queue_sizes());
             net.activate(driver.activation(F_CTRL_VQ | F_MQ)).unwrap();
@@ -613,7 +613,7 @@ fn hostile_chains_break_the_card() {
 #[test]
 fn a_reset_at_every_step_leaves_a_working_card() {
     with_taps(1, 1500, |taps| {
-        let mut net = card(taps);
+        let mut net = device(taps);
         let socket = sockets();
         let mut seen = [0; 200];
         for step in 0..8 {
@@ -654,7 +654,7 @@ fn a_reset_at_every_step_leaves_a_working_card() {
 #[test]
 fn a_driver_that_offers_the_same_buffer_for_ever_gains_nothing() {
     with_taps(1, 1500, |taps| {
-        let mut net = card(taps);
+        let mut net = device(taps);
         let mut guest = Guest::new(&net, 1);
         guest.activate(&mut net, F_MRG_RXBUF);
         let queue = &mut guest.driver.queues[0];
@@ -670,9 +670,9 @@ fn a_driver_that_offers_the_same_buffer_for_ever_gains_nothing() {
 }
 
 #[test]
-fn a_tap_that_goes_away_breaks_the_card() {
+fn a_tap_that_goes_away_breaks_the_device() {
     with_taps(1, 1500, |taps| {
-        let mut net = card(taps);
+        let mut net = device(taps);
         let mut guest = Guest::new(&net, 2048);
         guest.activate(&mut net, F_MRG_RXBUF);
         guest.fill(0, 256);
@@ -693,7 +693,7 @@ fn a_tap_that_goes_away_breaks_the_card() {
 #[test]
 fn a_tap_that_goes_away_breaks_a_device_without_buffers() {
     with_taps(1, 1500, |taps| {
-        let mut net = card(taps);
+        let mut net = device(taps);
         let guest = Guest::new(&net, 2048);
         guest.activate(&mut net, F_MRG_RXBUF);
         while guest.driver.turn(&mut net, 0).unwrap() {}
@@ -710,7 +710,7 @@ fn a_tap_that_goes_away_breaks_a_device_without_buffers() {
 #[test]
 fn interrupts_follow_the_event_index() {
     with_taps(1, 1500, |taps| {
-        let mut net = card(taps);
+        let mut net = device(taps);
         let mut guest = Guest::new(&net, 2048);
         let mut activation = guest.driver.activation(F_MRG_RXBUF);
         for active in &mut activation.queues {
@@ -744,7 +744,10 @@ fn wrong_parameters_name_the_field() {
         let text = make(parameters(), Vec::new(), Vec::new());
         assert!(text.contains("0 taps"), "{text}");
         let text = make(parameters(), vec![null()], Vec::new());
-        assert!(text.contains("tap 0 is no tap with IFF_VNET_HDR"), "{text}");
+        assert!(
+            text.contains("tap 0 is not a tap with IFF_VNET_HDR"),
+            "{text}"
+        );
         let two = vec![taps[0].try_clone().unwrap(), taps[0].try_clone().unwrap()];
         let text = make(parameters(), two, Vec::new());
         assert!(text.contains("IFF_MULTI_QUEUE"), "{text}");
@@ -882,7 +885,7 @@ fn a_gibibyte_each_way() {
     const LEN: usize = 8192;
     const PACKETS: usize = (1 << 30) / LEN;
     with_taps(4, 9000, |taps| {
-        let mut net = card(taps);
+        let mut net = device(taps);
         let mut guest = Guest::new(&net, 4096);
         guest.activate(
             &mut net,

@@ -463,7 +463,7 @@ impl VirtioFunction {
 const KICK_TOKEN: u32 = 1 << 23;
 
 const _: () = assert!(KICK_TOKEN < 1 << TOKEN_BITS);
-// One bit a queue: pairs and the control queue of the largest card.
+// One bit a queue: pairs and the control queue of the largest network device.
 const _: () = assert!(pericarp_protocol::machine::QUEUES_MAX * 2 < 64);
 
 fn identity(device: &dyn VirtioDevice, multifunction: bool) -> Identity {
