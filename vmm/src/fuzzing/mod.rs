@@ -133,7 +133,7 @@ fn write_registers(choices: &mut Choices<'_>) -> Option<()> {
     }
 }
 
-/// A function of the host as its configuration space describes it, and what a guest then writes:
+/// A passthrough device as its configuration space describes it, and what a guest then writes:
 /// no bytes give a space that does not hang together, and none of the guest's writes changes what
 /// is not its own.
 pub fn passthrough(data: &[u8]) {

@@ -108,7 +108,7 @@ pub(crate) fn make(
             Ok(Box::new(mem.map_err(|error| refused(&error))?))
         }
         DeviceKind::Function(_) => Err(DeviceError::Refused(
-            "a function of the host is no device that is made".to_owned(),
+            "a passthrough device is attached, not made".to_owned(),
         )),
     }
 }

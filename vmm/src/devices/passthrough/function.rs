@@ -1,4 +1,4 @@
-//! A function of the host on the guest's bus.
+//! A passthrough device on the guest's bus.
 //!
 //! BARs are mapped into the guest where the bus decodes them, but for the pages that hold the table
 //! of MSI-X ([`windows`]); what is not mapped, and what the event loop has not mapped yet, traps

@@ -54,14 +54,14 @@ pub(crate) struct Signals {
 }
 
 impl Signals {
-    /// Nothing that the queue holds so far is to be told.
+    /// Counts from what the queue holds now.
     pub(crate) fn since(queue: &Queue) -> Self {
         Self {
             signalled_at: queue.next_used(),
         }
     }
 
-    /// Asks, and takes it that the driver is then told.
+    /// Returns whether an interrupt is due. The caller then sends it.
     pub(crate) fn due(
         &mut self,
         queue: &Queue,

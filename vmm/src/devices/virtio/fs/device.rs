@@ -113,7 +113,7 @@ pub(crate) struct Fs {
     socket: UnixStream,
     daemon_gone: bool,
     active: Option<Activation>,
-    /// What the daemon signals: the queues' interrupts, or stand-ins where the driver polls.
+    /// What the daemon signals: the queues' interrupts, or placeholders if the driver polls.
     calls: Vec<EventFd>,
 }
 

@@ -34,7 +34,7 @@ pub(crate) enum Event {
     Nothing,
     /// The guest accepted.
     Opened,
-    /// The packet's data is to be forwarded.
+    /// Forward the data of the packet.
     Data,
     /// The guest ended a direction: see [`Connection::guest_ended`].
     Ended,
@@ -108,7 +108,7 @@ pub(crate) struct Connection {
     response_due: bool,
     /// The guest asked for an update.
     credit_due: bool,
-    /// The guest is to be asked for one.
+    /// A request for one must go to the guest.
     ask_due: bool,
     /// It was asked, or will be, for the present shortage.
     asked: bool,
