@@ -14,6 +14,8 @@ use std::{
 use nix::sched::{CpuSet, sched_setaffinity};
 use pericarp_sys::{attributes, pidfd};
 
+use crate::ground::paths;
+
 use super::{
     cgroup::Cgroup,
     error::ContainerError,
@@ -25,13 +27,6 @@ use super::{
 /// How long the helper may be silent. Building takes milliseconds; hooks, which are part of it, may
 /// take a minute each.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
-
-/// The helper's program: this very binary, whatever its path was. Tests, which are another binary,
-/// name it.
-const PROGRAM: &str = match option_env!("CARGO_BIN_EXE_pericarp-agent") {
-    Some(path) => path,
-    None => "/proc/self/exe",
-};
 
 /// The word that makes the agent a helper.
 const COMMAND: &str = "container-init";
@@ -118,7 +113,7 @@ impl Helper {
             .and_then(|()| near.set_write_timeout(Some(SILENCE_MAX)))
             .map_err(|error| broken("prepare the socket", &error))?;
         // The socket is its standard input: no other child that is started meanwhile inherits that.
-        let child = Command::new(PROGRAM)
+        let child = Command::new(paths::AGENT)
             .arg(COMMAND)
             .env_clear()
             .current_dir("/")

@@ -93,7 +93,7 @@ pub(crate) async fn report_removals(events: Arc<Events>) {
         let mut buffer = [0; UEVENT_BYTES_MAX];
         while let Ok(message) = uevents.get_ref().receive(&mut buffer) {
             if let Some(address) = removed_function(message) {
-                events.device_gone(&address.to_string());
+                events.device_gone(address.as_ref());
             }
         }
     }

@@ -24,7 +24,7 @@ use pericarp_sys::{
     signals,
 };
 
-use crate::ground::log;
+use crate::ground::{log, paths};
 
 /// The first argument that makes the agent's binary this.
 pub(crate) const COMMAND: &str = "pod-init";
@@ -43,7 +43,7 @@ pub(crate) struct PodInit {
 
 /// Makes the namespace. The caller holds the reaper and registers the process.
 pub(crate) fn spawn() -> io::Result<PodInit> {
-    let mut command = Command::new("/proc/self/exe");
+    let mut command = Command::new(paths::AGENT);
     command
         .arg(COMMAND)
         .stdin(Stdio::null())

@@ -7,3 +7,8 @@ pub(crate) mod beneath;
 pub(crate) mod ids;
 #[path = "../../src/ground/sysctls.rs"]
 pub(crate) mod sysctls;
+
+pub(crate) mod paths {
+    /// The agent's program: this one is the tests'.
+    pub(crate) const AGENT: &str = env!("CARGO_BIN_EXE_pericarp-agent");
+}
