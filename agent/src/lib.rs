@@ -10,16 +10,17 @@
 //! Its parts are folders, each of which uses only those named beside it:
 //!
 //! ```text
-//! rpc        requests of the host            pod, processes, container, storage, network, drivers,
-//!                                            machine, ground
-//! pod        what requests share             processes, container, storage, drivers, machine, ground
+//! rpc        requests of the host            pod, processes, container, storage, network,
+//!                                            drivers, machine, ground
+//! pod        what requests share             processes, container, storage, drivers, machine,
+//!                                            ground
 //! processes  exits and streams               container, ground
 //! container  builder of containers           ground
 //! storage    mounts for containers           machine, ground
-//! drivers    image of drivers                machine, ground
-//! network    interfaces, routes, neighbours  ground
+//! drivers    driver image                    machine, ground
 //! machine    devices, limits, init's work    ground
-//! ground     files, logs, ids, errors        -
+//! network    interfaces, routes, neighbours  -
+//! ground     files, log, ids, errors         -
 //! ```
 //!
 //! Runs as something else when told so by its first argument: `container-init` builds one container

@@ -1,9 +1,9 @@
-//! The one resolver of paths beneath a directory that somebody else writes: an image, a container, or
-//! the host for it.
+//! Resolves paths beneath a directory whose content is not trusted: a root file system, a volume,
+//! or what the host shares.
 //!
-//! The kernel resolves (openat2(2)), and [`Links`] says what becomes of symbolic links. Only where
-//! something must be made on the way beneath a root file system, the links are read here: each leads
-//! no further than the root, and one that is changed meanwhile leads to an error at worst.
+//! The kernel resolves them (openat2(2)), and [`Links`] says how symbolic links are treated. Links
+//! are read here only where something must be created on the way beneath a root file system. Such a
+//! link never leads out of the root, and a link that changes meanwhile causes an error at worst.
 
 use std::{
     collections::VecDeque,

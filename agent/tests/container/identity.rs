@@ -105,7 +105,10 @@ fn limits_that_the_specification_does_not_set_are_the_nodes() {
         (libc::RLIMIT_CORE, 0, 0),
         (libc::RLIMIT_SIGPENDING, 70, 80),
     ];
-    place.spec["process"]["rlimits"] = json!([{"type": "RLIMIT_CORE", "soft": 0, "hard": 0}, {"type": "RLIMIT_NOFILE", "soft": 9, "hard": 90}]);
+    place.spec["process"]["rlimits"] = json!([
+        {"type": "RLIMIT_CORE", "soft": 0, "hard": 0},
+        {"type": "RLIMIT_NOFILE", "soft": 9, "hard": 90},
+    ]);
     let script =
         "grep 'processes\\|open files\\|core file\\|pending' /proc/self/limits | tr -s ' '";
     let limits = |files: &str| {

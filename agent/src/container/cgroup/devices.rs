@@ -18,7 +18,7 @@ const CHARACTER: u32 = 2;
 
 /// One rule; what is `None` fits all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in super::super) struct Rule {
+pub(in crate::container) struct Rule {
     pub(super) allow: bool,
     pub(super) device_type: Option<u32>,
     pub(super) major: Option<u32>,
@@ -58,7 +58,7 @@ const DEFAULTS: [Rule; 11] = [
 
 /// The rules of the specification, then for devices that the caller adds, then the default ones, as
 /// runc orders them.
-pub(in super::super) fn rules(
+pub(in crate::container) fn rules(
     given: &[LinuxDeviceCgroup],
     added: &[LinuxDevice],
 ) -> Result<Vec<Rule>, ContainerError> {
@@ -173,7 +173,7 @@ fn operation(code: u8, registers: u8, offset: i16, immediate: u32) -> Instructio
 }
 
 /// Puts `rules` into instructions.
-pub(in super::super) fn program(rules: &[Rule]) -> Vec<Instruction> {
+pub(in crate::container) fn program(rules: &[Rule]) -> Vec<Instruction> {
     // struct bpf_cgroup_dev_ctx: access in the upper half of the first word, type in the lower;
     // then major, minor.
     let mut program = vec![

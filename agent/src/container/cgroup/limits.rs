@@ -9,14 +9,14 @@ use super::super::{error::ContainerError, plan};
 
 /// One file to be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(in super::super) struct Setting {
+pub(in crate::container) struct Setting {
     /// In the cgroup's directory.
-    pub(in super::super) file: String,
-    pub(in super::super) value: String,
+    pub(in crate::container) file: String,
+    pub(in crate::container) value: String,
     /// The specification's field, for errors.
-    pub(in super::super) field: &'static str,
+    pub(in crate::container) field: &'static str,
     /// No error when the kernel has no such file, because the value says what is so then.
-    pub(in super::super) optional: bool,
+    pub(in crate::container) optional: bool,
 }
 
 fn setting(file: impl ToString, value: impl ToString, field: &'static str) -> Setting {
@@ -32,7 +32,7 @@ fn setting(file: impl ToString, value: impl ToString, field: &'static str) -> Se
 const CPU_PERIOD_DEFAULT_US: u64 = 100_000;
 
 /// The files for `resources`; `exists` says whether the cgroup has a file.
-pub(in super::super) fn of(
+pub(in crate::container) fn of(
     resources: &LinuxResources,
     exists: impl Fn(&str) -> bool,
 ) -> Result<Vec<Setting>, ContainerError> {
@@ -294,7 +294,7 @@ fn memory_swap(swap: Option<i64>, limit: Option<i64>) -> Result<Option<String>, 
 }
 
 /// `memory.checkBeforeUpdate`: refuses a limit below what is in use.
-pub(in super::super) fn check_usage(
+pub(in crate::container) fn check_usage(
     resources: &LinuxResources,
     usage: impl FnOnce() -> Option<u64>,
 ) -> Result<(), ContainerError> {

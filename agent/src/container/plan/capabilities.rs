@@ -5,12 +5,12 @@ use serde::{Deserialize, Serialize};
 
 /// The five sets of capabilities(7), bit n standing for capability number n.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(in super::super) struct CapabilitySets {
-    pub(in super::super) bounding: u64,
-    pub(in super::super) effective: u64,
-    pub(in super::super) inheritable: u64,
-    pub(in super::super) permitted: u64,
-    pub(in super::super) ambient: u64,
+pub(in crate::container) struct CapabilitySets {
+    pub(in crate::container) bounding: u64,
+    pub(in crate::container) effective: u64,
+    pub(in crate::container) inheritable: u64,
+    pub(in crate::container) permitted: u64,
+    pub(in crate::container) ambient: u64,
 }
 
 /// The sets of `process.capabilities`; a process without them gets none at all, as in runc.
@@ -81,4 +81,4 @@ fn number(capability: Capability) -> u32 {
 }
 
 /// `CAP_SYS_ADMIN`, which a process without `no_new_privs` needs to install a system call filter.
-pub(in super::super) const SYS_ADMIN: u64 = 1 << 21;
+pub(in crate::container) const SYS_ADMIN: u64 = 1 << 21;

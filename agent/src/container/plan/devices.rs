@@ -7,15 +7,15 @@ use super::{super::error::ContainerError, bounded};
 
 /// One node in the container's file system.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(in super::super) struct DevicePlan {
-    pub(in super::super) path: String,
+pub(in crate::container) struct DevicePlan {
+    pub(in crate::container) path: String,
     /// `S_IFCHR`, `S_IFBLK` or `S_IFIFO`.
-    pub(in super::super) file_type: u32,
-    pub(in super::super) major: u32,
-    pub(in super::super) minor: u32,
-    pub(in super::super) mode: u32,
-    pub(in super::super) uid: u32,
-    pub(in super::super) gid: u32,
+    pub(in crate::container) file_type: u32,
+    pub(in crate::container) major: u32,
+    pub(in crate::container) minor: u32,
+    pub(in crate::container) mode: u32,
+    pub(in crate::container) uid: u32,
+    pub(in crate::container) gid: u32,
 }
 
 /// config-linux.md, "Default Devices": (name, major, minor).

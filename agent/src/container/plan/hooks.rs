@@ -12,19 +12,19 @@ use super::{super::error::ContainerError, bounded};
 
 /// A program to run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(in super::super) struct Hook {
-    pub(in super::super) stage: String,
-    pub(in super::super) path: String,
+pub(in crate::container) struct Hook {
+    pub(in crate::container) stage: String,
+    pub(in crate::container) path: String,
     /// As execve(2) takes them, the program's own name first.
-    pub(in super::super) args: Vec<String>,
-    pub(in super::super) env: Vec<String>,
-    pub(in super::super) timeout_s: Option<u32>,
+    pub(in crate::container) args: Vec<String>,
+    pub(in crate::container) env: Vec<String>,
+    pub(in crate::container) timeout_s: Option<u32>,
 }
 
 /// What hooks read on their standard input (runtime.md, "State"), but for the parts that change.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(in super::super) struct State {
+pub(in crate::container) struct State {
     oci_version: String,
     id: String,
     bundle: String,
@@ -49,7 +49,7 @@ impl State {
     }
 
     /// The state as JSON.
-    pub(in super::super) fn json(&self, status: &str, pid: i32) -> Vec<u8> {
+    pub(in crate::container) fn json(&self, status: &str, pid: i32) -> Vec<u8> {
         let state = serde_json::json!({
             "ociVersion": self.oci_version,
             "id": self.id,
@@ -64,11 +64,11 @@ impl State {
 
 /// Hooks that a helper runs in the guest's own namespaces.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(in super::super) struct HooksPlan {
-    pub(in super::super) hooks: Vec<Hook>,
-    pub(in super::super) state: State,
-    pub(in super::super) status: String,
-    pub(in super::super) pid: i32,
+pub(in crate::container) struct HooksPlan {
+    pub(in crate::container) hooks: Vec<Hook>,
+    pub(in crate::container) state: State,
+    pub(in crate::container) status: String,
+    pub(in crate::container) pid: i32,
 }
 
 impl HooksPlan {

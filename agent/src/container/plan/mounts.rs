@@ -10,24 +10,24 @@ use super::{
 
 /// One mount of a container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(in super::super) struct MountPlan {
+pub(in crate::container) struct MountPlan {
     /// `mounts[3]`, for errors.
-    pub(in super::super) field: String,
-    pub(in super::super) destination: String,
-    pub(in super::super) source: Source,
+    pub(in crate::container) field: String,
+    pub(in crate::container) destination: String,
+    pub(in crate::container) source: Source,
     /// Of this mount alone.
-    pub(in super::super) attributes: Attributes,
+    pub(in crate::container) attributes: Attributes,
     /// Of this mount and all beneath it.
-    pub(in super::super) recursive_attributes: Attributes,
-    pub(in super::super) propagation: Option<Propagation>,
+    pub(in crate::container) recursive_attributes: Attributes,
+    pub(in crate::container) propagation: Option<Propagation>,
     /// Fill a tmpfs with what its mount point held.
-    pub(in super::super) copy_up: bool,
-    pub(in super::super) id_map: Option<IdMap>,
+    pub(in crate::container) copy_up: bool,
+    pub(in crate::container) id_map: Option<IdMap>,
 }
 
 /// What is mounted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(in super::super) enum Source {
+pub(in crate::container) enum Source {
     /// A file or directory of the guest.
     Bind { path: String, recursive: bool },
     /// An instance of a file system; `data` are its options, `key` or `key=value`.
@@ -40,9 +40,9 @@ pub(in super::super) enum Source {
 
 /// `MOUNT_ATTR_*` to set and to clear (mount_setattr(2)).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(in super::super) struct Attributes {
-    pub(in super::super) set: u64,
-    pub(in super::super) clear: u64,
+pub(in crate::container) struct Attributes {
+    pub(in crate::container) set: u64,
+    pub(in crate::container) clear: u64,
 }
 
 impl Attributes {
@@ -52,25 +52,25 @@ impl Attributes {
     }
 
     /// Whether nothing is to be changed.
-    pub(in super::super) fn is_empty(self) -> bool {
+    pub(in crate::container) fn is_empty(self) -> bool {
         self == Self::default()
     }
 }
 
 /// `MS_SHARED` and its kin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(in super::super) struct Propagation {
-    pub(in super::super) kind: u64,
-    pub(in super::super) recursive: bool,
+pub(in crate::container) struct Propagation {
+    pub(in crate::container) kind: u64,
+    pub(in crate::container) recursive: bool,
 }
 
 /// Owners of a mount's files, mapped as a user namespace with these mappings would.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(in super::super) struct IdMap {
+pub(in crate::container) struct IdMap {
     /// Empty: as the container's user namespace.
-    pub(in super::super) uid_mappings: Vec<IdMapping>,
-    pub(in super::super) gid_mappings: Vec<IdMapping>,
-    pub(in super::super) recursive: bool,
+    pub(in crate::container) uid_mappings: Vec<IdMapping>,
+    pub(in crate::container) gid_mappings: Vec<IdMapping>,
+    pub(in crate::container) recursive: bool,
 }
 
 const RELATIME: (u64, u64) = (libc::MOUNT_ATTR_RELATIME, libc::MOUNT_ATTR__ATIME);

@@ -10,7 +10,7 @@ use super::{super::error::ContainerError, IdMapping, id_mappings};
 /// Where the container's namespace of one type comes from. A type without an entry is the guest's
 /// own.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(in super::super) enum Origin {
+pub(in crate::container) enum Origin {
     New,
     /// A file such as `/proc/7/ns/net`.
     Path(PathBuf),
@@ -20,17 +20,17 @@ pub(in super::super) enum Origin {
 
 /// The namespaces of one container.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(in super::super) struct Namespaces {
+pub(in crate::container) struct Namespaces {
     entries: Vec<(LinuxNamespaceType, Origin)>,
-    pub(in super::super) uid_mappings: Vec<IdMapping>,
-    pub(in super::super) gid_mappings: Vec<IdMapping>,
+    pub(in crate::container) uid_mappings: Vec<IdMapping>,
+    pub(in crate::container) gid_mappings: Vec<IdMapping>,
     /// (clock, seconds, nanoseconds) as time_namespaces(7) wants them.
-    pub(in super::super) time_offsets: Vec<(String, i64, u32)>,
+    pub(in crate::container) time_offsets: Vec<(String, i64, u32)>,
 }
 
 impl Namespaces {
     /// Where the namespace of type `kind` comes from; `None`: it is the guest's.
-    pub(in super::super) fn origin(&self, kind: LinuxNamespaceType) -> Option<&Origin> {
+    pub(in crate::container) fn origin(&self, kind: LinuxNamespaceType) -> Option<&Origin> {
         self.entries
             .iter()
             .find(|(entry, _)| *entry == kind)
@@ -38,22 +38,22 @@ impl Namespaces {
     }
 
     /// Whether the container shares the guest's namespace of this type.
-    pub(in super::super) fn is_guests(&self, kind: LinuxNamespaceType) -> bool {
+    pub(in crate::container) fn is_guests(&self, kind: LinuxNamespaceType) -> bool {
         self.origin(kind).is_none()
     }
 
     /// Whether the container gets a fresh namespace of this type.
-    pub(in super::super) fn is_new(&self, kind: LinuxNamespaceType) -> bool {
+    pub(in crate::container) fn is_new(&self, kind: LinuxNamespaceType) -> bool {
         self.origin(kind) == Some(&Origin::New)
     }
 
     /// Whether the container's root is not the guest's.
-    pub(in super::super) fn has_user_namespace(&self) -> bool {
+    pub(in crate::container) fn has_user_namespace(&self) -> bool {
         !self.is_guests(LinuxNamespaceType::User)
     }
 
     /// The guest's number of the container's user `uid`, where that is known.
-    pub(in super::super) fn outside_uid(&self, uid: u32) -> Option<u32> {
+    pub(in crate::container) fn outside_uid(&self, uid: u32) -> Option<u32> {
         if self.has_user_namespace() {
             IdMapping::to_outside(&self.uid_mappings, uid)
         } else {
@@ -62,7 +62,7 @@ impl Namespaces {
     }
 
     /// `CLONE_NEW*` of those to be made with the process; the time namespace is made before it.
-    pub(in super::super) fn clone_flags(&self) -> u64 {
+    pub(in crate::container) fn clone_flags(&self) -> u64 {
         self.entries
             .iter()
             .filter(|(kind, origin)| *origin == Origin::New && *kind != LinuxNamespaceType::Time)
@@ -72,14 +72,16 @@ impl Namespaces {
     }
 
     /// Those to be joined: (type, from where).
-    pub(in super::super) fn joined(&self) -> impl Iterator<Item = (LinuxNamespaceType, &Origin)> {
+    pub(in crate::container) fn joined(
+        &self,
+    ) -> impl Iterator<Item = (LinuxNamespaceType, &Origin)> {
         let entries = self.entries.iter().map(|(kind, origin)| (*kind, origin));
         entries.filter(|(_, origin)| **origin != Origin::New)
     }
 }
 
 /// The flag of clone(2) for a type of namespace.
-pub(in super::super) fn clone_flag(kind: LinuxNamespaceType) -> i32 {
+pub(in crate::container) fn clone_flag(kind: LinuxNamespaceType) -> i32 {
     match kind {
         LinuxNamespaceType::Mount => libc::CLONE_NEWNS,
         LinuxNamespaceType::Cgroup => libc::CLONE_NEWCGROUP,

@@ -8,7 +8,7 @@ use oci_spec::runtime::{
 };
 use serde::{Deserialize, Serialize};
 
-pub(in super::super) use super::capabilities::{CapabilitySets, SYS_ADMIN};
+pub(in crate::container) use super::capabilities::{CapabilitySets, SYS_ADMIN};
 use super::{
     super::{error::ContainerError, seccomp},
     bounded, capabilities,
@@ -16,58 +16,58 @@ use super::{
 
 /// A process of a container.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(in super::super) struct ProcessPlan {
+pub(in crate::container) struct ProcessPlan {
     /// Whether it is the container's first.
-    pub(in super::super) first: bool,
-    pub(in super::super) args: Vec<String>,
-    pub(in super::super) env: Vec<String>,
-    pub(in super::super) cwd: PathBuf,
-    pub(in super::super) uid: u32,
-    pub(in super::super) gid: u32,
-    pub(in super::super) additional_gids: Vec<u32>,
-    pub(in super::super) umask: u32,
-    pub(in super::super) capabilities: CapabilitySets,
-    pub(in super::super) no_new_privileges: bool,
-    pub(in super::super) apparmor_profile: Option<String>,
-    pub(in super::super) oom_score_adj: i32,
-    pub(in super::super) terminal: bool,
+    pub(in crate::container) first: bool,
+    pub(in crate::container) args: Vec<String>,
+    pub(in crate::container) env: Vec<String>,
+    pub(in crate::container) cwd: PathBuf,
+    pub(in crate::container) uid: u32,
+    pub(in crate::container) gid: u32,
+    pub(in crate::container) additional_gids: Vec<u32>,
+    pub(in crate::container) umask: u32,
+    pub(in crate::container) capabilities: CapabilitySets,
+    pub(in crate::container) no_new_privileges: bool,
+    pub(in crate::container) apparmor_profile: Option<String>,
+    pub(in crate::container) oom_score_adj: i32,
+    pub(in crate::container) terminal: bool,
     /// Columns and rows.
-    pub(in super::super) console_size: Option<(u16, u16)>,
-    pub(in super::super) seccomp: Option<seccomp::Filter>,
-    pub(in super::super) personality: Option<u64>,
+    pub(in crate::container) console_size: Option<(u16, u16)>,
+    pub(in crate::container) seccomp: Option<seccomp::Filter>,
+    pub(in crate::container) personality: Option<u64>,
     /// The user as the guest numbers it, who shall own the streams; none when that is not known.
-    pub(in super::super) stdio_owner: Option<u32>,
+    pub(in crate::container) stdio_owner: Option<u32>,
     /// What the agent sets from outside once the process waits.
-    pub(in super::super) limits: ProcessLimits,
+    pub(in crate::container) limits: ProcessLimits,
 }
 
 /// Attributes that need privileges which the process has given up when it waits for its start.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(in super::super) struct ProcessLimits {
+pub(in crate::container) struct ProcessLimits {
     /// (`RLIMIT_*`, soft, hard).
-    pub(in super::super) rlimits: Vec<(u32, u64, u64)>,
-    pub(in super::super) scheduling: Option<SchedulingPlan>,
+    pub(in crate::container) rlimits: Vec<(u32, u64, u64)>,
+    pub(in crate::container) scheduling: Option<SchedulingPlan>,
     /// (`IOPRIO_CLASS_*`, level).
-    pub(in super::super) io_priority: Option<(u32, u32)>,
+    pub(in crate::container) io_priority: Option<(u32, u32)>,
     /// CPUs that it may run on.
-    pub(in super::super) cpus: Option<Vec<usize>>,
+    pub(in crate::container) cpus: Option<Vec<usize>>,
 }
 
 /// As sched_setattr(2) takes it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(in super::super) struct SchedulingPlan {
-    pub(in super::super) policy: u32,
-    pub(in super::super) flags: u64,
-    pub(in super::super) nice: i32,
-    pub(in super::super) priority: u32,
-    pub(in super::super) runtime_ns: u64,
-    pub(in super::super) deadline_ns: u64,
-    pub(in super::super) period_ns: u64,
+pub(in crate::container) struct SchedulingPlan {
+    pub(in crate::container) policy: u32,
+    pub(in crate::container) flags: u64,
+    pub(in crate::container) nice: i32,
+    pub(in crate::container) priority: u32,
+    pub(in crate::container) runtime_ns: u64,
+    pub(in crate::container) deadline_ns: u64,
+    pub(in crate::container) period_ns: u64,
 }
 
 /// Plans `process`, a process of the container that `linux` describes; `field` is where it stands,
 /// for errors.
-pub(in super::super) fn of(
+pub(in crate::container) fn of(
     process: &Process,
     field: &str,
     linux: &Linux,
@@ -338,7 +338,7 @@ fn cpus(process: &Process, field: &str) -> Result<Option<Vec<usize>>, ContainerE
 }
 
 /// The list format of cpuset(7), "Formats".
-pub(in super::super) fn parse_cpu_list(list: &str) -> Option<Vec<usize>> {
+pub(in crate::container) fn parse_cpu_list(list: &str) -> Option<Vec<usize>> {
     // CPU_SETSIZE of the C library.
     const CPUS_MAX: usize = 1024;
     let mut cpus = Vec::new();
