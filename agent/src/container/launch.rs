@@ -42,9 +42,9 @@ pub(super) struct Waiting {
 
 /// Descriptors for the helper.
 #[derive(Debug, Default)]
-pub(super) struct Luggage(Vec<(Role, OwnedFd)>);
+pub(super) struct PassedFds(Vec<(Role, OwnedFd)>);
 
-impl Luggage {
+impl PassedFds {
     /// The streams of a process.
     pub(super) fn of(stdio: Stdio) -> Self {
         let streams = [
@@ -69,7 +69,7 @@ impl Luggage {
 /// Where a helper works, and what it and its children inherit.
 #[derive(Debug)]
 pub(super) struct Place<'a> {
-    /// The container's cgroup, with the container's first process when there is one already.
+    /// The container's cgroup, with the container's init when there is one already.
     pub(super) cgroup: Option<(&'a Cgroup, Option<i32>)>,
     /// Limits of processes where the specification sets none. The helper has them too, as runc has
     /// those that it passes on: a user namespace is bounded by those of its maker
@@ -130,15 +130,15 @@ impl Helper {
             pidfd,
             socket: near,
         };
-        if let Some((cgroup, first)) = place.cgroup {
-            cgroup.add(pid, first)?;
+        if let Some((cgroup, init)) = place.cgroup {
+            cgroup.add(pid, init)?;
         }
         set_limits(pid, place.default_limits, DEFAULTS)?;
         Ok(helper)
     }
 
-    fn instruct(&self, job: Job, luggage: Luggage) -> Result<(), ContainerError> {
-        let (roles, fds): (Vec<_>, Vec<_>) = luggage.0.into_iter().unzip();
+    fn instruct(&self, job: Job, fds: PassedFds) -> Result<(), ContainerError> {
+        let (roles, fds): (Vec<_>, Vec<_>) = fds.0.into_iter().unzip();
         let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
         let message = InitMessage {
             version: message::VERSION,
@@ -173,12 +173,12 @@ fn unexpected(report: &Report) -> ContainerError {
 /// Builds the process of `job` in `place` and gives it `limits`.
 pub(super) fn build(
     job: Job,
-    luggage: Luggage,
+    fds: PassedFds,
     place: &Place<'_>,
     limits: &ProcessLimits,
 ) -> Result<Waiting, ContainerError> {
     let helper = Helper::start(place)?;
-    helper.instruct(job, luggage)?;
+    helper.instruct(job, fds)?;
     let (pid, pidfd) = match next_report(&helper.socket)? {
         (Report::Cloned { pid }, mut fds) if fds.len() == 1 => (pid, fds.remove(0)),
         (report, _) => return Err(unexpected(&report)),
@@ -293,7 +293,7 @@ pub(super) fn hooks(
         cgroup: None,
         default_limits,
     })?;
-    helper.instruct(Job::Hooks(plan), Luggage::default())?;
+    helper.instruct(Job::Hooks(plan), PassedFds::default())?;
     match next_report(&helper.socket)? {
         (Report::Done, _) => Ok(()),
         (report, _) => Err(unexpected(&report)),

@@ -12,7 +12,7 @@
 //!
 //! A message is its length (u32, little-endian) and JSON. Descriptors travel with the first byte.
 //! What comes from the helper is bounded as tightly as if the container had sent it: a privileged
-//! container could trace its own first process.
+//! container could trace its own init.
 
 use std::{
     io::{self, Read, Write},
@@ -56,7 +56,7 @@ pub(super) struct InitMessage {
 /// What a helper shall do.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Job {
-    /// Build a container and its first process.
+    /// Build a container and its init.
     Container(Box<ContainerPlan>),
     /// Build a further process.
     Exec(Box<ExecPlan>),
@@ -72,8 +72,8 @@ pub(super) enum Role {
     Stderr,
     /// The PID namespace to join.
     PidNamespace,
-    /// A pidfd of the container's first process.
-    FirstProcess,
+    /// A pidfd of the container's init.
+    Init,
 }
 
 /// What a helper, or the process it made, answers.

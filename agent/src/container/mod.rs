@@ -17,7 +17,7 @@
 //!
 //! Why the builder is ours: `docs/decisions/0016-own-container-builder.md`. Everything here is
 //! synchronous; callers on an asynchronous runtime use a thread that may block. Exit statuses are
-//! collected by the agent's reaper: the container's first process is a child of the agent itself
+//! collected by the agent's reaper: the container's init is a child of the agent itself
 //! (`CLONE_PARENT`), never of the helper.
 
 use std::{
@@ -47,7 +47,7 @@ mod seccomp;
 
 use cgroup::Cgroup;
 pub(crate) use error::ContainerError;
-use launch::{Luggage, Waiting};
+use launch::{PassedFds, Waiting};
 use message::{Job, Role};
 pub(crate) use options::{CreateOptions, ResourceLimit, Stdio};
 use plan::{
@@ -69,7 +69,7 @@ pub(crate) struct Created {
 pub(crate) struct Container {
     pid: i32,
     pidfd: OwnedFd,
-    /// The way to the first process until it is started.
+    /// The way to init until it is started.
     waiting: Option<UnixStream>,
     cgroup: Cgroup,
     namespaces: Namespaces,
@@ -97,9 +97,9 @@ impl Container {
             linux.resources().as_ref(),
             &options.devices,
         )?;
-        let mut luggage = Luggage::of(stdio);
+        let mut fds = PassedFds::of(stdio);
         if let Some(namespace) = options.pid_namespace.take() {
-            luggage.add(Role::PidNamespace, namespace);
+            fds.add(Role::PidNamespace, namespace);
         }
         let limits = plan.process.limits.clone();
         let namespaces = plan.namespaces.clone();
@@ -108,7 +108,7 @@ impl Container {
             cgroup: Some((&cgroup, None)),
             default_limits: &options.default_limits,
         };
-        let waiting = match launch::build(job, luggage, &place, &limits) {
+        let waiting = match launch::build(job, fds, &place, &limits) {
             Ok(waiting) => waiting,
             Err(error) => {
                 // The first error is the one to be told; a cgroup that stays is found by the next
@@ -137,7 +137,7 @@ impl Container {
         Ok((container, Created { pid, terminal }))
     }
 
-    /// Lets the container's first process execute its program, then runs the `poststart` hooks.
+    /// Lets the container's init execute its program, then runs the `poststart` hooks.
     pub(crate) fn start(&mut self) -> Result<(), ContainerError> {
         let socket = self.waiting.take().ok_or_else(|| {
             let found = if self.has_ended() {
@@ -178,12 +178,12 @@ impl Container {
             process_plan.oom_score_adj = self.oom_score_adj.unwrap_or(0);
         }
         let limits = process_plan.limits.clone();
-        let mut luggage = Luggage::of(stdio);
+        let mut fds = PassedFds::of(stdio);
         let first = self
             .pidfd
             .try_clone()
             .map_err(|error| ContainerError::kernel("keep", "the container's pidfd", &error))?;
-        luggage.add(Role::FirstProcess, first);
+        fds.add(Role::Init, first);
         let plan = ExecPlan {
             join: self.differing_namespaces()?,
             process: process_plan,
@@ -193,7 +193,7 @@ impl Container {
             cgroup: Some((&self.cgroup, Some(self.pid))),
             default_limits: &self.default_limits,
         };
-        let waiting = launch::build(job, luggage, &place, &limits)?;
+        let waiting = launch::build(job, fds, &place, &limits)?;
         let created = Created {
             pid: waiting.pid,
             terminal: waiting.terminal,
@@ -309,7 +309,7 @@ impl Container {
         self.cgroup.path()
     }
 
-    /// Whether SIGKILL to the first process ends all others, because it is PID 1 of a namespace of
+    /// Whether SIGKILL to init ends all others, because it is PID 1 of a namespace of
     /// their own. When not, whoever sees it end must call [`Self::signal_all`].
     pub(crate) fn has_own_pid_namespace(&self) -> bool {
         self.namespaces.is_new(LinuxNamespaceType::Pid)
@@ -327,7 +327,7 @@ impl Container {
     }
 }
 
-/// A process inside a container beside its first.
+/// A process inside a container beside its init.
 #[derive(Debug)]
 pub(crate) struct Exec {
     waiting: Option<UnixStream>,

@@ -1,4 +1,4 @@
-//! The image of drivers: what vendors' devices need of the guest, on a read-only disk that the
+//! The driver image: what vendors' devices need of the guest, on a read-only disk that the
 //! operator names (`paths.modules`; layout: docs/gpu.md).
 //!
 //! ```text
@@ -55,11 +55,11 @@ const SPECS_MAX: usize = 64;
 /// Lines of the kernel's log that are repeated about a module.
 const WORDS_MAX: usize = 3;
 
-/// Why an image of drivers cannot be used.
+/// Why a driver image cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DriversError {
     /// What it holds makes no sense.
-    #[error("image of drivers: {place}: {reason}")]
+    #[error("driver image: {place}: {reason}")]
     Mistake {
         /// File, with line or field.
         place: String,
@@ -67,7 +67,7 @@ pub(crate) enum DriversError {
         reason: String,
     },
     /// It cannot be read, or the kernel not be told of it.
-    #[error("image of drivers: cannot use {object}")]
+    #[error("driver image: cannot use {object}")]
     Kernel {
         /// The file.
         object: String,
@@ -77,7 +77,7 @@ pub(crate) enum DriversError {
     },
     /// The kernel does not load a module.
     #[error(
-        "image of drivers: {list}:{line}: the guest's kernel {release} refuses module {path}: \
+        "driver image: {list}:{line}: the guest's kernel {release} refuses module {path}: \
          {answer}{words}; build it against that very kernel, and name what it needs before it",
         list = modules::LIST
     )]

@@ -1,4 +1,4 @@
-//! `modules.load` of an image of drivers: which modules the guest's kernel loads, in which order.
+//! `modules.load` of a driver image: which modules the guest's kernel loads, in which order.
 //!
 //! ```text
 //! # comment

@@ -1,4 +1,4 @@
-//! An image of drivers in a folder: what of it is found, and which mistakes are named.
+//! A driver image in a folder: what of it is found, and which mistakes are named.
 
 use std::fs;
 
@@ -75,7 +75,7 @@ fn a_mistake_names_file_and_remedy() {
         ),
     ] {
         let error = refusal(files);
-        assert!(error.starts_with("image of drivers: "), "{error}");
+        assert!(error.starts_with("driver image: "), "{error}");
         assert!(error.contains(words), "{error}");
     }
     let long = " ".repeat(usize::try_from(modules::LIST_BYTES_MAX).unwrap() + 1);

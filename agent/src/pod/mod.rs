@@ -6,7 +6,7 @@
 //!      │                                 ├─ execs: name -> Executed ── Process
 //!      │                                 └─ storages
 //!      ├─ storages of the sandbox, by mount point
-//!      ├─ drivers: the image of drivers
+//!      ├─ drivers: the driver image
 //!      └─ sandbox: shared PID namespace
 //! ```
 //!
@@ -61,7 +61,7 @@ pub(crate) struct Pod {
     pub(crate) oom: OomWatch,
     pub(crate) containers: Table<Arc<Contained>>,
     pub(crate) storages: Table<storage::Attached>,
-    /// The image of drivers, where the host gave one. Locked on threads that may block only.
+    /// The driver image, where the host gave one. Locked on threads that may block only.
     pub(crate) drivers: Mutex<Option<Drivers>>,
     pub(crate) limits: Limits,
     /// Told when the host has asked for power-off and everything has ended.
@@ -92,11 +92,11 @@ pub(crate) struct Contained {
     pub(crate) execs: Table<Arc<Executed>>,
     pub(crate) storages: Vec<storage::Attached>,
     pub(crate) cgroup: PathBuf,
-    /// Of the image of drivers, for what is executed in it.
+    /// Of the driver image, for what is executed in it.
     pub(crate) additions: Additions,
 }
 
-/// A process executed beside a container's first.
+/// A process executed beside a container's init.
 #[derive(Debug)]
 pub(crate) struct Executed {
     /// `None` once it is started.

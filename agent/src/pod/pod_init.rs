@@ -32,7 +32,7 @@ pub(crate) const COMMAND: &str = "pod-init";
 /// User and group that it runs as: "nobody" of pause images.
 const USER: u32 = 65535;
 
-/// The namespace and its first process.
+/// The namespace and its init.
 #[derive(Debug)]
 pub(crate) struct PodInit {
     /// In the guest's root namespace.

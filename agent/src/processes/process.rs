@@ -1,4 +1,4 @@
-//! A process of a container: its first one, or one that was executed beside it.
+//! A process of a container: its init, or one that was executed beside it.
 //!
 //! ```text
 //! created ──start──> running ──(ends)──> ended ──delete──> gone

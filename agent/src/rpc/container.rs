@@ -209,7 +209,7 @@ async fn adopt(
     }
 }
 
-/// Ends what a container's first process leaves behind. In a PID namespace of its own the kernel
+/// Ends what a container's init leaves behind. In a PID namespace of its own the kernel
 /// does that.
 async fn end_with_init(contained: Arc<Contained>) {
     contained.init.ended().await;
@@ -233,7 +233,7 @@ async fn end_with_init(contained: Arc<Contained>) {
     }
 }
 
-/// The nodes of a container's functions; what the image of drivers adds goes into `spec`.
+/// The nodes of a container's functions; what the driver image adds goes into `spec`.
 fn passed_through(
     pod: &Pod,
     addresses: &[String],

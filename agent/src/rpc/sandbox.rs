@@ -120,7 +120,7 @@ fn attach_all<'a>(
     Ok(())
 }
 
-/// Takes the image of drivers into use, where there is one: before any container.
+/// Takes the driver image into use, where there is one: before any container.
 fn use_drivers(pod: &Pod, path: &str) -> Result<(), RpcError> {
     if path.is_empty() {
         return Ok(());

@@ -112,8 +112,8 @@ mod tests {
         std::fs::write(&path, "x").unwrap();
         settings.paths.modules = Some(path.clone());
         let image = Image::open(&settings).unwrap().unwrap();
-        let said = CallError::Agent(Code::FAILED_PRECONDITION, "image of drivers: x".to_owned());
-        let words = format!("paths.modules {}: image of drivers: x", path.display());
+        let said = CallError::Agent(Code::FAILED_PRECONDITION, "driver image: x".to_owned());
+        let words = format!("paths.modules {}: driver image: x", path.display());
         assert_eq!(image.explain(said).to_string(), words);
     }
 }

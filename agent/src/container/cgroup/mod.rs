@@ -101,15 +101,15 @@ impl Cgroup {
         &self.path
     }
 
-    /// Moves the process `pid` in. `first` is the container's first process when there is one: if
+    /// Moves the process `pid` in. `init` is the container's init when there is one: if
     /// the container has divided its cgroup, no process may live in its root, and the new one goes
-    /// where the first is.
-    pub(super) fn add(&self, pid: i32, first: Option<i32>) -> Result<(), ContainerError> {
+    /// where init is.
+    pub(super) fn add(&self, pid: i32, init: Option<i32>) -> Result<(), ContainerError> {
         let procs = self.path.join("cgroup.procs");
         match put(&procs, &pid.to_string()) {
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
-                let home = first
-                    .and_then(|first| self.home_of(first))
+                let home = init
+                    .and_then(|init| self.home_of(init))
                     .ok_or_else(|| ContainerError::kernel("write", procs.display(), &error))?;
                 write(&home.join("cgroup.procs"), &pid.to_string())
             }

@@ -23,11 +23,11 @@ use super::{
             namespaces::{Origin, clone_flag},
         },
     },
-    Descriptors, Step, Streams, apparmor, first, hooks, report,
+    Descriptors, Step, Streams, apparmor, hooks, init, report,
     sources::Sources,
 };
 
-/// Builds the container `plan`. Returns in the helper; the new process ends in [`first::run`].
+/// Builds the container `plan`. Returns in the helper; the new process ends in [`init::run`].
 pub(super) fn build(
     plan: &ContainerPlan,
     mut descriptors: Descriptors,
@@ -53,7 +53,7 @@ pub(super) fn build(
     match fork_sibling(flags).step("create", "the namespaces of the container")? {
         Forked::New => {
             drop(near);
-            first::run(plan, sources, streams, socket, far)
+            init::run(plan, sources, streams, socket, far)
         }
         Forked::Caller { pid, pidfd } => {
             drop((far, sources, streams));
@@ -74,14 +74,14 @@ fn accompany(plan: &ContainerPlan, pid: i32, mut near: UnixStream) -> Result<(),
         )?;
     }
     near.write_all(&pid.to_le_bytes())
-        .step("write", "the container's first process")?;
+        .step("write", "the container's init")?;
     if plan.create_runtime_hooks.is_empty() {
         return Ok(());
     }
     let mut mounted = [0u8];
     if near
         .read(&mut mounted)
-        .step("read", "the container's first process")?
+        .step("read", "the container's init")?
         == 0
     {
         // It failed and said why itself.
@@ -92,7 +92,7 @@ fn accompany(plan: &ContainerPlan, pid: i32, mut near: UnixStream) -> Result<(),
         &plan.hook_state.json("creating", pid),
     )?;
     near.write_all(&mounted)
-        .step("write", "the container's first process")
+        .step("write", "the container's init")
 }
 
 /// Writes the id maps of the user namespace in which process `pid` is.

@@ -1,4 +1,4 @@
-//! A further process of a running container: joins the namespaces of its first process.
+//! A further process of a running container: joins the namespaces of its init.
 
 use std::{
     fs,
@@ -15,7 +15,7 @@ use super::{
         message::{Report, Role},
         plan::ExecPlan,
     },
-    Descriptors, Step, Streams, apparmor, first,
+    Descriptors, Step, Streams, apparmor, init,
     program::{self, Program},
     report,
     terminal::Terminal,
@@ -33,19 +33,15 @@ pub(super) fn build(
     fs::write("/proc/self/oom_score_adj", &score).step("write", "/proc/self/oom_score_adj")?;
     let streams = Streams::take(&mut descriptors)?;
     streams.give_to(plan.process.stdio_owner);
-    let first_process =
-        descriptors
-            .take(Role::FirstProcess)
-            .ok_or_else(|| ContainerError::Helper {
-                reason: "the pidfd of the first process is missing".to_owned(),
-            })?;
+    let init = descriptors
+        .take(Role::Init)
+        .ok_or_else(|| ContainerError::Helper {
+            reason: "the pidfd of the container's init is missing".to_owned(),
+        })?;
     // All at once: the process to be joined may end at any time, and then none is joined.
-    setns(
-        first_process.as_fd(),
-        CloneFlags::from_bits_retain(plan.join),
-    )
-    .step("join", "the namespaces of the container")?;
-    drop(first_process);
+    setns(init.as_fd(), CloneFlags::from_bits_retain(plan.join))
+        .step("join", "the namespaces of the container")?;
+    drop(init);
     let (mut near, far) = UnixStream::pair().step("create", "a socket pair")?;
     match fork_sibling(0).step("fork", "the process")? {
         Forked::New => {
@@ -70,9 +66,9 @@ fn become_program(
     helper.read_exact(&mut [0]).step("read", "the helper")?;
     drop(helper);
     if plan.join & libc::CLONE_NEWUSER != 0 {
-        first::become_root()?;
+        init::become_root()?;
     }
-    first::new_session("exec")?;
+    init::new_session("exec")?;
     let terminal = plan
         .process
         .terminal

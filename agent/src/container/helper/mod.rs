@@ -31,12 +31,12 @@ mod builder;
 mod copy_up;
 mod devices;
 mod exec;
-mod first;
 #[cfg(feature = "fuzzing")]
 pub(super) mod fuzzing;
 mod hide;
 mod hooks;
 mod identity;
+mod init;
 mod passwd;
 mod program;
 mod rootfs;

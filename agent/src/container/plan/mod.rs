@@ -125,7 +125,7 @@ pub(super) fn of(
         .ok_or_else(|| ContainerError::invalid("process", "missing; a container runs a program"))?;
     let namespaces = namespaces::of(linux, options.pid_namespace.is_some())?;
     let mut process = process::of(process, "process", linux, options.console_size)?;
-    process.first = true;
+    process.init = true;
     process.stdio_owner = namespaces.outside_uid(process.uid);
     let hooks = spec.hooks().clone().unwrap_or_default();
     let state = hooks::State::of(id, spec);

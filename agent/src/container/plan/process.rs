@@ -17,8 +17,8 @@ use super::{
 /// A process of a container.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(in crate::container) struct ProcessPlan {
-    /// Whether it is the container's first.
-    pub(in crate::container) first: bool,
+    /// Whether it is the container's init.
+    pub(in crate::container) init: bool,
     pub(in crate::container) args: Vec<String>,
     pub(in crate::container) env: Vec<String>,
     pub(in crate::container) cwd: PathBuf,
@@ -97,7 +97,7 @@ pub(in crate::container) fn of(
     }
     let terminal = process.terminal().unwrap_or(false);
     Ok(ProcessPlan {
-        first: false,
+        init: false,
         cwd: process.cwd().clone(),
         uid: process.user().uid(),
         gid: process.user().gid(),

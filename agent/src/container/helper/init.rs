@@ -1,4 +1,4 @@
-//! The container's first process: from inside its new namespaces to its program.
+//! The container's init: from inside its new namespaces to its program.
 //!
 //! ```text
 //! identity in the user namespace ─ session ─ names ─ loopback ─ root file system (rootfs)
