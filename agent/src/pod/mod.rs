@@ -3,7 +3,7 @@
 //! ```text
 //! Pod ─┬─ containers: name -> Contained ─┬─ container  (namespaces, cgroup)
 //!      │                                 ├─ init       Process
-//!      │                                 ├─ execs: name -> Executed ── Process
+//!      │                                 ├─ execs: name -> ExecProcess ── Process
 //!      │                                 └─ storages
 //!      ├─ storages of the sandbox, by mount point
 //!      ├─ drivers: the driver image
@@ -89,7 +89,7 @@ pub(crate) struct Contained {
     /// `None` once it is deleted. Locked on threads that may block only.
     pub(crate) container: Arc<RwLock<Option<Container>>>,
     pub(crate) init: Process,
-    pub(crate) execs: Table<Arc<Executed>>,
+    pub(crate) execs: Table<Arc<ExecProcess>>,
     pub(crate) storages: Vec<storage::Attached>,
     pub(crate) cgroup: PathBuf,
     /// Of the driver image, for what is executed in it.
@@ -98,7 +98,7 @@ pub(crate) struct Contained {
 
 /// A process executed beside a container's init.
 #[derive(Debug)]
-pub(crate) struct Executed {
+pub(crate) struct ExecProcess {
     /// `None` once it is started.
     pub(crate) waiting: Mutex<Option<Exec>>,
     pub(crate) process: Process,
@@ -106,7 +106,7 @@ pub(crate) struct Executed {
 
 impl Contained {
     /// A table for the execs of a new container.
-    pub(crate) fn exec_table() -> Table<Arc<Executed>> {
+    pub(crate) fn exec_table() -> Table<Arc<ExecProcess>> {
         Table::new("exec", EXECS_MAX)
     }
 }

@@ -15,7 +15,7 @@ use std::{
 
 use crate::processes::{
     reaper::{Exit, ExitWatch, Reaper, exited},
-    stdio::Attached,
+    stdio::ProcessStreams,
 };
 
 /// One process.
@@ -27,12 +27,12 @@ pub(crate) struct Process {
     /// What a shell would answer, when the program could not be executed.
     start_failure: OnceLock<u32>,
     exit: ExitWatch,
-    streams: Attached,
+    streams: ProcessStreams,
 }
 
 impl Process {
     /// A process that waits for its start.
-    pub(crate) fn new(pid: i32, exit: ExitWatch, streams: Attached) -> Self {
+    pub(crate) fn new(pid: i32, exit: ExitWatch, streams: ProcessStreams) -> Self {
         Self {
             pid,
             started: AtomicBool::new(false),
@@ -43,7 +43,7 @@ impl Process {
     }
 
     /// Its terminal and standard input.
-    pub(crate) fn streams(&self) -> &Attached {
+    pub(crate) fn streams(&self) -> &ProcessStreams {
         &self.streams
     }
 

@@ -145,7 +145,11 @@ impl Prepared {
     }
 
     /// Starts copying, once the process is there.
-    pub(crate) fn run(self, master: Option<OwnedFd>, exit: &ExitWatch) -> io::Result<Attached> {
+    pub(crate) fn run(
+        self,
+        master: Option<OwnedFd>,
+        exit: &ExitWatch,
+    ) -> io::Result<ProcessStreams> {
         let terminal = master.map(endpoint).transpose()?.map(Arc::new);
         let (close_stdin, closing) = watch::channel(false);
         let (undelivered, delivered) = watch::channel(0usize);
@@ -172,7 +176,7 @@ impl Prepared {
                 (None, None) => {}
             }
         }
-        Ok(Attached {
+        Ok(ProcessStreams {
             terminal,
             close_stdin,
             delivered,
@@ -183,14 +187,14 @@ impl Prepared {
 
 /// Running streams of a process; dropping it ends the copying.
 #[derive(Debug)]
-pub(crate) struct Attached {
+pub(crate) struct ProcessStreams {
     terminal: Option<Arc<AsyncFd<OwnedFd>>>,
     close_stdin: watch::Sender<bool>,
     delivered: watch::Receiver<usize>,
     _pumps: JoinSet<()>,
 }
 
-impl Attached {
+impl ProcessStreams {
     /// Closes the process's stdin once what has arrived for it is written.
     pub(crate) fn close_stdin(&self) {
         self.close_stdin.send_replace(true);

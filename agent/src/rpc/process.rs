@@ -14,7 +14,7 @@ use super::{
 use crate::{
     container::{Container, ContainerError},
     ground::{errors::RpcError, log},
-    pod::{Contained, Executed, Pod, blocking, oom},
+    pod::{Contained, ExecProcess, Pod, blocking, oom},
     processes::{Process, reaper::Exit, stdio::Prepared},
     storage,
 };
@@ -25,7 +25,7 @@ const SIGNAL_MAX: u32 = 64;
 /// A process that a request names.
 enum Named {
     Init(Arc<Contained>),
-    Exec(Arc<Contained>, Arc<Executed>),
+    Exec(Arc<Contained>, Arc<ExecProcess>),
 }
 
 impl Named {
@@ -47,7 +47,7 @@ impl Named {
     fn process(&self) -> &Process {
         match self {
             Self::Init(contained) => &contained.init,
-            Self::Exec(_, executed) => &executed.process,
+            Self::Exec(_, exec) => &exec.process,
         }
     }
 }
@@ -76,7 +76,7 @@ pub(super) async fn exec(pod: Arc<Pod>, request: ExecRequest) -> Result<Empty, R
     match prepared.run(created.terminal, &exit) {
         Ok(streams) => {
             let process = Process::new(created.pid, exit, streams);
-            place.fill(Arc::new(Executed {
+            place.fill(Arc::new(ExecProcess {
                 waiting: Mutex::new(Some(waiting)),
                 process,
             }));
@@ -137,8 +137,8 @@ fn start_blocking(named: &Named) -> Result<(), ContainerError> {
                 .unwrap_or_else(PoisonError::into_inner);
             guard.as_mut().map_or(Ok(()), Container::start)
         }
-        Named::Exec(_, executed) => {
-            let waiting = executed
+        Named::Exec(_, exec) => {
+            let waiting = exec
                 .waiting
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
@@ -251,8 +251,8 @@ pub(super) async fn delete(
     let answer = response(named.contained(), exit);
     match named {
         Named::Exec(contained, _) => {
-            let (executed, place) = contained.execs.begin_removal(&request.exec_id)?;
-            drop((executed, place));
+            let (exec, place) = contained.execs.begin_removal(&request.exec_id)?;
+            drop((exec, place));
         }
         Named::Init(_) => delete_container(&pod, &request.container_id).await?,
     }

@@ -156,7 +156,7 @@ pub(crate) fn nodes(storages: &[Storage]) -> Result<Vec<LinuxDevice>, StorageErr
 pub(crate) fn attach(storage: &Storage) -> Result<Attached, StorageError> {
     let mount_point = PathBuf::from(&storage.mount_point);
     let target = Target::new("mount_point", &mount_point)?;
-    let options = Options::parse(&storage.options)?;
+    let options = MountOptions::parse(&storage.options)?;
     let source = storage
         .source
         .as_ref()
@@ -270,12 +270,12 @@ impl<'a> Target<'a> {
 
 /// Mount options, sorted into attributes of the mount and parameters of the file system.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Options {
+struct MountOptions {
     attributes: u64,
     parameters: Vec<(String, Option<String>)>,
 }
 
-impl Options {
+impl MountOptions {
     fn parse(words: &[String]) -> Result<Self, StorageError> {
         if words.len() > OPTIONS_MAX {
             return Err(StorageError::Invalid {
@@ -362,14 +362,14 @@ impl Maker {
             })
     }
 
-    fn set_all(&self, options: &Options) -> Result<(), StorageError> {
+    fn set_all(&self, options: &MountOptions) -> Result<(), StorageError> {
         options
             .parameters
             .iter()
             .try_for_each(|(key, value)| self.set(key, value.as_deref()))
     }
 
-    fn mount(&self, options: &Options, target: &Target<'_>) -> Result<(), StorageError> {
+    fn mount(&self, options: &MountOptions, target: &Target<'_>) -> Result<(), StorageError> {
         let mount = self
             .context
             .mount(options.attributes)
@@ -390,7 +390,7 @@ impl Maker {
 
 fn mount_shared(
     shared: &SharedDirectory,
-    options: &Options,
+    options: &MountOptions,
     target: &Target<'_>,
 ) -> Result<(), StorageError> {
     let maker = Maker::new("virtiofs", format!("shared directory {:?}", shared.tag))?;
@@ -401,7 +401,7 @@ fn mount_shared(
 
 fn attach_disk(
     device: &BlockDevice,
-    options: &Options,
+    options: &MountOptions,
     target: &Target<'_>,
 ) -> Result<(), StorageError> {
     let address = devices::address("pci_address", &device.pci_address)?;
@@ -435,7 +435,7 @@ fn attach_disk(
 
 fn mount_overlay(
     overlay: &Overlay,
-    options: &Options,
+    options: &MountOptions,
     target: &Target<'_>,
 ) -> Result<(), StorageError> {
     if overlay.lower.is_empty() || overlay.lower.len() > OVERLAY_LAYERS_MAX {
@@ -483,7 +483,7 @@ fn look_like(upper: &Path, lower: &Path) -> io::Result<()> {
 
 fn mount_scratch(
     scratch: &Scratch,
-    options: &Options,
+    options: &MountOptions,
     target: &Target<'_>,
 ) -> Result<(), StorageError> {
     let huge = scratch.huge_page_size_bytes != 0;
@@ -508,7 +508,7 @@ fn mount_scratch(
 
 fn bind_path(
     bind: &BindSource,
-    options: &Options,
+    options: &MountOptions,
     target: &Target<'_>,
 ) -> Result<(), StorageError> {
     let source_path = Path::new(&bind.path);
@@ -549,7 +549,7 @@ mod tests {
     #[test]
     fn options_are_sorted() {
         let words = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
-        let options = Options::parse(&words("ro nosuid,nodev size=64m dax defaults")).unwrap();
+        let options = MountOptions::parse(&words("ro nosuid,nodev size=64m dax defaults")).unwrap();
         assert!(options.read_only());
         assert_eq!(
             options.attributes,
@@ -563,7 +563,7 @@ mod tests {
                 ("dax".to_owned(), None),
             ]
         );
-        assert!(Options::parse(&vec!["a".to_owned(); OPTIONS_MAX + 1]).is_err());
+        assert!(MountOptions::parse(&vec!["a".to_owned(); OPTIONS_MAX + 1]).is_err());
     }
 
     #[test]

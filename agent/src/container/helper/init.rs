@@ -70,8 +70,8 @@ fn become_program(
     let mut root = Root::attach(rootfs)?;
     root.mount_all(plan, &mut sources)?;
     root.make_working_directory(&plan.process)?;
-    let terminal = root.furnish(plan, &mut sources)?;
-    root.hide(plan, sources)?;
+    let terminal = root.add_devices(plan, &mut sources)?;
+    root.mask_paths(plan, sources)?;
     if !plan.create_runtime_hooks.is_empty() {
         helper.write_all(&[0]).step("write", "the helper")?;
         match helper.read_exact(&mut [0]) {

@@ -33,10 +33,10 @@ mod devices;
 mod exec;
 #[cfg(feature = "fuzzing")]
 pub(super) mod fuzzing;
-mod hide;
 mod hooks;
 mod identity;
 mod init;
+mod masks;
 mod passwd;
 mod program;
 mod rootfs;

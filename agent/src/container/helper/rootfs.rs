@@ -30,7 +30,7 @@ use super::{
             process::ProcessPlan,
         },
     },
-    Step, copy_up, devices, hide,
+    Step, copy_up, devices, masks,
     sources::Sources,
     terminal::Terminal,
 };
@@ -148,7 +148,7 @@ impl Root {
     }
 
     /// Makes devices, links and the terminal in `/dev`.
-    pub(super) fn furnish(
+    pub(super) fn add_devices(
         &self,
         plan: &ContainerPlan,
         sources: &mut Sources,
@@ -178,14 +178,15 @@ impl Root {
         Ok(Some(terminal))
     }
 
-    /// Hides the masked paths, locks the read-only ones, and at last the root itself.
-    pub(super) fn hide(
+    /// Makes the read-only paths read-only, covers the masked ones, and at last makes the root
+    /// read-only where asked.
+    pub(super) fn mask_paths(
         &self,
         plan: &ContainerPlan,
         sources: Sources,
     ) -> Result<(), ContainerError> {
-        hide::lock(self.fd(), &plan.readonly_paths)?;
-        hide::mask(self.fd(), &plan.masked_paths, sources.null)?;
+        masks::make_read_only(self.fd(), &plan.readonly_paths)?;
+        masks::mask(self.fd(), &plan.masked_paths, sources.null)?;
         for mount in &self.read_only_later {
             mount_tree::set_attributes(mount.as_fd(), libc::MOUNT_ATTR_RDONLY, 0, false)
                 .step("make read-only", "a tmpfs")?;

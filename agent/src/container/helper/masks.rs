@@ -1,4 +1,5 @@
-//! Paths of the kernel's that a container shall not read, or not change.
+//! Paths of the kernel that a container must not read (`linux.maskedPaths`), or must not change
+//! (`linux.readonlyPaths`).
 
 use std::{
     io,
@@ -11,8 +12,8 @@ use pericarp_sys::fscontext::{DetachedMount, FsContext};
 use super::{super::error::ContainerError, Step};
 use crate::ground::beneath;
 
-/// Makes `paths` and all beneath them read-only; a path that does not exist needs no lock.
-pub(super) fn lock(root: BorrowedFd<'_>, paths: &[String]) -> Result<(), ContainerError> {
+/// Makes `paths` and all beneath them read-only; a path that does not exist is skipped.
+pub(super) fn make_read_only(root: BorrowedFd<'_>, paths: &[String]) -> Result<(), ContainerError> {
     for path in paths {
         let object = || format!("linux.readonlyPaths {path}");
         let Some(target) = existing(root, path).step("open", object())? else {
