@@ -32,8 +32,8 @@ use std::{
 
 use common::{Guest, deadline, process};
 use pericarp_protocol::guest::{
-    BlockDevice, ConfigureSandboxRequest, Empty, Event, EventsRequest, ExecRequest,
-    ResizeTerminalRequest, StatsRequest, Storage, Streams, storage::Source,
+    BlockDevice, ConfigureSandboxRequest, Empty, Event, EventsRequest, ExecRequest, NodeLimits,
+    ResizeTerminalRequest, ResourceLimit, StatsRequest, Storage, Streams, storage::Source,
 };
 use serde_json::{Value, json};
 use tokio::{
@@ -83,6 +83,7 @@ async fn main() {
     }
     configure(&guest, &[]).await;
     look(&guest, "fresh").await;
+    inherited(&guest).await;
     terminals(&guest).await;
     let forever = ttrpc::context::Context::default();
     let events = guest.client.events(forever, &EventsRequest::new()).await;
@@ -120,6 +121,7 @@ async fn configure(guest: &Guest, sysctls: &[(&str, &str)]) {
         sysctls: sysctls
             .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
             .collect(),
+        node_limits: Some(node_limits()).into(),
         ..Default::default()
     };
     guest
@@ -134,6 +136,43 @@ async fn configure(guest: &Guest, sysctls: &[(&str, &str)]) {
         .unwrap();
     assert_eq!(stats.file_systems.len(), 1);
     assert!(stats.file_systems[0].capacity_bytes > 1 << 20);
+}
+
+/// A node's limits: more threads, descriptors and process numbers than a small guest has.
+fn node_limits() -> NodeLimits {
+    let limit = |resource, soft, hard| ResourceLimit {
+        resource,
+        soft,
+        hard,
+        ..Default::default()
+    };
+    NodeLimits {
+        resources: vec![limit(6, 23_630, 23_630), limit(7, 1024, 2_000_000)],
+        threads_max: 47_261,
+        pid_max: 4_194_304,
+        file_max: 500_000,
+        nr_open: 2_000_000,
+        ..Default::default()
+    }
+}
+
+/// What a process has that nobody asked for: limits, signals, devices.
+async fn inherited(guest: &Guest) {
+    let script = "ulimit -n; ulimit -Hn; ulimit -u; \
+        cat /proc/sys/kernel/threads-max /proc/sys/kernel/pid_max /proc/sys/fs/file-max \
+        /proc/sys/user/max_user_namespaces; \
+        grep ^SigIgn /proc/self/status; env | grep ^A=; \
+        mknod /tmp/tun c 10 200 && cat /tmp/tun 2>&1";
+    let mut spec = guest.spec(&["sh", "-c", script]);
+    spec["process"]["env"] = json!(["A=image", "PATH=/bin", "A=pod"]);
+    spec["process"]["capabilities"] = json!({
+        "bounding": ["CAP_MKNOD"], "effective": ["CAP_MKNOD"], "permitted": ["CAP_MKNOD"],
+    });
+    let (output, ..) = guest.run("i", &spec).await.unwrap();
+    // A tunnel that is not attached to an interface is in a bad state, which is not a refusal.
+    let expected = "1024\n2000000\n23630\n47261\n4194304\n500000\n23630\n\
+        SigIgn:\t0000000000000000\nA=pod\ncat: read error: File descriptor in bad state\n";
+    assert_eq!(output, expected);
 }
 
 /// A container without a terminal, one with, and an exec with one; a new size is seen by both.

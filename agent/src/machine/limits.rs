@@ -94,7 +94,7 @@ const fn limit(path: &'static str, numbers: fn(&Memory, &Node) -> Vec<u64>) -> L
 /// The limits that the kernel computes from memory at boot, in the order in which they are set,
 /// with the files of Linux 6.12 that have the formulas. `min_free_kbytes` and the reserves of
 /// `vm.*_reserve_kbytes` are not among them: the kernel itself lets those follow added memory.
-const LIMITS: [Limit; 24] = [
+const LIMITS: [Limit; 28] = [
     // kernel/pid.c computes it from the number of possible CPUs.
     limit("proc/sys/kernel/pid_max", |_, node| vec![node.pid_max]),
     // kernel/fork.c, set_max_threads() and fork_init().
@@ -150,6 +150,11 @@ const LIMITS: [Limit; 24] = [
     limit("proc/sys/net/ipv4/tcp_max_syn_backlog", |memory, _| {
         vec![(established(memory) / 128).max(128)]
     }),
+    // net/ipv4/inetpeer.c, inet_initpeers(): 1 % of memory.
+    limit("proc/sys/net/ipv4/inet_peer_threshold", |memory, _| {
+        let peers = memory.total_bytes / 100 / INET_PEER_BYTES;
+        vec![peers.clamp(4096, 65_664)]
+    }),
     // net/ipv4/udp.c, udp_init().
     limit("proc/sys/net/ipv4/udp_mem", |memory, _| {
         pressure(memory.buffer_pages / 8)
@@ -162,13 +167,26 @@ const LIMITS: [Limit; 24] = [
     limit("proc/sys/net/netfilter/nf_conntrack_max", |memory, _| {
         vec![tracked(memory)]
     }),
+    // net/netfilter/nf_conntrack_expect.c, nf_conntrack_expect_init().
+    limit(
+        "proc/sys/net/netfilter/nf_conntrack_expect_max",
+        |memory, _| vec![tracked(memory) / 256 * 4],
+    ),
+    // fs/fuse/inode.c, sanitize_global_limit().
+    limit("sys/module/fuse/parameters/max_user_bgreq", fuse_requests),
+    limit(
+        "sys/module/fuse/parameters/max_user_congthresh",
+        fuse_requests,
+    ),
 ];
 
-/// Sizes of structures of a 64-bit Linux 6.12: `struct inode`, `struct inotify_inode_mark`, and
-/// `struct epitem` with `struct eppoll_entry`. They move by a few words with the configuration.
+/// Sizes of structures of a 64-bit Linux 6.12: `struct inode`, `struct inotify_inode_mark`,
+/// `struct epitem` with `struct eppoll_entry`, `struct inet_peer` in whole cache lines. They move by
+/// a few words with the configuration.
 const INODE_BYTES: u64 = 616;
 const INOTIFY_MARK_BYTES: u64 = 80;
 const EPOLL_ITEM_BYTES: u64 = 184;
+const INET_PEER_BYTES: u64 = 192;
 
 /// `THREAD_SIZE` of x86-64 and of arm64 with pages of 4 KiB.
 const THREAD_BYTES: u64 = 16 << 10;
@@ -201,6 +219,11 @@ fn socket_share(memory: &Memory) -> u64 {
 fn established(memory: &Memory) -> u64 {
     let slots = memory.total_bytes.next_multiple_of(1 << 20) >> 17;
     slots.next_power_of_two().min(512 << 10)
+}
+
+/// Requests of unprivileged FUSE mounts: 1/8192 of memory, at 392 bytes each.
+fn fuse_requests(memory: &Memory, _: &Node) -> Vec<u64> {
+    vec![((memory.total_bytes >> 13) / 392).min(65_535)]
 }
 
 /// Connections that are tracked.

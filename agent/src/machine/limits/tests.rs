@@ -48,7 +48,10 @@ fn formulas_agree_with_a_kernel() {
         ("ipv4/tcp_max_orphans", 131_072),
         ("ipv4/tcp_max_tw_buckets", 131_072),
         ("ipv4/tcp_max_syn_backlog", 2048),
+        ("inet_peer_threshold", 65_664),
         ("nf_conntrack_max", 262_144),
+        ("nf_conntrack_expect_max", 4096),
+        ("max_user_bgreq", 7871),
     ] {
         let found = computed(path)[0];
         assert!(
