@@ -6,11 +6,9 @@
 //! `<root>/pods/<uid>/volume-subpaths/<name>/<container>/<index>`. Secrets, ConfigMaps and tokens
 //! are on tmpfs too, beneath the names of other plugins: they are the host's to change.
 
-use std::{
-    ffi::OsString,
-    os::unix::ffi::OsStringExt,
-    path::{Component, Path, PathBuf},
-};
+use std::path::{Component, Path, PathBuf};
+
+use crate::storage::mountinfo::{self, Mount, plain};
 
 /// The plugin of `emptyDir` volumes as kubelet writes it in paths.
 const PLUGIN: &str = "kubernetes.io~empty-dir";
@@ -51,8 +49,7 @@ pub(super) fn find(mountinfo: &[u8], source: &Path, uid: &str) -> Option<Place> 
     if !is_candidate(source, uid) {
         return None;
     }
-    let lines = mountinfo.split(|byte| *byte == b'\n');
-    let mounts: Vec<Mount> = lines.filter_map(Mount::parse).collect();
+    let mounts = mountinfo::parse(mountinfo);
     // Of mounts on one another the last is seen.
     let above = mounts.iter().filter(|one| source.starts_with(&one.point));
     let own = above.max_by_key(|one| one.point.components().count())?;
@@ -68,7 +65,7 @@ pub(super) fn find(mountinfo: &[u8], source: &Path, uid: &str) -> Option<Place> 
     }
     let mut beneath = plain(&own.root)?;
     beneath.extend(source.strip_prefix(&own.point).ok()?);
-    let others = mounts.iter().filter(same).filter_map(Mount::way);
+    let others = mounts.iter().filter(same).filter_map(way);
     Some(Place {
         volume: volume.point.clone(),
         beneath,
@@ -79,76 +76,9 @@ pub(super) fn find(mountinfo: &[u8], source: &Path, uid: &str) -> Option<Place> 
     })
 }
 
-/// A line of mountinfo.
-#[derive(Debug, PartialEq, Eq)]
-struct Mount {
-    device: String,
-    root: PathBuf,
-    point: PathBuf,
-    options: String,
-    fs_type: String,
-    parameters: String,
-}
-
-impl Mount {
-    fn parse(line: &[u8]) -> Option<Self> {
-        let mut fields = line.split(|byte| *byte == b' ');
-        let device = fields.nth(2)?;
-        let (root, point, options) = (fields.next()?, fields.next()?, fields.next()?);
-        // Optional fields, as many as there are.
-        fields.find(|field| *field == b"-")?;
-        let (fs_type, _device, parameters) = (fields.next()?, fields.next()?, fields.next()?);
-        let text = |field: &[u8]| String::from_utf8_lossy(field).into_owned();
-        Some(Self {
-            device: text(device),
-            root: path(root),
-            point: path(point),
-            options: text(options),
-            fs_type: text(fs_type),
-            parameters: text(parameters),
-        })
-    }
-
-    /// The way from the volume to what is mounted, unless that is the volume itself.
-    fn way(&self) -> Option<PathBuf> {
-        plain(&self.root).filter(|way| !way.as_os_str().is_empty())
-    }
-}
-
-/// Undoes the kernel's writing of spaces and their kin as three octal digits.
-fn path(field: &[u8]) -> PathBuf {
-    let mut bytes = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((first, others)) = rest.split_first() {
-        let digits = others.get(..3).filter(|_| *first == b'\\');
-        let octal = digits
-            .and_then(|digits| std::str::from_utf8(digits).ok())
-            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        bytes.push(octal.unwrap_or(*first));
-        rest = if octal.is_some() {
-            &others[3..]
-        } else {
-            others
-        };
-    }
-    OsString::from_vec(bytes).into()
-}
-
-/// `root` without its first slash; none when it climbs, or when what was there is deleted: the
-/// kernel writes `//deleted` behind it.
-fn plain(root: &Path) -> Option<PathBuf> {
-    if root.as_os_str().as_encoded_bytes().ends_with(b"//deleted") {
-        return None;
-    }
-    let mut way = PathBuf::new();
-    for component in root.components() {
-        match component {
-            Component::RootDir => {}
-            Component::Normal(name) => way.push(name),
-            _ => return None,
-        }
-    }
-    Some(way)
+/// The way from the volume to what is mounted, unless that is the volume itself.
+fn way(mount: &Mount) -> Option<PathBuf> {
+    plain(&mount.root).filter(|way| !way.as_os_str().is_empty())
 }
 
 fn names(path: &Path) -> Vec<&str> {
@@ -304,7 +234,6 @@ tmpfs tmpfs rw
                 prop_assert!(place.beneath.is_relative());
                 prop_assert!(place.mounted.iter().all(|way| way.is_relative()));
             }
-            let _ = path(&text);
         }
     }
 }

@@ -32,6 +32,7 @@ use crate::{
         agent_client::{Agent, agent_call},
         spec::{self, SourceKind},
     },
+    storage::mountinfo,
 };
 
 mod find;
@@ -44,8 +45,6 @@ const GUEST: &str = "/run/pericarp/memory";
 const GUEST_PART: &str = "/run/pericarp/part-";
 /// Where the pod's UID is among the annotations that containerd makes.
 const UID: &str = "io.kubernetes.cri.sandbox-uid";
-/// The mounts of this process.
-const MOUNTINFO: &str = "/proc/self/mountinfo";
 
 /// What was decided about the volumes of a pod.
 #[derive(Debug, Default)]
@@ -178,7 +177,7 @@ fn look(source: &Path, uid: &str) -> io::Result<Option<Place>> {
     if !find::is_candidate(&real, uid) || statfs(&real)?.filesystem_type() != TMPFS_MAGIC {
         return Ok(None);
     }
-    let Some(place) = find::find(&fs::read(MOUNTINFO)?, &real, uid) else {
+    let Some(place) = find::find(&fs::read(mountinfo::OWN)?, &real, uid) else {
         return Ok(None);
     };
     // Paths of mountinfo may be hidden by other mounts: by the volume's own path the same thing
