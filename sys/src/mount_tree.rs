@@ -1,8 +1,9 @@
-//! What [`crate::fscontext`] leaves out of the mount API: propagation and id mapping by
-//! `mount_setattr(2)`.
+//! What [`crate::fscontext`] leaves out of the mount API: propagation, attributes and id mapping by
+//! `mount_setattr(2)`, ids of mounts by `statx(2)`.
 
 use std::{
     io,
+    mem::MaybeUninit,
     os::fd::{AsRawFd, BorrowedFd},
 };
 
@@ -75,4 +76,54 @@ fn set(mount: BorrowedFd<'_>, attributes: &libc::mount_attr, recursive: bool) ->
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// The id of the mount that `place` is open on, as `/proc/<pid>/mountinfo` has it. A mount that
+/// ended may have had it before.
+///
+/// # Errors
+/// `ENOSYS` when the kernel does not tell it (before 5.8); else the kernel's.
+pub fn mount_id(place: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut found = MaybeUninit::<libc::statx>::zeroed();
+    // SAFETY: the structure is writable and lives through the call; the path is a static empty
+    // string and the descriptor is borrowed for the call.
+    let result = unsafe {
+        libc::statx(
+            place.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC,
+            libc::STATX_MNT_ID,
+            found.as_mut_ptr(),
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: zeroes are a valid structure, and the kernel wrote valid values over them.
+    let found = unsafe { found.assume_init() };
+    if found.stx_mask & libc::STATX_MNT_ID == 0 {
+        return Err(io::Error::from_raw_os_error(libc::ENOSYS));
+    }
+    Ok(found.stx_mnt_id)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs::{self, File},
+        os::fd::AsFd,
+    };
+
+    use super::*;
+
+    #[test]
+    fn the_id_of_a_mount_is_the_one_of_mountinfo() {
+        let text = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let of_proc = text
+            .lines()
+            .find(|line| line.contains(" /proc rw"))
+            .unwrap();
+        let id = mount_id(File::open("/proc/self").unwrap().as_fd()).unwrap();
+        assert_eq!(of_proc.split(' ').next(), Some(id.to_string().as_str()));
+    }
 }
