@@ -130,7 +130,14 @@ fn clone_at(plan: &ContainerPlan, path: &Path, recursive: bool) -> io::Result<De
         return DetachedMount::clone_at(path, recursive);
     };
     let root = File::open(root)?;
-    let place = beneath::resolve(root.as_fd(), rest, Links::Refused, OFlag::O_PATH)?;
+    let open = |flags| beneath::resolve(root.as_fd(), rest, Links::Refused, OFlag::O_PATH | flags);
+    // Only where a directory is asked for does the kernel mount what virtio-fs announces. Left to
+    // the containers, each would have a file system of its own there, in which the same file is
+    // another inode.
+    let place = match open(OFlag::O_DIRECTORY) {
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => open(OFlag::empty()),
+        opened => opened,
+    }?;
     DetachedMount::clone_of(place.as_fd(), recursive)
 }
 
