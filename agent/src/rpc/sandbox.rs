@@ -233,7 +233,7 @@ pub(super) async fn add_storage(pod: Arc<Pod>, request: Storage) -> Result<Empty
     Ok(Empty::new())
 }
 
-/// Unmounts a storage of the sandbox.
+/// Unmounts a storage of the sandbox, or forgets what the host removed of the shared directory.
 pub(super) async fn remove_storage(pod: Arc<Pod>, request: Storage) -> Result<Empty, RpcError> {
     blocking(move || detach(&pod, &request.mount_point)).await??;
     Ok(Empty::new())
@@ -246,6 +246,9 @@ fn attach(pod: &Pod, storage: &Storage) -> Result<(), RpcError> {
 }
 
 fn detach(pod: &Pod, mount_point: &str) -> Result<(), RpcError> {
+    if storage::is_shared(mount_point) {
+        return Ok(storage::forget_shared(mount_point)?);
+    }
     let (attached, place) = pod.storages.begin_removal(mount_point)?;
     if let Err(error) = storage::detach(&attached) {
         place.fill(attached);

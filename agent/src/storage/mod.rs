@@ -19,7 +19,8 @@ use std::{
 
 use nix::{
     mount::{MntFlags, umount2},
-    sys::stat::{Mode, SFlag, fstat, makedev, mknod},
+    sys::stat::{Mode, SFlag, fstat, makedev, mkdirat, mknod},
+    unistd::{UnlinkatFlags, unlinkat},
 };
 use oci_spec::runtime::LinuxDevice;
 use pericarp_protocol::guest::{
@@ -40,6 +41,9 @@ mod ext4;
 mod format;
 mod ownership;
 mod within;
+
+/// Where the host's directory is mounted (`GUEST_SHARED` of the shim).
+const SHARED: &str = "/run/pericarp/shared";
 
 /// Lower directories of one overlay: the kernel's own bound (`OVL_MAX_STACK`).
 const OVERLAY_LAYERS_MAX: usize = 500;
@@ -228,6 +232,36 @@ pub(crate) fn detach(attached: &Attached) -> Result<(), StorageError> {
         ));
     }
     Ok(())
+}
+
+/// Whether `mount_point` lies in the directory that the host shares, where no storage is attached.
+pub(crate) fn is_shared(mount_point: &str) -> bool {
+    let beneath = Path::new(mount_point).strip_prefix(SHARED);
+    beneath.is_ok_and(|rest| !rest.as_os_str().is_empty())
+}
+
+/// Forgets what the host has removed from the shared directory: the kernel would keep it mounted
+/// and its files known, and so the host's file system busy, until the guest needs memory.
+pub(crate) fn forget_shared(path: &str) -> Result<(), StorageError> {
+    let path = Path::new(path);
+    let target = Target::new("mount_point", path)?;
+    let Some((name, parents)) = target.names.split_last() else {
+        return Ok(());
+    };
+    let parent = match beneath::open_names(Path::new(RUN), parents, None) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        opened => opened.map_err(StorageError::kernel("open", path.display()))?,
+    };
+    // A name that shall be made is looked up on the host again, whatever the kernel remembers of
+    // it. To be made it need not be: the host shares the directory read-only.
+    match mkdirat(&parent, *name, Mode::S_IRWXU) {
+        Ok(()) => unlinkat(&parent, *name, UnlinkatFlags::RemoveDir)
+            .map_err(|error| StorageError::kernel("remove", path.display())(error.into())),
+        Err(nix::Error::EROFS | nix::Error::EEXIST) => Ok(()),
+        Err(error) => Err(StorageError::kernel("look up", path.display())(
+            error.into(),
+        )),
+    }
 }
 
 /// A path of a request that was found to lie beneath `/run/pericarp`.
@@ -564,6 +598,21 @@ mod tests {
             ]
         );
         assert!(MountOptions::parse(&vec!["a".to_owned(); OPTIONS_MAX + 1]).is_err());
+    }
+
+    #[test]
+    fn only_what_lies_in_the_shared_directory_is_shared() {
+        assert!(is_shared("/run/pericarp/shared/.volumes/1"));
+        for path in [
+            SHARED,
+            "/run/pericarp/shared2/x",
+            "/run/pericarp/memory/0",
+            "",
+        ] {
+            assert!(!is_shared(path), "{path}");
+        }
+        assert!(forget_shared("/run/pericarp/shared/../../x").is_err());
+        assert!(forget_shared("/run/pericarp/shared/never/shared").is_ok());
     }
 
     #[test]
