@@ -435,3 +435,75 @@ fn the_roots_of_other_snapshotters_reach_the_guest() {
     assert!(!said.contains("/dev/loop"), "{said}");
     Leftovers::nothing_since(&node, &before).unwrap();
 }
+
+/// Shares of volumes that the pods of the node have.
+fn shares(node: &Session) -> Result<usize> {
+    let shared = "' /run/pericarp/[^ ]*/shared/.volumes/'";
+    let count = node.shell(&format!("grep -c {shared} /proc/self/mountinfo || true"))?;
+    Ok(count.trim().parse()?)
+}
+
+/// A pod with `volume` and a `subPath` of it.
+fn a_volume_is_shared(node: &Session, volume: &str, sub_path: &str) -> Result<()> {
+    let containerd = node.containerd(Version::V23)?;
+    let before = Leftovers::look(node)?;
+    let pod = pod(node, &containerd, "shared")?;
+    let run = |name: &str, mounts: serde_json::Value| -> Result<String> {
+        let mut config = container_config(name, BUSYBOX, WAIT);
+        config["mounts"] = mounts;
+        containerd.run_container(node, &pod, &config)
+    };
+    let inside = |container: &str, line: &str| containerd.exec_shell(node, container, line);
+    let whole = json!([{"host_path": volume, "container_path": "/v"}]);
+    let only_read = json!([{"host_path": volume, "container_path": "/v", "readonly": true}]);
+    let part = json!([{"host_path": sub_path, "container_path": "/v/sub"}]);
+
+    // What nobody may write the node itself refuses, for the guest's root too.
+    let reader = run("reader", only_read)?;
+    assert!(inside(&reader, "echo x >/v/sub/f").is_err());
+    let writer = run("writer", whole)?;
+    let other = run("part", part)?;
+    let hold = "echo one >/v/sub/f; flock /v/sub/lock sleep 1000 >/dev/null 2>&1 &
+                while flock -n /v/sub/lock true; do sleep 0.1; done";
+    inside(&writer, hold)?;
+    for container in [&writer, &other] {
+        assert!(inside(container, "flock -n /v/sub/lock true").is_err());
+        inside(container, "flock -n /v/sub/f true")?;
+    }
+    // Nothing of the old file is seen once it was replaced.
+    assert_eq!(inside(&other, "cat /v/sub/f")?, "one");
+    inside(&writer, "echo second >/v/sub/g; mv /v/sub/g /v/sub/f")?;
+    for container in [&reader, &other] {
+        assert_eq!(
+            inside(container, "cat /v/sub/f; stat -c %s /v/sub/f")?,
+            "second\n7"
+        );
+    }
+    assert!(inside(&reader, "echo x >/v/sub/f").is_err());
+    let identity = |container: &str| inside(container, "stat -c %d:%i /v/sub/f");
+    assert_eq!(identity(&reader)?, identity(&other)?);
+    assert_eq!(identity(&writer)?, identity(&other)?);
+
+    for container in [&reader, &writer, &other] {
+        containerd.crictl_text(node, &["rm", "-f", container])?;
+    }
+    // The volume is free, while the pod lives.
+    assert_eq!(shares(node)?, 0);
+    node.shell(&format!("umount {sub_path} {volume}"))?;
+    wait_until(node, "[ -z \"$(losetup -j /run/pv.img)\" ]")?;
+    containerd.remove_pod(node, &pod)?;
+    Leftovers::nothing_since(node, &before)?;
+    Ok(())
+}
+
+#[test]
+fn the_containers_of_a_pod_share_a_volume() {
+    let Some(node) = node("storage-shared") else {
+        return;
+    };
+    let disk = "truncate -s 16M /run/pv.img && mkfs.ext4 -q /run/pv.img && \
+         mkdir -p /run/pv /run/pv-sub && mount -o loop /run/pv.img /run/pv && \
+         mkdir /run/pv/sub && mount --bind /run/pv/sub /run/pv-sub";
+    node.shell(disk).unwrap();
+    a_volume_is_shared(&node, "/run/pv", "/run/pv-sub").unwrap();
+}

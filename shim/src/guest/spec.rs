@@ -47,8 +47,8 @@ const PSEUDO_DEVICES: [&str; 9] = [
 pub(crate) struct Share {
     /// On the host.
     pub(crate) source: PathBuf,
-    /// Name beneath the container's part of the shared directory.
-    pub(crate) name: String,
+    /// The mount that it is for, by its number in the specification.
+    pub(crate) mount: usize,
     /// Submounts come along.
     pub(crate) recursive: bool,
     /// How owners of files are shown, and whether those of submounts too.
@@ -71,6 +71,18 @@ pub(crate) struct Translated {
     pub(crate) functions: Vec<VfioPath>,
     /// Block devices of the host that the container gets as disks (`volumeDevices`).
     pub(crate) disks: Vec<BlockVolume>,
+}
+
+impl Translated {
+    /// Tells the mounts of [`Self::shares`] where the guest has their sources.
+    pub(crate) fn set_sources(&mut self, places: Vec<PathBuf>) {
+        let mounts = self.spec.mounts_mut().as_deref_mut().unwrap_or_default();
+        for (share, place) in self.shares.iter().zip(places) {
+            if let Some(mount) = mounts.get_mut(share.mount) {
+                mount.set_source(Some(place));
+            }
+        }
+    }
 }
 
 /// A block device of the host, under a path of the container's own choice.
@@ -157,11 +169,10 @@ fn root_is_mapped(spec: &Spec) -> Result<(), CallError> {
     Ok(())
 }
 
-/// Translates the specification of container `id`. `host_of` tells what a mount's source is on the
+/// Translates the specification of a container. `source_kind` tells what a mount's source is on the
 /// host.
 pub(crate) fn translate(
     mut spec: Spec,
-    id: &str,
     source_kind: impl Fn(&Path) -> SourceKind,
 ) -> Result<Translated, CallError> {
     check(&spec)?;
@@ -170,7 +181,14 @@ pub(crate) fn translate(
     let mounts = spec.mounts_mut().take().unwrap_or_default();
     let mut kept = Vec::with_capacity(mounts.len());
     for mount in mounts {
-        kept.push(translate_mount(mount, id, &own, &mut shares, &source_kind)?);
+        let number = kept.len();
+        kept.push(translate_mount(
+            mount,
+            number,
+            &own,
+            &mut shares,
+            &source_kind,
+        )?);
     }
     spec.set_mounts(Some(kept));
     spec.set_hooks(None);
@@ -236,7 +254,7 @@ fn is_on(path: &Path, kind: FsType) -> bool {
 
 fn translate_mount(
     mut mount: Mount,
-    id: &str,
+    number: usize,
     own: &Mappings,
     shares: &mut Vec<Share>,
     source_kind: &impl Fn(&Path) -> SourceKind,
@@ -280,11 +298,10 @@ fn translate_mount(
         SourceKind::CharacterDevice | SourceKind::BlockDevice => return Ok(mount),
         _ => {}
     }
-    let name = format!("mount-{}", shares.len());
-    mount.set_source(Some(guest_path(id, &name)));
+    // Its source in the guest is known when it is shared.
     shares.push(Share {
         source,
-        name,
+        mount: number,
         recursive: options.iter().any(|option| option == "rbind"),
         id_map,
         read_only: options
@@ -380,7 +397,7 @@ pub(crate) fn guest_volume(id: &str, number: usize) -> String {
     format!("/run/pericarp/volumes/{id}/{number}")
 }
 
-/// The path in the guest of a share of container `id`.
+/// The path in the guest of what is container `id`'s alone in the shared directory.
 pub(crate) fn guest_path(id: &str, name: &str) -> PathBuf {
     Path::new(GUEST_SHARED).join(id).join(name)
 }
@@ -545,7 +562,7 @@ mod tests {
 
     #[test]
     fn pods_namespaces_become_the_guests() {
-        let result = translate(container(json!([])), "c", |_| SourceKind::Missing).unwrap();
+        let result = translate(container(json!([])), |_| SourceKind::Missing).unwrap();
         let linux = result.spec.linux().as_ref().unwrap();
         let kinds: Vec<_> = linux
             .namespaces()
@@ -589,7 +606,8 @@ mod tests {
         };
         let asked = container(mounts);
         assert_eq!(bind_sources(&asked).len(), 5);
-        let result = translate(asked, "c", kind).unwrap();
+        let mut result = translate(asked, kind).unwrap();
+        result.set_sources(["/shared/hosts", "/shared/srv"].map(PathBuf::from).into());
         let sources: Vec<_> = result
             .spec
             .mounts()
@@ -601,8 +619,8 @@ mod tests {
         let expected = [
             "proc",
             "/dev/shm",
-            "/run/pericarp/shared/c/mount-0",
-            "/run/pericarp/shared/c/mount-1",
+            "/shared/hosts",
+            "/shared/srv",
             "/run/pericarp/huge/dev-huge",
             "/run/pericarp/memory/0",
         ]
@@ -627,7 +645,7 @@ mod tests {
         let linux = spec.linux_mut().as_mut().unwrap();
         linux.set_uid_mappings(Some(own.clone()));
         linux.set_gid_mappings(Some(own.clone()));
-        let result = translate(spec, "c", |_| SourceKind::Directory).unwrap();
+        let result = translate(spec, |_| SourceKind::Directory).unwrap();
         let found: Vec<_> = result.shares.iter().map(|share| &share.id_map).collect();
         let first = IdMap::of_options("0:65536:65536", "0:65536:65536").unwrap();
         let second = IdMap::of_mappings(&own, &own).unwrap();
@@ -658,7 +676,7 @@ mod tests {
         ]);
         let asked = container(mounts);
         let before = asked.mounts().as_ref().unwrap()[0].clone();
-        let result = translate(asked, "c", |_| SourceKind::Guests("/g".into())).unwrap();
+        let result = translate(asked, |_| SourceKind::Guests("/g".into())).unwrap();
         let mut after = result.spec.mounts().as_ref().unwrap()[0].clone();
         assert_eq!(after.source().as_deref(), Some(Path::new("/g")));
         after.set_source(before.source().clone());
@@ -674,7 +692,7 @@ mod tests {
             .as_mut()
             .unwrap()
             .set_seccomp(serde_json::from_value(profile).unwrap());
-        let translated = translate(with_profile.clone(), "c", |_| SourceKind::Missing).unwrap();
+        let translated = translate(with_profile.clone(), |_| SourceKind::Missing).unwrap();
         let seccomp = |spec: &Spec| spec.linux().as_ref().unwrap().seccomp().clone();
         assert!(seccomp(&translated.spec).is_some());
         drop_seccomp(&mut with_profile);
@@ -711,7 +729,7 @@ mod tests {
             rule(10, 125), rule(241, 0)
         ]});
         linux.set_resources(serde_json::from_value(resources).unwrap());
-        let result = translate(asked, "c", |_| SourceKind::Missing).unwrap();
+        let result = translate(asked, |_| SourceKind::Missing).unwrap();
         let wanted = [VfioPath::Group(7), VfioPath::Device(0)];
         assert_eq!(result.functions, wanted);
         let linux = result.spec.linux().as_ref().unwrap();
@@ -738,7 +756,7 @@ mod tests {
         let linux = other.linux_mut().as_mut().unwrap();
         let node = json!([node("/dev/vfio/noiommu-0", 240, 1)]);
         linux.set_devices(serde_json::from_value(node).unwrap());
-        let error = translate(other, "c", |_| SourceKind::Missing).unwrap_err();
+        let error = translate(other, |_| SourceKind::Missing).unwrap_err();
         assert!(error.to_string().contains("noiommu-0"), "{error}");
     }
 
@@ -769,7 +787,7 @@ mod tests {
         let device = json!([
             {"destination": "/dev/kvm", "type": "bind", "source": "/dev/kvm", "options": ["bind"]}
         ]);
-        let error = translate(container(device), "c", |_| SourceKind::CharacterDevice).unwrap_err();
+        let error = translate(container(device), |_| SourceKind::CharacterDevice).unwrap_err();
         assert!(
             error.to_string().contains("mounts[/dev/kvm].source"),
             "{error}"
@@ -777,7 +795,7 @@ mod tests {
         let shared = json!([
             {"destination": "/m", "type": "bind", "source": "/m", "options": ["rbind", "rshared"]}
         ]);
-        let error = translate(container(shared), "c", |_| SourceKind::Directory).unwrap_err();
+        let error = translate(container(shared), |_| SourceKind::Directory).unwrap_err();
         assert!(error.to_string().contains("Bidirectional"), "{error}");
     }
 

@@ -8,7 +8,7 @@
 use std::{
     fs::File,
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
 };
 
@@ -71,26 +71,28 @@ impl IdMap {
 pub(crate) struct Mapper(OwnedFd);
 
 impl Mapper {
-    /// Mounts the file or directory `source` on `target` with mapped owners; what is mounted
-    /// beneath comes along as it is when `recursive`, and mapped too when `all`.
-    pub(crate) fn bind(
-        &self,
-        source: &Path,
-        target: &Path,
-        recursive: bool,
-        all: bool,
-    ) -> io::Result<()> {
-        let tree = DetachedMount::clone_at(source, recursive)?;
-        mount_tree::map_ids(tree.as_fd(), self.0.as_fd(), all).map_err(|error| {
-            let reason = format!(
-                "the file system of {} cannot map owners ({error}): its pods cannot have a user \
-                 namespace of their own",
-                source.display()
-            );
-            io::Error::new(error.kind(), reason)
-        })?;
+    /// Mounts the directory `source` on `target` with mapped owners.
+    pub(crate) fn bind(&self, source: &Path, target: &Path) -> io::Result<()> {
+        let tree = DetachedMount::clone_at(source, false)?;
+        self.map(tree.as_fd(), false)
+            .map_err(|error| unsupported(&error, source))?;
         tree.attach(File::open(target)?.as_fd())
     }
+
+    /// Maps the owners of a mount that is attached nowhere yet, and of those beneath it when `all`.
+    pub(crate) fn map(&self, tree: BorrowedFd<'_>, all: bool) -> io::Result<()> {
+        mount_tree::map_ids(tree, self.0.as_fd(), all)
+    }
+}
+
+/// Explains why the owners of `source` cannot be mapped.
+pub(crate) fn unsupported(error: &io::Error, source: &Path) -> io::Error {
+    let reason = format!(
+        "the file system of {} cannot map owners ({error}): its pods cannot have a user namespace \
+         of their own",
+        source.display()
+    );
+    io::Error::new(error.kind(), reason)
 }
 
 #[cfg(test)]

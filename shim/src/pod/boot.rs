@@ -122,7 +122,8 @@ impl Pod {
         let failed = |error| CallError::host(state.display(), error);
         let mut journal = make_state(request, state).map_err(failed)?;
         let cgroups = make_cgroups(request, &mut journal)?;
-        let shared = SharedDirectory::make(state, &mut journal).map_err(failed)?;
+        let shared =
+            SharedDirectory::make(state, &request.annotations, &mut journal).map_err(failed)?;
         let (daemon, file_system) = shared.serve(state, settings, Arc::clone(&cgroups.procs))?;
         journal.note(&daemon.entry()).map_err(failed)?;
         let namespace = request.network_namespace.as_deref();

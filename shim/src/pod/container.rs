@@ -55,6 +55,7 @@ use crate::{
         disk::Disk,
         huge_pages,
         rootfs::{self, Rootfs},
+        share,
     },
 };
 
@@ -350,9 +351,10 @@ async fn build(
         spec::drop_seccomp(&mut bundle.spec);
     }
     let memory = pod.memory.attach(&pod.agent, &bundle.spec, id).await?;
-    let mut translated = spec::translate(bundle.spec, id, |source| memory.kind(source))?;
+    let mut translated = spec::translate(bundle.spec, |source| memory.kind(source))?;
     let (terminal_width, terminal_height) = terminal_size(&translated.spec);
-    share(pod, id, &rootfs, translated.shares).await?;
+    let places = mount_shares(pod, id, &rootfs, translated.shares.clone()).await?;
+    translated.set_sources(places);
     let attached = rootfs::attach(&pod.disks, id, &rootfs, cache).await?;
     *container.disk() = attached.disk;
     huge_pages::attach(&pod.agent, &translated.spec).await?;
@@ -453,12 +455,12 @@ fn joined(pod: &Pod, path: &Path) -> Result<Joined, CallError> {
 }
 
 /// Mounting may wait for disks: not on the event loop.
-async fn share(
+async fn mount_shares(
     pod: &Arc<Pod>,
     id: &str,
     rootfs: &Rootfs,
     shares: Vec<spec::Share>,
-) -> Result<(), CallError> {
+) -> Result<Vec<PathBuf>, CallError> {
     let shared = pod.shared.clone();
     let id = id.to_owned();
     let rootfs = rootfs.clone();
@@ -668,9 +670,13 @@ async fn release(pod: &Arc<Pod>, container: &Container) -> Result<(), CallError>
     let object = format!("shared directory of container {}", container.id);
     let removal = tokio::task::spawn_blocking(move || shared.remove(&id));
     match timeout(UNMOUNT_MAX, removal).await {
-        Ok(removed) => removed
-            .map_err(|error| CallError::host("unmounting", error))?
-            .map_err(|error| CallError::host(object, error)),
+        Ok(removed) => {
+            let gone = removed
+                .map_err(|error| CallError::host("unmounting", error))?
+                .map_err(|error| CallError::host(object, error))?;
+            share::forget(&pod.agent, gone).await;
+            Ok(())
+        }
         Err(_) => {
             // A file system of the host hangs. What is left goes with the pod.
             warn!(object, limit = ?UNMOUNT_MAX, "unmounting takes too long and is left alone");

@@ -1,21 +1,29 @@
 //! The pod's shared directory and the daemon that serves it to the guest (virtio-fs).
 //!
 //! ```text
-//! <state>/shared                    a mount of its own with shared propagation
+//! <state>/shared                    a read-only mount of its own with shared propagation
 //! <state>/shared/<container>/rootfs the container's root file system, or its read-only layers
-//! <state>/shared/<container>/mount-<n>  a volume, file or directory
+//! <state>/shared/.volumes/<n>       a volume, file or directory: see [`super::volumes`]
+//! <state>/mount-points              the directory that is mounted at <state>/shared
 //! ```
+//!
+//! The guest could write to the shared directory itself, and place a link where the next mount
+//! point is to be made. So it is read-only, and mount points are made where the guest is not.
 //!
 //! virtiofsd runs in a mount namespace that is a slave of ours, so what is mounted here later
 //! appears there. It sees this directory and nothing else. It ends when the VMM closes the
 //! vhost-user connection.
 
 use std::{
-    fs::{self, File},
+    collections::HashMap,
+    fs::{self, DirBuilder, File},
     io,
     os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::net::{UnixListener, UnixStream},
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::{
+            fs::DirBuilderExt,
+            net::{UnixListener, UnixStream},
+        },
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -28,34 +36,61 @@ use nix::{
     mount::{MsFlags, mount},
     sys::stat::Mode,
 };
+use pericarp_protocol::guest::Storage;
 use pericarp_runtime_config::Settings;
+use pericarp_sys::mount_tree;
+use tracing::debug;
 
 use crate::{
     errors::CallError,
-    guest::spec::Share,
+    guest::{
+        agent_client::{Agent, agent_call},
+        spec::{self, Share},
+    },
     host::{
         child::Watched,
         journal::{Entry, Journal, unmount},
     },
-    storage::rootfs::{Layers, Rootfs},
+    storage::{
+        kubelet,
+        rootfs::{Layers, Rootfs},
+        volumes::Volumes,
+    },
 };
 
 /// The shared directory of a pod.
 #[derive(Debug, Clone)]
 pub(crate) struct SharedDirectory {
     path: PathBuf,
+    mount_points: PathBuf,
+    volumes: Arc<Volumes>,
 }
 
 impl SharedDirectory {
-    /// Makes it beneath the sandbox's state directory.
-    pub(crate) fn make(state: &Path, journal: &mut Journal) -> io::Result<Self> {
-        let path = state.join("shared");
+    /// Makes it beneath the sandbox's state directory, for a pod with these annotations.
+    pub(crate) fn make(
+        state: &Path,
+        annotations: &HashMap<String, String>,
+        journal: &mut Journal,
+    ) -> io::Result<Self> {
+        // As mountinfo has it.
+        let state = state.canonicalize()?;
+        let [path, mount_points] = ["shared", "mount-points"].map(|name| state.join(name));
         journal.note(&Entry::Mount { path: path.clone() })?;
-        fs::create_dir_all(&path)?;
-        bind(&path, &path, false)?;
-        propagate(&path, MsFlags::MS_PRIVATE)?;
-        propagate(&path, MsFlags::MS_SHARED)?;
-        Ok(Self { path })
+        for directory in [&path, &mount_points] {
+            DirBuilder::new().mode(0o700).create(directory)?;
+        }
+        bind(&mount_points, &path, false)?;
+        let mount = open_directory(&path)?;
+        mount_tree::set_attributes(mount.as_fd(), libc::MOUNT_ATTR_RDONLY, 0, false)?;
+        mount_tree::set_propagation(mount.as_fd(), libc::MS_PRIVATE, false)?;
+        mount_tree::set_propagation(mount.as_fd(), libc::MS_SHARED, false)?;
+        let volumes = Volumes::new(&mount_points, &path, kubelet::pod_uid(annotations));
+        Ok(Self {
+            path,
+            mount_points,
+            volumes: Arc::new(volumes),
+        })
     }
 
     /// The directory that is there already.
@@ -63,11 +98,16 @@ impl SharedDirectory {
     pub(crate) fn at(path: &Path) -> Self {
         Self {
             path: path.to_owned(),
+            mount_points: path.to_owned(),
+            volumes: Arc::new(Volumes::new(path, path, None)),
         }
     }
 
-    fn container(&self, id: &str) -> PathBuf {
-        self.path.join(id)
+    /// Makes a directory of container `id`, to mount something on.
+    fn make_mount_point(&self, id: &str, name: &str) -> io::Result<PathBuf> {
+        let beneath = Path::new(id).join(name);
+        fs::create_dir_all(self.mount_points.join(&beneath))?;
+        Ok(self.path.join(beneath))
     }
 
     /// Mounts the host's part of a container's root file system: see [`super::rootfs`].
@@ -75,8 +115,9 @@ impl SharedDirectory {
         if matches!(rootfs, Rootfs::Image(_)) {
             return Ok(());
         }
-        let target = self.container(id).join("rootfs");
-        fs::create_dir_all(&target).map_err(|error| CallError::host(target.display(), error))?;
+        let target = self
+            .make_mount_point(id, "rootfs")
+            .map_err(|error| CallError::host(format!("mount point of container {id}"), error))?;
         let mounted = match rootfs {
             Rootfs::Image(_) => Ok(()),
             Rootfs::Directory(ready) => bind(ready, &target, true),
@@ -94,7 +135,7 @@ impl SharedDirectory {
         let mut all = layers.above(&self.path.with_file_name("mask"))?;
         if let (true, [layer]) = (all.is_empty(), layers.lower.as_slice()) {
             match &layers.id_map {
-                Some(map) => map.mapper()?.bind(layer, target, false, false)?,
+                Some(map) => map.mapper()?.bind(layer, target)?,
                 None => bind(layer, target, false)?,
             }
             return make_read_only(target);
@@ -109,7 +150,10 @@ impl SharedDirectory {
         // The overlay has mounts of its own of them.
         mapped.iter().try_for_each(|path| {
             unmount(path)?;
-            fs::remove_dir(path)
+            fs::remove_dir(
+                self.mount_points
+                    .join(path.strip_prefix(&self.path).unwrap_or(path)),
+            )
         })
     }
 
@@ -122,9 +166,8 @@ impl SharedDirectory {
         let mapper = map.mapper()?;
         let numbered = layers.lower.iter().enumerate();
         let mount = |(number, layer): (usize, &PathBuf)| {
-            let path = self.container(id).join(format!("layer-{number}"));
-            fs::create_dir_all(&path)?;
-            mapper.bind(layer, &path, false, false)?;
+            let path = self.make_mount_point(id, &format!("layer-{number}"))?;
+            mapper.bind(layer, &path)?;
             make_read_only(&path)?;
             Ok(path)
         };
@@ -153,60 +196,29 @@ impl SharedDirectory {
         )?)
     }
 
-    /// Shares files and directories with a container.
-    pub(crate) fn add(&self, id: &str, shares: &[Share]) -> Result<(), CallError> {
-        for share in shares {
-            self.add_one(id, share).map_err(|error| {
-                CallError::host(format!("sharing {}", share.source.display()), error)
-            })?;
-        }
-        Ok(())
+    /// Shares files and directories with a container. The answer is where the guest has them.
+    pub(crate) fn add(&self, id: &str, shares: &[Share]) -> Result<Vec<PathBuf>, CallError> {
+        self.volumes.add(id, shares)
     }
 
-    fn add_one(&self, id: &str, share: &Share) -> io::Result<()> {
-        let target = self.container(id).join(&share.name);
-        if share.source.is_dir() {
-            fs::create_dir_all(&target)?;
-        } else {
-            if let Some(parent) = target.parent() {
-                fs::create_dir_all(parent)?;
-            }
-            File::create(&target)?;
-        }
-        match &share.id_map {
-            Some((map, all)) => {
-                let mapper = map.mapper()?;
-                mapper.bind(&share.source, &target, share.recursive, *all)?;
-            }
-            None => bind(&share.source, &target, share.recursive)?,
-        }
-        // Mounts that appear in the source later come along, and nothing goes back.
-        propagate(&target, MsFlags::MS_SLAVE)?;
-        propagate(&target, MsFlags::MS_SHARED)?;
-        if share.read_only {
-            make_read_only(&target)?;
-        }
-        Ok(())
-    }
-
-    /// Takes everything of a container away. Absent is fine.
-    pub(crate) fn remove(&self, id: &str) -> io::Result<()> {
-        let container = self.container(id);
-        let entries = match fs::read_dir(&container) {
+    /// Takes everything of a container away. Absent is fine. The answer is where the guest had what
+    /// is gone now.
+    pub(crate) fn remove(&self, id: &str) -> io::Result<Vec<PathBuf>> {
+        let mut gone = self.volumes.remove(id)?;
+        let mount_points = self.mount_points.join(id);
+        let entries = match fs::read_dir(&mount_points) {
             Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(gone),
             Err(error) => return Err(error),
         };
         for entry in entries {
             let entry = entry?;
-            unmount(&entry.path())?;
-            if entry.file_type()?.is_dir() {
-                fs::remove_dir(entry.path())?;
-            } else {
-                fs::remove_file(entry.path())?;
-            }
+            unmount(&self.path.join(id).join(entry.file_name()))?;
+            fs::remove_dir(entry.path())?;
         }
-        fs::remove_dir(&container)
+        fs::remove_dir(&mount_points)?;
+        gone.push(Path::new(spec::GUEST_SHARED).join(id));
+        Ok(gone)
     }
 
     /// Starts the daemon and gives the VMM's end of its socket.
@@ -245,7 +257,26 @@ impl SharedDirectory {
             Watched::spawn(command, vec![(listener.as_raw_fd(), 3)], cgroups).map_err(|error| {
                 CallError::host(format!("file-system daemon {}", binary.display()), error)
             })?;
+        self.volumes
+            .served_by(watched.pid)
+            .map_err(|error| CallError::host("file-system daemon", error))?;
         Ok((watched, socket.into()))
+    }
+}
+
+/// Makes the guest forget what was taken away. Else its kernel has files open here for as long as
+/// it likes, and file systems of the host stay busy.
+pub(crate) async fn forget(agent: &Agent, gone: Vec<PathBuf>) {
+    for path in gone {
+        let request = Storage {
+            mount_point: path.display().to_string(),
+            ..Default::default()
+        };
+        if let Err(error) = agent_call!(agent, remove_storage, &request) {
+            // A guest that is gone remembers nothing, and one that is slow is not asked again.
+            debug!(path = %path.display(), %error, "the guest does not forget what was unmounted");
+            return;
+        }
     }
 }
 
@@ -264,30 +295,15 @@ fn bind(source: &Path, target: &Path, recursive: bool) -> io::Result<()> {
     )?)
 }
 
+/// Leaves the other attributes of the mount as they are.
 fn make_read_only(target: &Path) -> io::Result<()> {
-    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-    Ok(mount(
-        None::<&str>,
-        target,
-        None::<&str>,
-        flags,
-        None::<&str>,
-    )?)
+    let mount = open_directory(target)?;
+    mount_tree::set_attributes(mount.as_fd(), libc::MOUNT_ATTR_RDONLY, 0, false)
 }
 
 fn open_directory(path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     Ok(open(path, flags, Mode::empty())?)
-}
-
-fn propagate(target: &Path, kind: MsFlags) -> io::Result<()> {
-    Ok(mount(
-        None::<&str>,
-        target,
-        None::<&str>,
-        kind | MsFlags::MS_REC,
-        None::<&str>,
-    )?)
 }
 
 /// Mounts one entry of containerd's list at `target`.

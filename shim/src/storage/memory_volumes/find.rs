@@ -8,10 +8,10 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use crate::storage::mountinfo::{self, Mount, plain};
-
-/// The plugin of `emptyDir` volumes as kubelet writes it in paths.
-const PLUGIN: &str = "kubernetes.io~empty-dir";
+use crate::storage::{
+    kubelet::EMPTY_DIR,
+    mountinfo::{self, Mount, plain},
+};
 
 /// What the agent takes of a mount's options; the others are the kernel's defaults.
 const OPTIONS: [&str; 6] = ["ro", "nosuid", "nodev", "noexec", "noatime", "nodiratime"];
@@ -39,7 +39,7 @@ pub(super) fn is_candidate(path: &Path, uid: &str) -> bool {
     let mut pairs = names.windows(3);
     pairs.any(|three| {
         three[..2] == ["pods", uid] && three[2] == "volume-subpaths"
-            || three[..2] == [uid, "volumes"] && three[2] == PLUGIN
+            || three[..2] == [uid, "volumes"] && three[2] == EMPTY_DIR
     })
 }
 
@@ -90,7 +90,7 @@ fn names(path: &Path) -> Vec<&str> {
 }
 
 fn is_volume(point: &Path, uid: &str) -> bool {
-    matches!(names(point)[..], [.., "pods", pod, "volumes", PLUGIN, _] if pod == uid)
+    matches!(names(point)[..], [.., "pods", pod, "volumes", EMPTY_DIR, _] if pod == uid)
 }
 
 fn kept_options(options: &str) -> Vec<String> {

@@ -32,7 +32,7 @@ use crate::{
         agent_client::{Agent, agent_call},
         spec::{self, SourceKind},
     },
-    storage::mountinfo,
+    storage::{kubelet, mountinfo},
 };
 
 mod find;
@@ -43,8 +43,6 @@ use find::Place;
 const GUEST: &str = "/run/pericarp/memory";
 /// Where a sub path is mounted for a container; its id and a number follow.
 const GUEST_PART: &str = "/run/pericarp/part-";
-/// Where the pod's UID is among the annotations that containerd makes.
-const UID: &str = "io.kubernetes.cri.sandbox-uid";
 
 /// What was decided about the volumes of a pod.
 #[derive(Debug, Default)]
@@ -88,9 +86,8 @@ impl Found {
 impl MemoryVolumes {
     /// Of a pod with these annotations, whose VM has that much memory.
     pub(crate) fn of(annotations: &HashMap<String, String>, memory_bytes: u64) -> Self {
-        let uid = annotations.get(UID).filter(|uid| !uid.is_empty());
         Self {
-            uid: uid.cloned(),
+            uid: kubelet::pod_uid(annotations),
             memory_bytes,
             decided: Mutex::default(),
         }

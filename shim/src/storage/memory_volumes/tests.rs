@@ -105,14 +105,3 @@ fn a_sub_path_is_made_like_the_hosts() {
     let error = part("a/b/f").unwrap_err().to_string();
     assert!(error.contains("a/b/f"), "{error}");
 }
-
-#[test]
-fn a_pod_without_a_uid_has_no_such_volumes() {
-    let annotated = |value: &str| HashMap::from([(UID.to_owned(), value.to_owned())]);
-    assert_eq!(
-        MemoryVolumes::of(&annotated("u"), 1).uid.as_deref(),
-        Some("u")
-    );
-    assert_eq!(MemoryVolumes::of(&annotated(""), 1).uid, None);
-    assert_eq!(MemoryVolumes::of(&HashMap::new(), 1).uid, None);
-}
