@@ -20,7 +20,7 @@ use crate::{
     errors::CallError,
     guest::{
         agent_client::{Agent, agent_call},
-        port_forward, spec,
+        paths, port_forward, spec,
     },
     host::{
         capacity,
@@ -223,7 +223,7 @@ impl Pod {
         let spec = request.bundle.as_ref().map(|bundle| &bundle.spec);
         let linux = spec.and_then(|spec| spec.linux().as_ref());
         let mut shared = Storage::new();
-        shared.mount_point = spec::GUEST_SHARED.to_owned();
+        shared.mount_point = paths::SHARED.to_owned();
         shared.source = Some(Source::SharedDirectory(SharedSource {
             tag: SHARE_TAG.to_owned(),
             ..Default::default()

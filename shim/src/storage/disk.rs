@@ -27,7 +27,8 @@ use crate::{
     errors::CallError,
     guest::{
         agent_client::{Agent, agent_call},
-        spec::{self, BlockVolume},
+        paths,
+        spec::BlockVolume,
     },
     machine::client::Machine,
 };
@@ -143,7 +144,7 @@ impl Disks {
     ) -> Result<(Disk, Storage), CallError> {
         let file = DiskFile::of_host(volume)?;
         let disk = self.plug(file, CacheMode::WriteBack).await?;
-        let node = disk.as_node(&spec::guest_volume(id, number), &volume.path);
+        let node = disk.as_node(&paths::volume_node(id, number), &volume.path);
         Ok((disk, node))
     }
 

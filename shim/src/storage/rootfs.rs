@@ -26,7 +26,7 @@ use pericarp_protocol::{
 
 use crate::{
     errors::CallError,
-    guest::spec,
+    guest::paths,
     host::id_map::IdMap,
     storage::disk::{Disk, DiskFile, Disks},
 };
@@ -295,7 +295,7 @@ pub(crate) async fn attach(
     rootfs: &Rootfs,
     cache: CacheMode,
 ) -> Result<Attached, CallError> {
-    let shared = spec::guest_path(id, "rootfs");
+    let shared = paths::shared_path(id, "rootfs");
     let assembled = format!("{GUEST_ROOT}{id}");
     let failed = |path: &Path| {
         let object = format!("disk {}", path.display());

@@ -45,7 +45,8 @@ use crate::{
     errors::CallError,
     guest::{
         agent_client::{Agent, agent_call},
-        spec::{self, Share},
+        paths,
+        spec::Share,
     },
     host::{
         child::Watched,
@@ -217,7 +218,7 @@ impl SharedDirectory {
             fs::remove_dir(entry.path())?;
         }
         fs::remove_dir(&mount_points)?;
-        gone.push(Path::new(spec::GUEST_SHARED).join(id));
+        gone.push(Path::new(paths::SHARED).join(id));
         Ok(gone)
     }
 

@@ -23,7 +23,7 @@ use tracing::debug;
 
 use crate::{
     errors::CallError,
-    guest::spec::{GUEST_SHARED, Share},
+    guest::{paths, spec::Share},
     host::{id_map, journal::unmount},
     storage::{
         kubelet,
@@ -314,7 +314,7 @@ fn name(number: u64) -> PathBuf {
 }
 
 fn guest_path(number: u64) -> PathBuf {
-    Path::new(GUEST_SHARED).join(name(number))
+    Path::new(paths::SHARED).join(name(number))
 }
 
 /// The mounts of a source that are writable on the host, as paths beneath it; the empty one is its

@@ -116,7 +116,7 @@ impl Place {
             read_only,
         };
         let place = self.volumes.add(id, &[share])?.remove(0);
-        let name = place.strip_prefix(GUEST_SHARED).unwrap();
+        let name = place.strip_prefix(paths::SHARED).unwrap();
         Ok(self.volumes.shared.join(name))
     }
 
