@@ -22,12 +22,7 @@ use ttrpc::asynchronous::{Service, TtrpcContext};
 use crate::{
     containerd::daemon::Daemon,
     errors::CallError,
-    pod::{
-        container::{self, timestamp},
-        ending,
-        process::Phase,
-        resize,
-    },
+    pod::{container::timestamp, create, ending, exec, lifecycle, process::Phase, resize, stats},
 };
 
 type Answer<T> = ttrpc::Result<T>;
@@ -70,7 +65,7 @@ impl Task for TaskService {
         request: CreateTaskRequest,
     ) -> Answer<CreateTaskResponse> {
         let pod = self.0.pod().await?;
-        let work = async move { container::create(&pod, &request).await };
+        let work = async move { create::create(&pod, &request).await };
         let pid = to_the_end(work).await?;
         Ok(CreateTaskResponse {
             pid,
@@ -80,7 +75,7 @@ impl Task for TaskService {
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Answer<StartResponse> {
         let pod = self.0.pod_of(&request.id)?;
-        let work = async move { container::start(&pod, &request.id, &request.exec_id).await };
+        let work = async move { lifecycle::start(&pod, &request.id, &request.exec_id).await };
         let pid = to_the_end(work).await?;
         Ok(StartResponse {
             pid,
@@ -92,7 +87,7 @@ impl Task for TaskService {
         let pod = self.0.pod_of(&request.id)?;
         let daemon = Arc::clone(&self.0);
         let work = async move {
-            let deleted = container::delete(&pod, &request.id, &request.exec_id).await;
+            let deleted = lifecycle::delete(&pod, &request.id, &request.exec_id).await;
             daemon.shut_down_if_wanted().await;
             deleted
         };
@@ -107,7 +102,7 @@ impl Task for TaskService {
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> Answer<Empty> {
         let pod = self.0.pod_of(&request.id)?;
-        to_the_end(async move { container::exec(&pod, &request).await }).await?;
+        to_the_end(async move { exec::exec(&pod, &request).await }).await?;
         Ok(Empty::new())
     }
 
@@ -151,13 +146,13 @@ impl Task for TaskService {
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> Answer<Empty> {
         let pod = self.0.pod_of(&request.id)?;
-        to_the_end(async move { container::freeze(&pod, &request.id, true).await }).await?;
+        to_the_end(async move { lifecycle::freeze(&pod, &request.id, true).await }).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Answer<Empty> {
         let pod = self.0.pod_of(&request.id)?;
-        to_the_end(async move { container::freeze(&pod, &request.id, false).await }).await?;
+        to_the_end(async move { lifecycle::freeze(&pod, &request.id, false).await }).await?;
         Ok(Empty::new())
     }
 
@@ -179,7 +174,7 @@ impl Task for TaskService {
         let pod = self.0.pod_of(&request.id)?;
         to_the_end(async move {
             let (id, exec_id) = (&request.id, &request.exec_id);
-            container::resize(&pod, id, exec_id, request.width, request.height).await
+            lifecycle::resize_terminal(&pod, id, exec_id, request.width, request.height).await
         })
         .await?;
         Ok(Empty::new())
@@ -215,7 +210,8 @@ impl Task for TaskService {
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Answer<StatsResponse> {
         let pod = self.0.pod_of(&request.id)?;
         let container = pod.container(&request.id)?;
-        let counters = to_the_end(async move { container::stats(&pod, &container).await }).await?;
+        let counters =
+            to_the_end(async move { stats::of_container(&pod, &container).await }).await?;
         Ok(StatsResponse {
             stats: Some(counters).into(),
             ..Default::default()

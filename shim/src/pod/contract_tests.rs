@@ -40,9 +40,9 @@ use ttrpc::{
 use super::*;
 use crate::machine::size::Plan;
 use crate::pod::{
-    container::{delete, start},
     ending::kill,
     events::Item,
+    lifecycle::{delete, start},
     process::Phase,
 };
 

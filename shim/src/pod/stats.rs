@@ -19,8 +19,15 @@ use containerd_shim_protos::{
     },
     protobuf::{Message, well_known_types::any::Any},
 };
-use pericarp_protocol::guest::{Pressure, PressureLine, StatsResponse};
+use pericarp_protocol::guest::{Pressure, PressureLine, StatsRequest, StatsResponse};
 use protobuf::MessageField;
+
+use crate::{
+    errors::CallError,
+    guest::agent_client::agent_call,
+    host::cgroup::Meter,
+    pod::{Pod, container::Container},
+};
 
 /// Longest time that one answer is given: the interval in which kubelet itself looks at a container
 /// (its housekeeping interval is 10 s).
@@ -31,6 +38,28 @@ const IDLE_PER_MILLE: u128 = 20;
 
 /// Most that one question may be taken to cost: what counters may fall short by.
 pub(crate) const QUESTION_US_MAX: u64 = 100_000;
+
+/// `Stats`: a container's counters; those of the whole sandbox for the one that stands for it.
+pub(crate) async fn of_container(pod: &Pod, container: &Container) -> Result<Any, CallError> {
+    let used_us = || pod.meter.as_ref().and_then(Meter::used_us);
+    let used_before_us = used_us();
+    if let Some(counters) = container
+        .sample()
+        .as_ref()
+        .and_then(|sample| sample.holding(used_before_us))
+    {
+        return Ok(counters.clone());
+    }
+    let mut query = StatsRequest::new();
+    if !container.pause {
+        query.container_id.clone_from(&container.id);
+    }
+    let question = pod.meter.as_ref().map(Meter::question);
+    let counters = metrics(&agent_call!(pod.agent, stats, &query)?);
+    let took_us = question.map(|question| question.answered(QUESTION_US_MAX));
+    *container.sample() = Sample::taken(&counters, used_us(), took_us);
+    Ok(counters)
+}
 
 /// Counters of a container and what its VM had used when they were taken.
 #[derive(Debug)]
