@@ -79,6 +79,14 @@ struct Greeted {
     agent: Agent,
 }
 
+/// A VM whose agent has spoken, and what it has on the host.
+struct Started {
+    guest: Greeted,
+    cgroups: Cgroups,
+    shared: SharedDirectory,
+    network: network::GuestNetwork,
+}
+
 impl Pod {
     /// Boots a pod, unless it is `cancelled` meanwhile. On failure nothing is left.
     pub(crate) async fn boot(
@@ -119,33 +127,15 @@ impl Pod {
             functions: passthrough::wanted(settings)?,
             drivers: driver_image::Image::open(settings)?,
         };
-        let failed = |error| CallError::host(state.display(), error);
-        let mut journal = make_state(request, state).map_err(failed)?;
-        let cgroups = make_cgroups(request, &mut journal)?;
-        let shared =
-            SharedDirectory::make(state, &request.annotations, &mut journal).map_err(failed)?;
-        let (daemon, file_system) = shared.serve(state, settings, Arc::clone(&cgroups.procs))?;
-        journal.note(&daemon.entry()).map_err(failed)?;
-        let namespace = request.network_namespace.as_deref();
-        let attached = network::attach(namespace, settings, &mut journal).await?;
-        let described = Launch {
-            settings,
-            plan,
-            state,
-            cgroups: cgroups.procs,
-            file_system,
-            interfaces: attached.interfaces,
-        };
-        let launched = launch(described, &mut journal);
-        let (launched, ()) = tokio::try_join!(launched, start_scope(request, daemon.pid))?;
-        tokio::spawn(end_without_files(daemon, launched.process.clone()));
+        let started = start_vm(request, settings, plan, state).await?;
         let Greeted {
             machine,
             process,
             agent,
-        } = greet(launched, settings, state).await?;
+        } = started.guest;
+        let failed = |error| CallError::host(state.display(), error);
         state_file::write(request, state, plan.boot, process.pid).map_err(failed)?;
-        let place = cgroups.placement;
+        let place = started.cgroups.placement;
         place.settle(None)?;
         let size = follow(settings, plan, state, &machine, &agent);
         let passthrough = Arc::new(Passthrough::new(
@@ -163,24 +153,24 @@ impl Pod {
             machine,
             agent,
             vmm: process,
-            meter: cgroups.meter,
+            meter: started.cgroups.meter,
             passthrough,
             place,
             size,
-            shared,
+            shared: started.shared,
             publisher,
             containers: Mutex::default(),
             ready_at: SystemTime::now(),
             by_sandbox_service: request.files.is_some(),
             guest_seccomp: settings.security.guest_seccomp,
             memory: MemoryVolumes::of(&request.annotations, plan.boot.memory_bytes),
-            stand_in: StandIn::for_guest(namespace)?,
+            stand_in: StandIn::for_guest(request.network_namespace.as_deref())?,
             network_namespace: request.network_namespace.clone(),
             kill_limit: Duration::from_millis(settings.timeouts.kill_ms),
             exit: watch::Sender::new(None),
             next_stream: AtomicU64::new(1),
         });
-        pod.configure(request, attached.guest, &devices).await?;
+        pod.configure(request, started.network, &devices).await?;
         pod.start_tasks(request);
         Ok(pod)
     }
@@ -247,6 +237,42 @@ impl Pod {
             ..Default::default()
         })
     }
+}
+
+/// Gives a pod its place on the host, starts its VM and waits for the agent.
+async fn start_vm(
+    request: &Request,
+    settings: &Settings,
+    plan: Plan,
+    state: &Path,
+) -> Result<Started, CallError> {
+    let failed = |error| CallError::host(state.display(), error);
+    let mut journal = make_state(request, state).map_err(failed)?;
+    let cgroups = make_cgroups(request, &mut journal)?;
+    let shared =
+        SharedDirectory::make(state, &request.annotations, &mut journal).map_err(failed)?;
+    let (daemon, file_system) = shared.serve(state, settings, Arc::clone(&cgroups.procs))?;
+    journal.note(&daemon.entry()).map_err(failed)?;
+    let namespace = request.network_namespace.as_deref();
+    let attached = network::attach(namespace, settings, &mut journal).await?;
+    let described = Launch {
+        settings,
+        plan,
+        state,
+        cgroups: Arc::clone(&cgroups.procs),
+        file_system,
+        interfaces: attached.interfaces,
+    };
+    let launched = launch(described, &mut journal);
+    let (launched, ()) = tokio::try_join!(launched, start_scope(request, daemon.pid))?;
+    tokio::spawn(end_without_files(daemon, launched.process.clone()));
+    let guest = greet(launched, settings, state).await?;
+    Ok(Started {
+        guest,
+        cgroups,
+        shared,
+        network: attached.guest,
+    })
 }
 
 /// Waits for the agent's first word, or for the end of the VM that would have brought it. What the

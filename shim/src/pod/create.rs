@@ -1,5 +1,5 @@
-//! `Create` of a container: everything that it needs is given to the guest, in order, and taken back
-//! when a step fails.
+//! `Create` of a container: everything that it needs is given to the guest, in order, and taken
+//! back when a step fails.
 
 use std::{
     path::{Path, PathBuf},

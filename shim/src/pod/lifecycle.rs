@@ -1,5 +1,5 @@
-//! `Start`, `Delete`, `Pause`, `Resume` and `ResizePty` of containers and execs. How they end stands
-//! in `ending.rs`.
+//! `Start`, `Delete`, `Pause`, `Resume` and `ResizePty` of containers and execs. `ending.rs` tells
+//! how they end.
 
 use std::{
     pin::pin,

@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 use pericarp_tests::node::builder::Kind as NodeKind;
 use pericarp_tests::node::channel::Kind;
-use pericarp_tests::node::deps::{self, Group};
+use pericarp_tests::node::{self, deps::Group};
 use pericarp_tests::node::{Builder, Command, Containerd, Device, Exit, Node, Version, inside};
 use pericarp_tests::verbs::{bench, critest, demo, kubernetes};
 
@@ -141,11 +141,11 @@ fn main() -> ExitCode {
 fn run(verb: Verb) -> Result<ExitCode> {
     match verb {
         Verb::Deps { groups } => {
-            deps::ensure(&groups_of(&groups)?)?;
+            node::ensure(&groups_of(&groups)?)?;
             Ok(ExitCode::SUCCESS)
         }
         Verb::Run { node, line } => {
-            deps::ensure(&[Group::Demo])?;
+            node::ensure(&[Group::Demo])?;
             let (booted, environment) = boot(&node)?;
             let results = booted.results().to_path_buf();
             stream(
@@ -155,7 +155,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
             )
         }
         Verb::KubeRun { node, line } => {
-            deps::ensure(&[Group::Demo, Group::Kube])?;
+            node::ensure(&[Group::Demo, Group::Kube])?;
             let (booted, mut environment) = boot(&node)?;
             let kubernetes = booted.kubernetes()?;
             environment.env.extend(kubernetes.kubectl().env);
@@ -167,13 +167,13 @@ fn run(verb: Verb) -> Result<ExitCode> {
             )
         }
         Verb::Shell { node } => {
-            deps::ensure(&[Group::Demo])?;
+            node::ensure(&[Group::Demo])?;
             let (booted, environment) = boot(&node)?;
             shell(booted, &environment)
         }
         Verb::Demo { node } => show(&node),
         Verb::Bench { node, runs, idle_s } => {
-            deps::ensure(&[Group::Demo])?;
+            node::ensure(&[Group::Demo])?;
             judge(&node, |node, containerd| {
                 bench::run(node, containerd, bench::Options { runs, idle_s }).map(|()| true)
             })
@@ -185,7 +185,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
             skip,
             limit_min,
         } => {
-            deps::ensure(&[Group::Demo, Group::Conformance])?;
+            node::ensure(&[Group::Demo, Group::Conformance])?;
             let options = critest::Options {
                 handlers,
                 focus,
@@ -208,7 +208,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
 
 /// Runs the cases of Kubernetes.
 fn cases(arguments: &NodeArguments, table: Option<&Path>, only: &[String]) -> Result<ExitCode> {
-    deps::ensure(&[Group::Demo, Group::Kube])?;
+    node::ensure(&[Group::Demo, Group::Kube])?;
     let run = kubernetes::Run::new(only, table)?;
     if run.needs_node() {
         judge(arguments, |node, containerd| {
@@ -264,7 +264,7 @@ fn version(arguments: &NodeArguments) -> Result<Version> {
     match arguments.containerd.as_str() {
         "2.3" => Ok(Version::V23),
         "1.7" => {
-            deps::ensure(&[Group::Older])?;
+            node::ensure(&[Group::Older])?;
             Ok(Version::V17)
         }
         other => bail!("there is no containerd {other} in the node; there are 2.3 and 1.7"),
@@ -309,7 +309,7 @@ fn show(arguments: &NodeArguments) -> Result<ExitCode> {
     let mut steps = demo::Steps::default();
     steps.step(
         "components: containerd, runc, CNI, crictl, virtiofsd",
-        || deps::ensure(&[Group::Demo]),
+        || node::ensure(&[Group::Demo]),
     )?;
     let version = version(arguments)?;
     let node = steps.step("boot the test node", || builder(arguments)?.boot())?;

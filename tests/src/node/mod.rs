@@ -31,6 +31,7 @@ pub mod paths;
 pub mod pericarp;
 pub mod running;
 pub mod session;
+mod start;
 pub mod tools;
 
 pub use builder::{Builder, Device};
@@ -40,3 +41,10 @@ pub use control::Output;
 pub use kubernetes::Kubernetes;
 pub use running::Node;
 pub use session::{Session, session};
+
+/// Builds the components and images of the given groups that are missing.
+pub fn ensure(groups: &[deps::Group]) -> anyhow::Result<()> {
+    deps::ensure(groups)?;
+    images::ensure(groups)?;
+    Ok(())
+}

@@ -24,12 +24,11 @@ const FLOORS: &[(&str, &[Floor])] = &[
     ("protocol", &[(".", ""), ("machine", "")]),
     ("sys", &[(".", "")]),
     ("runtime-config", &[(".", "")]),
-    // TODO (#14): tighten once the files are moved.
     (
         "vmm",
         &[
-            ("fuzzing", ". control machine devices event_loop arch pci"),
-            (".", "control machine devices event_loop arch pci"),
+            ("fuzzing", "machine devices event_loop arch pci"),
+            (".", "control machine devices event_loop"),
             ("control", "machine"),
             ("machine", "devices event_loop arch pci"),
             ("devices", "event_loop pci"),
@@ -38,25 +37,23 @@ const FLOORS: &[(&str, &[Floor])] = &[
             ("pci", ""),
         ],
     ),
-    // TODO (#14): tighten once the files are moved.
     (
         "agent",
         &[
-            ("fuzzing", "rpc container drivers ground"),
-            (".", "rpc pod container drivers storage network ground"),
-            ("rpc", "pod container drivers storage network ground"),
+            ("fuzzing", "container drivers ground"),
+            (".", "rpc pod container machine ground"),
             (
-                "pod: forward oom pod pod_init process reaper stdio streams table",
-                "container drivers storage network ground",
+                "rpc",
+                "pod processes container drivers storage network machine ground",
             ),
+            ("pod", "processes container drivers storage machine ground"),
+            ("processes", "container ground"),
             ("container", "ground"),
-            ("drivers", "ground"),
-            ("storage", "ground"),
+            ("drivers", "machine ground"),
+            ("storage", "machine ground"),
             ("network", "ground"),
-            (
-                "ground: devices errors events files init log stats uevents",
-                "",
-            ),
+            ("machine", "ground"),
+            ("ground", ""),
         ],
     ),
     (

@@ -1,3 +1,5 @@
+//! What is kept, translated and refused of a specification.
+
 use oci_spec::runtime::{LinuxDevice, LinuxIdMapping};
 use serde_json::json;
 

@@ -70,7 +70,7 @@ pub fn component(name: &str) -> Result<&'static Component> {
     found.with_context(|| format!("there is no component {name}"))
 }
 
-/// Builds what is missing of the given groups.
+/// Builds the missing components of the given groups; [`super::ensure`] makes their images too.
 pub fn ensure(groups: &[Group]) -> Result<()> {
     tools::install_missing()?;
     let wanted = COMPONENTS.iter().filter(|c| groups.contains(&c.group));
@@ -96,7 +96,6 @@ pub fn ensure(groups: &[Group]) -> Result<()> {
             start.elapsed().as_secs()
         );
     }
-    super::images::ensure(groups)?;
     Ok(())
 }
 
