@@ -337,6 +337,12 @@ pub(crate) fn remove_tap(namespace: &Path, name: &str, peer: &str) -> io::Result
     }
 }
 
+/// EINVAL and ENOENT: there is no ingress discipline. ENODEV: the interface has just gone, as the
+/// tap of a VMM that is ending does.
+fn is_absent(code: i32) -> bool {
+    [-libc::EINVAL, -libc::ENOENT, -libc::ENODEV].contains(&code)
+}
+
 async fn remove_redirections(handle: &Handle, names: [String; 2]) -> Result<(), NetworkError> {
     for name in names {
         let found = handle
@@ -356,11 +362,7 @@ async fn remove_redirections(handle: &Handle, names: [String; 2]) -> Result<(), 
         header.handle = TcHandle::from(INGRESS_PARENT);
         let removed = request.execute().await;
         if let Err(rtnetlink::Error::NetlinkError(message)) = &removed {
-            // EINVAL and ENOENT: there is no ingress discipline.
-            if message
-                .code
-                .is_some_and(|code| ![-libc::EINVAL, -libc::ENOENT].contains(&code.get()))
-            {
+            if !message.code.is_none_or(|code| is_absent(code.get())) {
                 return removed.map_err(|source| NetworkError::Netlink {
                     action: format!("freeing {name}"),
                     source,
@@ -369,4 +371,17 @@ async fn remove_redirections(handle: &Handle, names: [String; 2]) -> Result<(), 
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tap_that_goes_while_it_is_freed_is_no_failure() {
+        for code in [libc::EINVAL, libc::ENOENT, libc::ENODEV] {
+            assert!(is_absent(-code), "{code}");
+        }
+        assert!(!is_absent(-libc::EPERM));
+    }
 }
