@@ -10,8 +10,9 @@ use super::Host;
 use super::finding::Report;
 use super::program::version;
 
-/// Idmapped mounts came with Linux 5.12 (mount_setattr(2)), for tmpfs with 6.3.
-const IDMAP_RELEASE: (u32, u32, u32) = (5, 12, 0);
+/// Volumes are shared with the guest by mount_setattr(2), which came with Linux 5.12; idmapped mounts
+/// of tmpfs came with 6.3.
+const MOUNT_SETATTR_RELEASE: (u32, u32, u32) = (5, 12, 0);
 const IDMAP_TMPFS_RELEASE: (u32, u32, u32) = (6, 3, 0);
 
 /// Whether the kernel has a module.
@@ -88,11 +89,11 @@ fn judge_release(release: &str, report: &mut Report) {
         );
     };
     let action = "pods in user namespaces (hostUsers: false) need 6.3 or later on the host";
-    if numbers < IDMAP_RELEASE {
-        report.warn(
+    if numbers < MOUNT_SETATTR_RELEASE {
+        report.fail(
             "kernel.release",
-            format!("{release}: no idmapped mounts"),
-            action,
+            format!("{release}: no mount_setattr(2)"),
+            "boot Linux 5.12 or later on the host",
         );
     } else if numbers < IDMAP_TMPFS_RELEASE {
         report.warn(
@@ -285,7 +286,8 @@ mod tests {
         };
         assert_eq!(level("6.12.9-amd64"), Level::Ok);
         assert_eq!(level("6.1.0-40-amd64"), Level::Warn);
-        assert_eq!(level("5.10.1"), Level::Warn);
+        assert_eq!(level("5.12.0"), Level::Warn);
+        assert_eq!(level("5.10.1"), Level::Fail);
         assert_eq!(level("x"), Level::Warn);
     }
 
