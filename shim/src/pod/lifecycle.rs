@@ -164,7 +164,7 @@ pub(super) async fn release(pod: &Arc<Pod>, container: &Container) -> Result<(),
             let gone = removed
                 .map_err(|error| CallError::host("unmounting", error))?
                 .map_err(|error| CallError::host(object, error))?;
-            share::forget(&pod.agent, gone).await;
+            let _ = timeout(UNMOUNT_MAX, share::forget(&pod.agent, gone)).await;
             Ok(())
         }
         Err(_) => {
