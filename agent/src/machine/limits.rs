@@ -183,7 +183,7 @@ const LIMITS: [Limit; 28] = [
 /// Sizes of structures of a 64-bit Linux 6.12: `struct inode`, `struct inotify_inode_mark`,
 /// `struct epitem` with `struct eppoll_entry`, `struct inet_peer` in whole cache lines. They move by
 /// a few words with the configuration.
-const INODE_BYTES: u64 = 616;
+const INODE_BYTES: u64 = 608;
 const INOTIFY_MARK_BYTES: u64 = 80;
 const EPOLL_ITEM_BYTES: u64 = 184;
 const INET_PEER_BYTES: u64 = 192;
