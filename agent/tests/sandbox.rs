@@ -275,7 +275,7 @@ async fn a_volume_in_memory_is_as_asked_and_has_places_within() {
     add(&part("file", "file")).await.unwrap();
     assert_eq!(std::fs::read_to_string(path("file")).unwrap(), "x");
     std::os::unix::fs::symlink("/run/pericarp/file", path("memory/0/out")).unwrap();
-    for (names, reason) in [("out", "out of the volume"), ("..", "no name")] {
+    for (names, reason) in [("out", "out of the volume"), ("..", "not a name")] {
         let (_, text) = refusal(add(&part("bad", names)).await);
         assert!(text.contains(reason) && text.contains(names), "{text}");
     }

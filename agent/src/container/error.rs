@@ -1,4 +1,4 @@
-//! What goes wrong with containers, in words that name the object.
+//! Errors of the container builder. Each names the object.
 
 use std::io;
 
@@ -15,7 +15,7 @@ pub(crate) enum ContainerError {
     InvalidSpec {
         /// As in the specification's JSON: `mounts[2].options`.
         field: String,
-        /// What is wrong and what would be right.
+        /// The problem and the remedy.
         reason: String,
     },
     /// The program does not exist (a shell's 127).
@@ -38,9 +38,9 @@ pub(crate) enum ContainerError {
     /// A call at the wrong time.
     #[error("the container is {found}, not {expected}")]
     WrongState {
-        /// What the call needs.
+        /// The state that the call needs.
         expected: String,
-        /// What the container is.
+        /// The state of the container.
         found: String,
     },
     /// The kernel refused a step.
@@ -67,7 +67,7 @@ pub(crate) enum ContainerError {
     /// memory.
     #[error("building the container: {reason}")]
     Helper {
-        /// What was seen.
+        /// The observation.
         reason: String,
     },
 }

@@ -1,4 +1,4 @@
-//! What agent and helper say to each other on their socket.
+//! Messages between the agent and its helper.
 //!
 //! ```text
 //! agent                                   helper
@@ -53,7 +53,7 @@ pub(super) struct InitMessage {
     pub(super) roles: Vec<Role>,
 }
 
-/// What a helper shall do.
+/// The task of a helper.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Job {
     /// Build a container and its init.
@@ -64,7 +64,7 @@ pub(super) enum Job {
     Hooks(HooksPlan),
 }
 
-/// What a descriptor is for.
+/// The purpose of a descriptor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Role {
     Stdin,

@@ -304,7 +304,7 @@ impl Container {
         self.cgroup.pids()
     }
 
-    /// Its cgroup's directory.
+    /// The directory of its cgroup.
     pub(crate) fn cgroup(&self) -> &Path {
         self.cgroup.path()
     }

@@ -131,7 +131,7 @@ impl Spec {
         {
             let found = &self.cdi_version;
             return Err(format!(
-                "cdiVersion: {found:?} is no version 0.x.y or 1.x.y"
+                "cdiVersion: {found:?} is not a version 0.x.y or 1.x.y"
             ));
         }
         let kind = self.kind.split_once('/');
@@ -282,13 +282,13 @@ impl Node {
             return Err(format!(".hostPath: {guest_path:?} is not an absolute path"));
         }
         if !matches!(self.kind.as_str(), "" | "b" | "c" | "u" | "p") {
-            return Err(format!(".type: {:?} is none of b, c, u and p", self.kind));
+            return Err(format!(".type: {:?} is not b, c, u or p", self.kind));
         }
         // makedev(3): what the kernel keeps of them.
         if self.major < 0 || self.major >> 12 != 0 || self.minor < 0 || self.minor >> 20 != 0 {
             let (major, minor) = (self.major, self.minor);
             return Err(format!(
-                ".major, .minor: {major}:{minor} is no device number"
+                ".major, .minor: {major}:{minor} is not a device number"
             ));
         }
         let permissions = self.permissions.as_str();
@@ -306,7 +306,7 @@ impl Mount {
         if !is_absolute(&self.host_path) {
             let path = &self.host_path;
             return Err(format!(
-                ".hostPath: {path:?} is no path in the image: begin at its root with `/`"
+                ".hostPath: {path:?} is not a path in the image: begin at its root with `/`"
             ));
         }
         if !is_absolute(&self.container_path) {
@@ -331,7 +331,7 @@ impl Hook {
         if !STAGES.contains(&self.hook_name.as_str()) {
             let name = &self.hook_name;
             return Err(format!(
-                ".hookName: {name:?} is none of {}",
+                ".hookName: {name:?} is not one of {}",
                 STAGES.join(", ")
             ));
         }
@@ -387,7 +387,7 @@ fn parse_selectors(text: &str) -> Result<Vec<Selector>, String> {
     let selector = |word: &str| {
         Selector::parse(word.trim()).ok_or_else(|| {
             format!(
-                "{word:?} is none of class:03, class:0302, vendor:10de and 10de:2331 \
+                "{word:?} is not one of class:03, class:0302, vendor:10de and 10de:2331 \
                  (vendor:device)"
             )
         })

@@ -126,17 +126,17 @@ fn a_mistake_is_named_with_its_place() {
         (
             "/devices/0/containerEdits/deviceNodes/0/type",
             json!("x"),
-            "none of b, c",
+            "not b, c",
         ),
         (
             "/devices/0/containerEdits/deviceNodes/0/major",
             json!(-1),
-            "no device number",
+            "not a device number",
         ),
         (
             "/devices/0/containerEdits/deviceNodes/0/minor",
             json!(1 << 20),
-            "no device number",
+            "not a device number",
         ),
         (
             "/devices/0/containerEdits/deviceNodes/0/permissions",

@@ -58,12 +58,12 @@ const WORDS_MAX: usize = 3;
 /// Why a driver image cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DriversError {
-    /// What it holds makes no sense.
+    /// Its content is invalid.
     #[error("driver image: {place}: {reason}")]
     Mistake {
         /// File, with line or field.
         place: String,
-        /// What is wrong, and what to do.
+        /// The problem and the remedy.
         reason: String,
     },
     /// It cannot be read, or the kernel not be told of it.
@@ -71,7 +71,7 @@ pub(crate) enum DriversError {
     Kernel {
         /// The file.
         object: String,
-        /// The kernel's answer.
+        /// The error of the kernel.
         #[source]
         source: io::Error,
     },
@@ -90,7 +90,7 @@ pub(crate) enum DriversError {
         release: String,
         /// The kernel's answer; no source, since more follows it.
         answer: io::Error,
-        /// What its log says.
+        /// Lines of its log.
         words: String,
     },
 }

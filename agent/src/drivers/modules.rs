@@ -22,7 +22,7 @@ const MODULES_MAX: usize = 256;
 /// Longest parameters of a module in bytes.
 const PARAMETERS_BYTES_MAX: usize = 4096;
 
-/// A line: a file of the image that the kernel shall load.
+/// A line: a file of the image that the kernel must load.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Module {
     /// Where it stands, from 1 on.
@@ -58,7 +58,8 @@ fn parse_line(line: usize, text: &str) -> Result<Module, String> {
     let (path, parameters) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
     if !is_beneath(path) {
         return Err(format!(
-            "{path:?} is no path in the image: write it relative to the image's root, without `..`"
+            "{path:?} is not a path in the image: write it relative to the image's root, \
+                without `..`"
         ));
     }
     match Path::new(path)
@@ -69,7 +70,11 @@ fn parse_line(line: usize, text: &str) -> Result<Module, String> {
         Some("xz" | "gz" | "zst") => {
             return Err(format!("{path} is compressed: unpack it in the image"));
         }
-        _ => return Err(format!("{path} is no module: its name does not end in .ko")),
+        _ => {
+            return Err(format!(
+                "{path} is not a module: its name does not end in .ko"
+            ));
+        }
     }
     let parameters = parameters.trim_start();
     if parameters.len() > PARAMETERS_BYTES_MAX {
@@ -124,9 +129,9 @@ mod tests {
             .map(|number| format!("{number}.ko\n"))
             .collect();
         for (text, line, words) in [
-            ("a.ko\n../b.ko", 2, "no path in the image"),
-            ("/a.ko", 1, "no path in the image"),
-            ("#\n\na/./../b.ko", 3, "no path in the image"),
+            ("a.ko\n../b.ko", 2, "not a path in the image"),
+            ("/a.ko", 1, "not a path in the image"),
+            ("#\n\na/./../b.ko", 3, "not a path in the image"),
             ("a.ko.xz", 1, "unpack it"),
             ("a.so", 1, ".ko"),
             ("a.ko\nb.ko\na.ko x=1", 3, "line 1 already"),

@@ -65,7 +65,7 @@ fn a_mistake_names_file_and_remedy() {
         ),
         (
             &[("modules.load", "# a\na.so")][..],
-            "modules.load:2: a.so is no module",
+            "modules.load:2: a.so is not a module",
         ),
         (&[("cdi/a.json", "{")][..], "cdi/a.json: EOF while parsing"),
         (&[("cdi/a.yaml", "")][..], "cdi/a.yaml: only JSON is read"),

@@ -17,13 +17,13 @@ pub(crate) enum RpcError {
     Invalid {
         /// Of the request.
         field: &'static str,
-        /// What is wrong.
+        /// The reason.
         reason: String,
     },
     /// Not possible in this state.
     #[error("{object}: {reason}")]
     State {
-        /// What the request is about.
+        /// The object of the request.
         object: String,
         /// The state.
         reason: &'static str,
@@ -34,9 +34,9 @@ pub(crate) enum RpcError {
     /// The guest's kernel refused.
     #[error("cannot {action}")]
     Kernel {
-        /// What was tried.
+        /// The action that failed.
         action: String,
-        /// Its answer.
+        /// The error of the kernel.
         #[source]
         source: io::Error,
     },

@@ -59,7 +59,7 @@ pub(crate) fn memory_total_and_available() -> (u64, u64) {
     (bytes("MemTotal:"), bytes("MemAvailable:"))
 }
 
-/// A file of one number; "max" is none.
+/// The number in a file; `None` for "max".
 fn number(text: &str) -> Option<u64> {
     text.trim().parse().ok()
 }

@@ -32,11 +32,11 @@ const DEPTH_MAX: usize = 12;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DeviceError {
     /// Not an address.
-    #[error("{field}: {text:?} is no PCI address such as \"0000:00:05.0\"")]
+    #[error("{field}: {text:?} is not a PCI address such as \"0000:00:05.0\"")]
     Address {
         /// Of the request.
         field: &'static str,
-        /// What stands there.
+        /// The text of the field.
         text: String,
     },
     /// No such function.
@@ -66,7 +66,7 @@ pub(crate) enum DeviceError {
     Kernel {
         /// The file.
         path: PathBuf,
-        /// The kernel's answer.
+        /// The error of the kernel.
         #[source]
         source: io::Error,
     },
@@ -105,9 +105,9 @@ pub(crate) fn remove(address: &PciAddress) -> Result<(), DeviceError> {
 pub(crate) struct BlockNode {
     /// Beneath `/dev`.
     pub(crate) path: PathBuf,
-    /// Its number.
+    /// Major number.
     pub(crate) major: u64,
-    /// Its number within that.
+    /// Minor number.
     pub(crate) minor: u64,
 }
 
@@ -247,12 +247,12 @@ fn await_device<T>(
     }
 }
 
-/// What a function is.
+/// Vendor, device and class of a PCI function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Model {
-    /// Who made it.
+    /// Vendor id.
     pub(crate) vendor: u16,
-    /// Its number among that vendor's.
+    /// Device id of that vendor.
     pub(crate) device: u16,
     /// Base class and subclass.
     pub(crate) class: u16,

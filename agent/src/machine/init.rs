@@ -38,7 +38,7 @@ pub(crate) const BLOCKING_THREAD_KEEP_ALIVE: Duration = Duration::from_millis(10
 /// Descriptors of the agent: the kernel's default of 1024 is too few for a full pod's streams.
 const DESCRIPTORS_MAX: u64 = 1 << 20;
 
-/// File system type of an initramfs that is no tmpfs (uapi/linux/magic.h).
+/// File system type of an initramfs that is not a tmpfs (uapi/linux/magic.h).
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 
 /// Why the agent cannot begin.
@@ -55,7 +55,7 @@ pub(crate) enum InitError {
     Mount {
         /// Where.
         path: &'static str,
-        /// The kernel's answer.
+        /// The error of the kernel.
         #[source]
         source: Errno,
     },

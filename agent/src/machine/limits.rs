@@ -181,8 +181,8 @@ const LIMITS: [Limit; 28] = [
 ];
 
 /// Sizes of structures of a 64-bit Linux 6.12: `struct inode`, `struct inotify_inode_mark`,
-/// `struct epitem` with `struct eppoll_entry`, `struct inet_peer` in whole cache lines. They move by
-/// a few words with the configuration.
+/// `struct epitem` with `struct eppoll_entry`, `struct inet_peer` in whole cache lines. They vary
+/// by a few words with the configuration.
 const INODE_BYTES: u64 = 608;
 const INOTIFY_MARK_BYTES: u64 = 80;
 const EPOLL_ITEM_BYTES: u64 = 184;

@@ -46,12 +46,12 @@ const NAME_BYTES_MAX: usize = 15;
 /// Why the network cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NetworkError {
-    /// The host's request makes no sense.
+    /// The request is invalid.
     #[error("{field}: {reason}")]
     Invalid {
         /// Of the request.
         field: String,
-        /// What is wrong.
+        /// The reason.
         reason: String,
     },
     /// No such interface in the guest.
@@ -60,11 +60,11 @@ pub(crate) enum NetworkError {
     /// The kernel refused.
     #[error("cannot {action} {object}")]
     Kernel {
-        /// What was tried.
+        /// The action that failed.
         action: &'static str,
         /// On what.
         object: String,
-        /// Its answer.
+        /// The error of the kernel.
         #[source]
         source: io::Error,
     },
@@ -128,7 +128,7 @@ pub(crate) fn take_away(
     Ok(())
 }
 
-/// What is known of an interface.
+/// An interface of the guest.
 #[derive(Debug, Clone)]
 struct Link {
     index: u32,
@@ -521,7 +521,7 @@ fn neighbour_message(
         Err(_) => {
             return Err(NetworkError::Invalid {
                 field: field("state"),
-                reason: format!("{} is no NUD_* number", neighbour.state),
+                reason: format!("{} is not a NUD_* number", neighbour.state),
             });
         }
     };
@@ -619,7 +619,7 @@ fn family(address: IpAddr) -> AddressFamily {
 fn parse_address(field: &str, text: &str) -> Result<IpAddr, NetworkError> {
     text.parse().map_err(|_| NetworkError::Invalid {
         field: field.to_owned(),
-        reason: format!("{text:?} is no IP address"),
+        reason: format!("{text:?} is not an IP address"),
     })
 }
 
@@ -661,7 +661,7 @@ fn parse_mac(field: &str, text: &str) -> Result<Vec<u8>, NetworkError> {
         .filter(|octets| octets.len() == 6)
         .ok_or_else(|| NetworkError::Invalid {
             field: field.to_owned(),
-            reason: format!("{text:?} is no MAC address"),
+            reason: format!("{text:?} is not a MAC address"),
         })
 }
 

@@ -18,7 +18,7 @@ fn bad_words_are_named_by_their_field() {
         ("10.0.0.1", "no prefix length"),
         ("10.0.0.1/33", "bad prefix length"),
         ("::1/129", "bad prefix length"),
-        ("x/1", "no IP address"),
+        ("x/1", "not an IP address"),
         ("default", "address family"),
     ] {
         let error = parse_prefix("f", text).unwrap_err().to_string();

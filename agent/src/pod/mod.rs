@@ -146,7 +146,7 @@ impl Pod {
         Ok(cgroup)
     }
 
-    /// What is known of the sandbox.
+    /// The state of the sandbox.
     pub(crate) fn sandbox(&self) -> MutexGuard<'_, SandboxState> {
         self.sandbox.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -19,7 +19,7 @@ pub(crate) enum TableError {
     /// The name is taken.
     #[error("{kind} {name:?} already exists")]
     Exists {
-        /// What the table holds.
+        /// The kind of entries in the table.
         kind: &'static str,
         /// The name.
         name: String,
@@ -27,7 +27,7 @@ pub(crate) enum TableError {
     /// No such thing.
     #[error("{kind} {name:?} does not exist")]
     Unknown {
-        /// What the table holds.
+        /// The kind of entries in the table.
         kind: &'static str,
         /// The name.
         name: String,
@@ -35,7 +35,7 @@ pub(crate) enum TableError {
     /// It is being made or removed.
     #[error("{kind} {name:?} is being made or removed")]
     Busy {
-        /// What the table holds.
+        /// The kind of entries in the table.
         kind: &'static str,
         /// The name.
         name: String,
@@ -43,7 +43,7 @@ pub(crate) enum TableError {
     /// No room.
     #[error("{kind} {name:?}: there are already {limit}; delete ended ones")]
     Full {
-        /// What the table holds.
+        /// The kind of entries in the table.
         kind: &'static str,
         /// The name.
         name: String,

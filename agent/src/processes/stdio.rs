@@ -80,7 +80,7 @@ pub(crate) struct Prepared {
 type Input = (OwnedReadHalf, Option<OwnedWriteHalf>);
 
 impl Prepared {
-    /// Takes the streams that a request names. Gives what the process shall have.
+    /// Takes the streams that a request names. Returns the ends that the process gets.
     pub(crate) fn new(
         streams: &Streams,
         ids: &guest::Streams,

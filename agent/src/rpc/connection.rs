@@ -65,7 +65,7 @@ pub(crate) enum ConnectionError {
     Dial {
         /// Port or path.
         address: String,
-        /// The kernel's answer.
+        /// The error of the kernel.
         #[source]
         source: io::Error,
     },
@@ -74,7 +74,7 @@ pub(crate) enum ConnectionError {
     Listen {
         /// Port or path.
         address: String,
-        /// The kernel's answer.
+        /// The error of the kernel.
         #[source]
         source: io::Error,
     },
@@ -123,7 +123,7 @@ pub(crate) async fn serve(options: Options, started_us: u64) -> Result<(), Conne
     Ok(())
 }
 
-/// Returns when the guest shall end: the host asked for it, or is gone.
+/// Returns when the guest must end: the host asked for it, or is gone.
 async fn wait_for_the_end(pod: &Pod, mut host_gone: oneshot::Receiver<()>) {
     tokio::select! {
         // Whichever way the sender goes, the host is gone.

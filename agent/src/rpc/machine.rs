@@ -52,7 +52,7 @@ pub(super) fn set_clock(request: &SetClockRequest) -> Result<Empty, RpcError> {
     if request.wall_clock_ns <= 0 {
         return Err(RpcError::Invalid {
             field: "wall_clock_ns",
-            reason: format!("{} is no time after the epoch", request.wall_clock_ns),
+            reason: format!("{} is not a time after the epoch", request.wall_clock_ns),
         });
     }
     clock::set_wall_clock_ns(request.wall_clock_ns)

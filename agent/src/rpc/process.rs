@@ -175,7 +175,7 @@ pub(super) async fn signal(pod: Arc<Pod>, request: SignalRequest) -> Result<Empt
         .filter(|_| request.signal <= SIGNAL_MAX)
         .ok_or_else(|| RpcError::Invalid {
             field: "signal",
-            reason: format!("{} is no signal", request.signal),
+            reason: format!("{} is not a signal", request.signal),
         })?;
     let named = Named::find(&pod, &request.container_id, &request.exec_id)?;
     if request.all {

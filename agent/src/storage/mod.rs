@@ -54,28 +54,28 @@ const OPTIONS_MAX: usize = 64;
 /// Why a storage cannot be mounted or unmounted.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StorageError {
-    /// The host's request makes no sense.
+    /// The request is invalid.
     #[error("{field}: {reason}")]
     Invalid {
         /// Of the storage.
         field: &'static str,
-        /// What is wrong.
+        /// The reason.
         reason: String,
     },
-    /// Its device cannot be had.
+    /// The device is not available.
     #[error(transparent)]
     Device(#[from] DeviceError),
     /// The kernel refused.
     #[error("cannot {action} \
         {object}{}", .complaint.as_deref().map(|text| format!(" ({text})")).unwrap_or_default())]
     Kernel {
-        /// What was tried.
+        /// The action that failed.
         action: &'static str,
         /// On what.
         object: String,
         /// The kernel's own words, where it had some.
         complaint: Option<String>,
-        /// Its answer.
+        /// The error of the kernel.
         #[source]
         source: io::Error,
     },
@@ -86,7 +86,7 @@ pub(crate) enum StorageError {
         device: String,
         /// As what.
         fs_type: String,
-        /// Why not.
+        /// The reason.
         reason: String,
     },
 }
@@ -320,7 +320,7 @@ impl MountOptions {
         let mut options = Self::default();
         for word in words.iter().flat_map(|word| word.split(',')) {
             match word {
-                // What is so anyway, and what concerns an init system.
+                // Defaults, and options for an init system.
                 "" | "defaults" | "rw" | "relatime" | "suid" | "dev" | "exec" | "bind"
                 | "rbind" | "_netdev" | "nofail" | "noauto" => {}
                 "ro" => {

@@ -37,7 +37,7 @@ pub(super) fn open(volume: BorrowedFd<'_>, names: &[Directory]) -> io::Result<Ow
     for directory in names {
         let name = directory.name.as_str();
         if matches!(name, "" | "." | "..") || name.contains(['/', '\0']) {
-            let reason = format!("{name:?} is no name");
+            let reason = format!("{name:?} is not a name");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
         }
         if !path.is_empty() {

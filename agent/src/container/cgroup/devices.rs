@@ -93,7 +93,7 @@ fn parse(rule: &LinuxDeviceCgroup, field: &str) -> Result<Rule, ContainerError> 
         LinuxDeviceType::P => {
             return Err(ContainerError::invalid(
                 format!("{field}.type"),
-                "\"p\" is no device",
+                "\"p\" is not a device",
             ));
         }
     };
@@ -114,7 +114,7 @@ fn parse(rule: &LinuxDeviceCgroup, field: &str) -> Result<Rule, ContainerError> 
             'w' => WRITE,
             'm' => MKNOD,
             other => {
-                let reason = format!("{other:?} is none of r, w and m");
+                let reason = format!("{other:?} is not r, w or m");
                 return Err(ContainerError::invalid(format!("{field}.access"), reason));
             }
         };

@@ -57,7 +57,7 @@ pub(in crate::container) fn of(
     for limit in resources.hugepage_limits().iter().flatten() {
         let size = limit.page_size();
         if !size.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
-            let reason = format!("{size:?} is no page size such as \"2MB\"");
+            let reason = format!("{size:?} is not a page size such as \"2MB\"");
             return Err(ContainerError::invalid(
                 "linux.resources.hugepageLimits",
                 reason,
@@ -157,7 +157,7 @@ fn unified(resources: &LinuxResources) -> Result<Vec<Setting>, ContainerError> {
         // A controller's file and nothing else: no path, and none of cgroup's own, which would
         // break the container's cage.
         if file.contains('/') || !file.contains('.') || file.starts_with("cgroup.") {
-            let reason = format!("{file:?} is no file of a controller");
+            let reason = format!("{file:?} is not a file of a controller");
             return Err(ContainerError::invalid("linux.resources.unified", reason));
         }
         if value.is_empty() {
@@ -209,7 +209,7 @@ fn cpu_settings(cpu: &LinuxCpu, settings: &mut Vec<Setting>) -> Result<(), Conta
             if plan::process::parse_cpu_list(list).is_none() {
                 return Err(ContainerError::invalid(
                     field,
-                    format!("{list:?} is no list"),
+                    format!("{list:?} is not a list"),
                 ));
             }
             settings.push(setting(file, list, field));

@@ -96,7 +96,7 @@ impl Cgroup {
         Ok(cgroup)
     }
 
-    /// Its directory.
+    /// The directory of the cgroup.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }

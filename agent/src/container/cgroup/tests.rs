@@ -104,7 +104,7 @@ fn what_only_the_first_version_of_cgroups_has_is_refused() {
         let expected = format!("linux.resources.{pointer}: ");
         assert!(error.starts_with(&expected), "{error}");
     }
-    // These say what is so anyway.
+    // These ask for the default.
     let nothing = json!({"memory": {"kernel": -1, "kernelTCP": 0, "disableOOMKiller": false,
         "useHierarchy": true}, "cpu": {"realtimeRuntime": 0, "realtimePeriod": 0}});
     assert_eq!(settings(nothing), []);

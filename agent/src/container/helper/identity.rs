@@ -68,8 +68,8 @@ pub(super) fn prepare_filter(plan: &ProcessPlan) -> Result<(), ContainerError> {
     set(sets, sets.effective | SYS_ADMIN, sets.permitted | SYS_ADMIN)
 }
 
-/// What [`finish`] shall set, read before the filter is there: it must not need more system calls
-/// than one.
+/// The highest capability of the kernel, for [`finish`]. To be read before the system call filter
+/// is installed, because [`finish`] must not need more than one system call.
 pub(super) fn last_capability() -> Result<u32, ContainerError> {
     capabilities::last().step("read", "the kernel's capabilities")
 }

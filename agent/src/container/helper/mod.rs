@@ -54,7 +54,7 @@ impl Descriptors {
     }
 }
 
-/// What a process gets as its standard streams.
+/// Standard streams of a process.
 #[derive(Debug)]
 struct Streams {
     stdin: OwnedFd,

@@ -74,7 +74,7 @@ fn one(device: &LinuxDevice, field: &str) -> Result<DevicePlan, ContainerError> 
         LinuxDeviceType::A => {
             return Err(ContainerError::invalid(
                 format!("{field}.type"),
-                "\"a\" is no node",
+                "\"a\" is not a node",
             ));
         }
     };

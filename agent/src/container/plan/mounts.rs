@@ -25,7 +25,7 @@ pub(in crate::container) struct MountPlan {
     pub(in crate::container) id_map: Option<IdMap>,
 }
 
-/// What is mounted.
+/// The source of a mount.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(in crate::container) enum Source {
     /// A file or directory of the guest.
@@ -108,7 +108,7 @@ const PROPAGATIONS: [(&str, u64); 4] = [
     ("unbindable", libc::MS_UNBINDABLE),
 ];
 
-/// Options that ask for what is so anyway.
+/// Options that ask for the default.
 const NO_EFFECT: [&str; 8] = [
     "defaults",
     "loud",
@@ -328,7 +328,7 @@ pub(super) fn rootfs_propagation(name: Option<&str>) -> Result<Propagation, Cont
         }),
         (None, None) => Err(ContainerError::invalid(
             "linux.rootfsPropagation",
-            format!("{name:?} is none of shared, slave, private, unbindable or their r forms"),
+            format!("{name:?} is not shared, slave, private, unbindable or their r forms"),
         )),
     }
 }

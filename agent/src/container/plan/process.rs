@@ -35,7 +35,7 @@ pub(in crate::container) struct ProcessPlan {
     pub(in crate::container) console_size: Option<(u16, u16)>,
     pub(in crate::container) seccomp: Option<seccomp::Filter>,
     pub(in crate::container) personality: Option<u64>,
-    /// The user as the guest numbers it, who shall own the streams; none when that is not known.
+    /// The user as the guest numbers it, who must own the streams; `None` if unknown.
     pub(in crate::container) stdio_owner: Option<u32>,
     /// What the agent sets from outside once the process waits.
     pub(in crate::container) limits: ProcessLimits,
@@ -328,7 +328,7 @@ fn cpus(process: &Process, field: &str) -> Result<Option<Vec<usize>>, ContainerE
     let parse = |name: &str, list: &Option<String>| -> Result<Option<Vec<usize>>, ContainerError> {
         let Some(list) = list else { return Ok(None) };
         parse_cpu_list(list).map(Some).ok_or_else(|| {
-            let reason = format!("{list:?} is no list of CPUs such as \"0-3,7\"");
+            let reason = format!("{list:?} is not a list of CPUs such as \"0-3,7\"");
             ContainerError::invalid(format!("{field}.execCPUAffinity.{name}"), reason)
         })
     };

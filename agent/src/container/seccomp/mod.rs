@@ -5,7 +5,8 @@
 //! per filter and one action per match.
 //!
 //! Meaning, where config-linux.md leaves it open, as libseccomp and runc have it:
-//! - A name that an architecture does not have is no error: profiles list what any kernel may have.
+//! - A name that an architecture does not have is not an error: profiles list the calls of every
+//!   kernel.
 //! - Several conditions on one argument are alternatives; on different arguments all must hold.
 //! - An entry whose action is the default one adds nothing.
 //! - A system call newer than all that the profile names fails with ENOSYS where the default action
