@@ -10,9 +10,9 @@ use super::Host;
 use super::finding::Report;
 use super::program::version;
 
-/// Volumes are shared with the guest by mount_setattr(2), which came with Linux 5.12; idmapped mounts
-/// of tmpfs came with 6.3.
+/// Volumes are shared with the guest by mount_setattr(2), which came with Linux 5.12.
 const MOUNT_SETATTR_RELEASE: (u32, u32, u32) = (5, 12, 0);
+/// Idmapped mounts of tmpfs came with Linux 6.3.
 const IDMAP_TMPFS_RELEASE: (u32, u32, u32) = (6, 3, 0);
 
 /// Whether the kernel has a module.
