@@ -1,10 +1,9 @@
-//! Where the processes of a VM stand among those of the host: on which processors, from which
-//! memory, how fast at block devices, and how soon the host's OOM killer takes them.
+//! Host-side cpuset, `io.max` and `oom_score_adj` of the VM.
 //!
-//! kubelet says it of containers; on the host there is only the VM, so it gets what its containers
-//! get together: all their processors and memory nodes, the sum of their limits, and the lowest of
-//! their scores. Until the first container comes, the score is that of the pod's class, which the
-//! path of its cgroup names (kubelet's `--cgroups-per-qos`).
+//! kubelet sets these per container. On the host there is only the VM, so they are combined: all
+//! CPUs and memory nodes of its containers, the sum of their limits, and the lowest of their
+//! scores. Until the first container comes, the score is that of the pod's class, which the path of
+//! its cgroup names (kubelet's `--cgroups-per-qos`).
 
 use std::{
     collections::BTreeSet,
@@ -29,28 +28,28 @@ const GUARANTEED: i32 = -997;
 /// Processors, memory nodes and processes that are looked at.
 const NUMBERS_MAX: usize = 8192;
 
-/// What a container asks of its place.
+/// What a container asks of its placement.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Wish {
+pub(crate) struct HostResources {
     score: Option<i32>,
     cpus: Option<String>,
     memory_nodes: Option<String>,
     throttles: Throttles,
 }
 
-impl Wish {
+impl HostResources {
     /// That of a specification.
     pub(crate) fn of(spec: &Spec) -> Self {
         let process = spec.process().as_ref();
-        let mut wish = Self {
+        let mut host_resources = Self {
             score: process.and_then(oci_spec::runtime::Process::oom_score_adj),
             ..Self::default()
         };
         let linux = spec.linux().as_ref();
         if let Some(resources) = linux.and_then(|linux| linux.resources().as_ref()) {
-            wish.update(resources);
+            host_resources.update(resources);
         }
-        wish
+        host_resources
     }
 
     /// Takes what an update names.
@@ -73,14 +72,14 @@ pub(crate) fn keep_on_host(resources: &mut LinuxResources) {
     block_io::take(resources);
 }
 
-/// The place of a pod's processes.
+/// The placement of a pod's processes.
 #[derive(Debug, Default)]
-pub(crate) struct Place {
+pub(crate) struct Placement {
     directories: Vec<PathBuf>,
     class: Option<i32>,
 }
 
-impl Place {
+impl Placement {
     /// That of the pod with this cgroup.
     pub(crate) fn new(cgroups_path: &Path, directories: Vec<PathBuf>) -> Self {
         Self {
@@ -94,20 +93,23 @@ impl Place {
         self.directories.first().map(PathBuf::as_path)
     }
 
-    /// Gives the processes what `wishes`, one a container, come to together.
-    pub(crate) fn settle_for(&self, wishes: impl Iterator<Item = Wish>) -> Result<(), CallError> {
-        self.settle(together(wishes))
+    /// Gives the processes what `resources`, one a container, come to together.
+    pub(crate) fn apply_all(
+        &self,
+        resources: impl Iterator<Item = HostResources>,
+    ) -> Result<(), CallError> {
+        self.apply(together(resources))
     }
 
-    /// Sets what is wanted; without a wish the score is that of the pod's class. Where the host
+    /// Sets what is wanted; without a host_resources the score is that of the pod's class. Where the host
     /// refuses a score or a cpuset, it is told and the pod lives on.
-    pub(crate) fn settle(&self, wish: Option<Wish>) -> Result<(), CallError> {
-        let wish = wish.unwrap_or_default();
+    pub(crate) fn apply(&self, host_resources: Option<HostResources>) -> Result<(), CallError> {
+        let host_resources = host_resources.unwrap_or_default();
         // Not the shim's own, which they were started with.
-        self.score(wish.score.or(self.class).unwrap_or_default());
+        self.score(host_resources.score.or(self.class).unwrap_or_default());
         for (file, list) in [
-            ("cpuset.cpus", wish.cpus),
-            ("cpuset.mems", wish.memory_nodes),
+            ("cpuset.cpus", host_resources.cpus),
+            ("cpuset.mems", host_resources.memory_nodes),
         ] {
             let Some(list) = list else { continue };
             for directory in &self.directories {
@@ -118,7 +120,7 @@ impl Place {
                 }
             }
         }
-        wish.throttles.hold(&self.directories)
+        host_resources.throttles.hold(&self.directories)
     }
 
     fn score(&self, score: i32) {
@@ -164,8 +166,8 @@ fn class(cgroups_path: &str) -> Option<i32> {
 }
 
 /// What several containers want together: where one may run anywhere, all may.
-fn together(wishes: impl Iterator<Item = Wish>) -> Option<Wish> {
-    wishes.reduce(|one, other| Wish {
+fn together(resources: impl Iterator<Item = HostResources>) -> Option<HostResources> {
+    resources.reduce(|one, other| HostResources {
         score: match (one.score, other.score) {
             (Some(one), Some(other)) => Some(one.min(other)),
             (one, other) => one.or(other),
@@ -188,11 +190,11 @@ fn union(one: Option<String>, other: Option<String>) -> Option<String> {
 mod tests {
     use super::*;
 
-    fn wish(score: i32, cpus: Option<&str>) -> Wish {
-        Wish {
+    fn host_resources(score: i32, cpus: Option<&str>) -> HostResources {
+        HostResources {
             score: Some(score),
             cpus: cpus.map(str::to_owned),
-            ..Wish::default()
+            ..HostResources::default()
         }
     }
 
@@ -214,10 +216,19 @@ mod tests {
     #[test]
     fn a_pod_stands_where_its_containers_may() {
         assert_eq!(together(std::iter::empty()), None);
-        let both = [wish(-997, Some("0-1")), wish(5, Some("3"))];
-        assert_eq!(together(both.into_iter()), Some(wish(-997, Some("0-1,3"))));
-        let anywhere = [wish(3, Some("0")), wish(2, None)];
-        assert_eq!(together(anywhere.into_iter()), Some(wish(2, None)));
+        let both = [
+            host_resources(-997, Some("0-1")),
+            host_resources(5, Some("3")),
+        ];
+        assert_eq!(
+            together(both.into_iter()),
+            Some(host_resources(-997, Some("0-1,3")))
+        );
+        let anywhere = [host_resources(3, Some("0")), host_resources(2, None)];
+        assert_eq!(
+            together(anywhere.into_iter()),
+            Some(host_resources(2, None))
+        );
     }
 
     #[test]
@@ -227,12 +238,12 @@ mod tests {
             "process": {"cwd": "/", "user": {"uid": 0, "gid": 0}, "oomScoreAdj": -997},
             "linux": {"resources": {"cpu": {"cpus": "2", "mems": "0"}}}
         });
-        let mut found = Wish::of(&serde_json::from_value(spec).unwrap());
+        let mut found = HostResources::of(&serde_json::from_value(spec).unwrap());
         let text = r#"{"cpu": {"cpus": "1,3", "mems": ""}, "memory": {"limit": 1}}"#;
         found.update(&serde_json::from_str(text).unwrap());
-        let expected = Wish {
+        let expected = HostResources {
             memory_nodes: Some("0".to_owned()),
-            ..wish(-997, Some("1,3"))
+            ..host_resources(-997, Some("1,3"))
         };
         assert_eq!(found, expected);
     }
@@ -247,7 +258,7 @@ mod tests {
         let listed = format!("{}\n", sleeper.id());
         fs::write(folder.path().join("cgroup.procs"), listed).unwrap();
         fs::write(folder.path().join("cpuset.cpus"), "").unwrap();
-        let place = Place::new(
+        let placement = Placement::new(
             Path::new("/kubepods/besteffort/pod1/x"),
             vec![folder.path().to_owned()],
         );
@@ -255,9 +266,11 @@ mod tests {
             let path = format!("/proc/{}/oom_score_adj", sleeper.id());
             fs::read_to_string(path).unwrap().trim().to_owned()
         };
-        place.settle(None).unwrap();
+        placement.apply(None).unwrap();
         let of_class = score();
-        place.settle(Some(wish(998, Some("0")))).unwrap();
+        placement
+            .apply(Some(host_resources(998, Some("0"))))
+            .unwrap();
         let of_container = score();
         sleeper.kill().unwrap();
         sleeper.wait().unwrap();

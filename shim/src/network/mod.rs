@@ -361,13 +361,13 @@ async fn remove_redirections(handle: &Handle, names: [String; 2]) -> Result<(), 
         header.parent = TcHandle::INGRESS;
         header.handle = TcHandle::from(INGRESS_PARENT);
         let removed = request.execute().await;
-        if let Err(rtnetlink::Error::NetlinkError(message)) = &removed {
-            if !message.code.is_none_or(|code| is_absent(code.get())) {
-                return removed.map_err(|source| NetworkError::Netlink {
-                    action: format!("freeing {name}"),
-                    source,
-                });
-            }
+        if let Err(rtnetlink::Error::NetlinkError(message)) = &removed
+            && !message.code.is_none_or(|code| is_absent(code.get()))
+        {
+            return removed.map_err(|source| NetworkError::Netlink {
+                action: format!("freeing {name}"),
+                source,
+            });
         }
     }
     Ok(())

@@ -28,7 +28,7 @@ use crate::{
         child::Watched,
         journal::{Entry, Journal},
         limits,
-        placement::Place,
+        placement::Placement,
         private,
         scope::Scope,
     },
@@ -45,7 +45,7 @@ use crate::{
         ending::{LAST_WORDS_MAX, end_without_files, watch_vm},
         events::Publisher,
         guest_log,
-        placeholder::StandIn,
+        placeholder::Placeholder,
         resize::{self, Size},
         state_file, undo,
     },
@@ -69,7 +69,7 @@ struct Cgroups {
     /// The counter of their time.
     meter: Option<Meter>,
     /// What else is set there.
-    placement: Place,
+    placement: Placement,
 }
 
 /// A guest whose agent has spoken.
@@ -135,15 +135,15 @@ impl Pod {
         } = started.guest;
         let failed = |error| CallError::host(state.display(), error);
         state_file::write(request, state, plan.boot, process.pid).map_err(failed)?;
-        let place = started.cgroups.placement;
-        place.settle(None)?;
+        let placement = started.cgroups.placement;
+        placement.apply(None)?;
         let size = follow(settings, plan, state, &machine, &agent);
         let passthrough = Arc::new(Passthrough::new(
             &machine,
             &agent,
             &settings.security.passthrough_devices,
             plan.boot.memory_bytes,
-            place.directory(),
+            placement.directory(),
         ));
         let pod = Arc::new(Self {
             id: request.id.clone(),
@@ -155,7 +155,7 @@ impl Pod {
             vmm: process,
             meter: started.cgroups.meter,
             passthrough,
-            place,
+            placement,
             size,
             shared: started.shared,
             publisher,
@@ -164,7 +164,7 @@ impl Pod {
             by_sandbox_service: request.files.is_some(),
             guest_seccomp: settings.security.guest_seccomp,
             memory: MemoryVolumes::of(&request.annotations, plan.boot.memory_bytes),
-            stand_in: StandIn::for_guest(request.network_namespace.as_deref())?,
+            placeholder: Placeholder::for_guest(request.network_namespace.as_deref())?,
             network_namespace: request.network_namespace.clone(),
             kill_limit: Duration::from_millis(settings.timeouts.kill_ms),
             exit: watch::Sender::new(None),
@@ -414,7 +414,7 @@ fn make_cgroups(request: &Request, journal: &mut Journal) -> Result<Cgroups, Cal
     Ok(Cgroups {
         procs: Arc::new(files),
         meter,
-        placement: Place::new(&path, directories),
+        placement: Placement::new(&path, directories),
     })
 }
 

@@ -14,13 +14,13 @@ use protobuf::well_known_types::timestamp::Timestamp;
 use crate::pod::{create::reserve, ending::watch, stdio::Paths};
 use crate::{
     errors::CallError,
-    host::placement::Wish,
+    host::placement::HostResources,
     passthrough::Plugged,
     pod::{
         Pod,
         demand::ContainerLimits,
         ending::ended,
-        placeholder::StandIn,
+        placeholder::Placeholder,
         process::{Exit, LOST_STATUS, Process},
         stats::Sample,
     },
@@ -45,9 +45,9 @@ pub(crate) struct Container {
     /// What it may use.
     pub(super) limits: Mutex<ContainerLimits>,
     /// What it asks of its place on the host.
-    pub(super) wish: Mutex<Wish>,
+    pub(super) host_resources: Mutex<HostResources>,
     /// What stands for it on the host; the pod's own stands for the pause container.
-    pub(super) stand_in: Option<StandIn>,
+    pub(super) placeholder: Option<Placeholder>,
     pub(super) sample: Mutex<Option<Sample>>,
     /// The disk that its root file system is on.
     pub(super) disk: Mutex<Option<Disk>>,
@@ -69,8 +69,10 @@ impl Container {
     }
 
     /// What it asks of its place on the host.
-    pub(crate) fn wish(&self) -> MutexGuard<'_, Wish> {
-        self.wish.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn host_resources(&self) -> MutexGuard<'_, HostResources> {
+        self.host_resources
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What it may use.
@@ -146,8 +148,8 @@ impl Container {
             paused: AtomicBool::new(false),
             doomed: AtomicBool::new(false),
             limits: Mutex::default(),
-            wish: Mutex::default(),
-            stand_in: None,
+            host_resources: Mutex::default(),
+            placeholder: None,
             sample: Mutex::default(),
             disk: Mutex::default(),
             volumes: Mutex::default(),

@@ -22,7 +22,7 @@ use tokio::net::UnixStream;
 use crate::{
     errors::CallError,
     guest::{agent_client::agent_call, spec},
-    host::placement::Wish,
+    host::placement::HostResources,
     passthrough,
     pod::{
         Pod,
@@ -33,7 +33,7 @@ use crate::{
         ending::watch,
         files,
         lifecycle::release,
-        placeholder::{self, StandIn},
+        placeholder::{self, Placeholder},
         process::Process,
         stdio::{Copying, HostEnds, Paths},
     },
@@ -57,18 +57,22 @@ pub(crate) async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Resul
     let bundle = Bundle::read(request.bundle.as_ref())
         .map_err(|error| CallError::Invalid(error.to_string()))?;
     let pause = bundle.role() == Role::Sandbox;
-    let stand_in = if pause { None } else { Some(pod.stand_in()?) };
-    let pid = stand_in.as_ref().map_or(pod.pid(), StandIn::number);
+    let placeholder = if pause {
+        None
+    } else {
+        Some(pod.placeholder()?)
+    };
+    let pid = placeholder.as_ref().map_or(pod.pid(), Placeholder::number);
     let container = Arc::new(Container {
         id: request.id.clone(),
         bundle: request.bundle.clone().into(),
         init: Arc::new(Process::reserve(&request.id, "", pid, paths)),
         pause,
-        stand_in,
+        placeholder,
         paused: AtomicBool::new(false),
         doomed: AtomicBool::new(false),
         limits: Mutex::new(ContainerLimits::of(&bundle.spec)),
-        wish: Mutex::new(Wish::of(&bundle.spec)),
+        host_resources: Mutex::new(HostResources::of(&bundle.spec)),
         sample: Mutex::default(),
         disk: Mutex::default(),
         volumes: Mutex::default(),
@@ -131,7 +135,7 @@ pub(super) fn forget(pod: &Pod, id: &str) {
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
         .remove(id);
-    pod.resettle_place();
+    pod.reapply_placement();
 }
 
 async fn build(
@@ -142,7 +146,7 @@ async fn build(
 ) -> Result<(), CallError> {
     let id = &container.id;
     pod.size.join(container.limits()).await?;
-    pod.settle_place()?;
+    pod.apply_placement()?;
     if pod.by_sandbox_service {
         files::add_mounts(&mut bundle.spec, &pod.state);
     }
@@ -247,7 +251,7 @@ fn joined(pod: &Pod, path: &Path) -> Result<Joined, CallError> {
     }
     let mut containers = pod.containers().into_iter();
     let target = containers.find(|container| {
-        let own = container.stand_in.as_ref().map(StandIn::number);
+        let own = container.placeholder.as_ref().map(Placeholder::number);
         own.is_some() && own == number
     });
     target

@@ -52,14 +52,14 @@ use self::{
     container::Container,
     events::Publisher,
     files::PodFiles,
-    placeholder::StandIn,
+    placeholder::Placeholder,
     process::{Exit, LOST_STATUS},
     resize::Size,
 };
 use crate::{
     errors::CallError,
     guest::agent_client::Agent,
-    host::{cgroup::Meter, child::Watched, journal, placement::Place},
+    host::{cgroup::Meter, child::Watched, journal, placement::Placement},
     machine::client::Machine,
     network,
     passthrough::Passthrough,
@@ -103,7 +103,7 @@ pub(crate) struct Pod {
     /// What the VM and its daemon use, where the pod has a cgroup.
     pub(crate) meter: Option<Meter>,
     /// Where its processes stand on the host.
-    pub(crate) place: Place,
+    pub(crate) placement: Placement,
     /// The VM's size.
     pub(crate) size: Size,
     /// The directory shared with the guest.
@@ -122,7 +122,7 @@ pub(crate) struct Pod {
     pub(crate) memory: MemoryVolumes,
     /// Its disks.
     pub(crate) disks: Disks,
-    stand_in: StandIn,
+    placeholder: Placeholder,
     network_namespace: Option<PathBuf>,
     /// What gives it functions of the host.
     pub(crate) passthrough: Arc<Passthrough>,
@@ -140,7 +140,7 @@ impl Pod {
 
     /// The PID that containerd is told for the pod.
     pub(crate) fn pid(&self) -> u32 {
-        self.stand_in.number()
+        self.placeholder.number()
     }
 
     /// The PID that containerd is told for a container or, by the sandbox's own id, for the pod; 0
@@ -154,8 +154,8 @@ impl Pod {
     }
 
     /// Something that stands for one more container.
-    pub(crate) fn stand_in(&self) -> Result<StandIn, CallError> {
-        StandIn::for_guest(self.network_namespace.as_deref())
+    pub(crate) fn placeholder(&self) -> Result<Placeholder, CallError> {
+        Placeholder::for_guest(self.network_namespace.as_deref())
     }
 
     /// Containers at this moment.
@@ -169,16 +169,16 @@ impl Pod {
     }
 
     /// Gives the VM's processes what its containers ask of the host.
-    pub(crate) fn settle_place(&self) -> Result<(), CallError> {
+    pub(crate) fn apply_placement(&self) -> Result<(), CallError> {
         let containers = self.containers().into_iter();
         let containers = containers.filter(|container| !container.pause);
-        self.place
-            .settle_for(containers.map(|container| container.wish().clone()))
+        self.placement
+            .apply_all(containers.map(|container| container.host_resources().clone()))
     }
 
     /// The same after a container is gone or an update failed, when nobody waits for an answer.
-    pub(crate) fn resettle_place(&self) {
-        if let Err(error) = self.settle_place() {
+    pub(crate) fn reapply_placement(&self) {
+        if let Err(error) = self.apply_placement() {
             warn!(%error, "the pod keeps host limits that none of its containers has");
         }
     }

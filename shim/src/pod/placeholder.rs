@@ -26,12 +26,12 @@ const STACK_BYTES: usize = 32 * 1024;
 
 /// A thread that stands for a container, or for the pod, until this is dropped.
 #[derive(Debug)]
-pub(crate) struct StandIn {
+pub(crate) struct Placeholder {
     number: u32,
     _until: SyncSender<()>,
 }
 
-impl StandIn {
+impl Placeholder {
     /// Starts one, in the network namespace at that path.
     pub(crate) fn for_guest(network_namespace: Option<&Path>) -> Result<Self, CallError> {
         Self::start(network_namespace)
@@ -49,7 +49,7 @@ impl StandIn {
             let _ = end.recv();
         };
         thread::Builder::new()
-            .name("stand-in".to_owned())
+            .name("placeholder".to_owned())
             .stack_size(STACK_BYTES)
             .spawn(work)?;
         let number = answer
@@ -86,8 +86,8 @@ mod tests {
 
     #[test]
     fn each_has_a_number_for_as_long_as_it_lives() {
-        let first = StandIn::start(None).unwrap();
-        let second = StandIn::start(None).unwrap();
+        let first = Placeholder::start(None).unwrap();
+        let second = Placeholder::start(None).unwrap();
         assert_ne!(first.number(), second.number());
         let folder = format!("/proc/{}", first.number());
         assert!(Path::new(&folder).join("ns/pid").exists());
@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn a_namespace_that_is_not_there_is_an_error() {
-        assert!(StandIn::start(Some(Path::new("/not/there"))).is_err());
+        assert!(Placeholder::start(Some(Path::new("/not/there"))).is_err());
     }
 
     #[test]

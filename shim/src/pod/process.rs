@@ -112,7 +112,7 @@ pub(crate) struct Process {
     pub(crate) name: String,
     /// Empty for a container's init.
     pub(crate) exec_id: String,
-    /// The PID that containerd is told: its container's stand-in.
+    /// The PID that containerd is told: its container's placeholder.
     pub(crate) pid: u32,
     /// What containerd asked for.
     pub(crate) paths: Paths,

@@ -3,7 +3,7 @@
 //! ```text
 //! Update of a container ──> change: the pod's demand ──> VM grows, if it must
 //!                           agent: the container's own limits
-//!                           settle ──> VM shrinks, if it may
+//!                           shrink ──> VM shrinks, if it may
 //! ```
 //!
 //! kubelet raises the pod's cgroup before its containers' limits and lowers it after them, so the
@@ -71,7 +71,7 @@ enum Step {
     /// A container's limits go from one to the other.
     Change(ContainerLimits, ContainerLimits),
     /// What is not wanted any more may go.
-    Settle,
+    Shrink,
 }
 
 #[derive(Debug)]
@@ -126,8 +126,8 @@ impl Size {
     }
 
     /// Shrinks the VM to what its containers may use.
-    pub(crate) async fn settle(&self) -> Result<(), CallError> {
-        self.turn(Step::Settle).await
+    pub(crate) async fn shrink(&self) -> Result<(), CallError> {
+        self.turn(Step::Shrink).await
     }
 }
 
@@ -142,11 +142,11 @@ pub(crate) async fn update(pod: &Pod, id: &str, resources: &[u8]) -> Result<(), 
         .map_err(|error| CallError::Invalid(format!("resources: not OCI resources: {error}")))?;
     let old = container.limits();
     let new = old.updated(&parsed);
-    let wish = container.wish().clone();
-    container.wish().update(&parsed);
-    if let Err(error) = pod.settle_place() {
-        *container.wish() = wish;
-        pod.resettle_place();
+    let host_resources = container.host_resources().clone();
+    container.host_resources().update(&parsed);
+    if let Err(error) = pod.apply_placement() {
+        *container.host_resources() = host_resources;
+        pod.reapply_placement();
         return Err(error);
     }
     placement::keep_on_host(&mut parsed);
@@ -158,14 +158,14 @@ pub(crate) async fn update(pod: &Pod, id: &str, resources: &[u8]) -> Result<(), 
     };
     pod.size.change(old, new).await?;
     if let Err(error) = agent_call!(pod.agent, update_container, &request) {
-        *container.wish() = wish;
-        pod.resettle_place();
+        *container.host_resources() = host_resources;
+        pod.reapply_placement();
         pod.size.change(new, old).await?;
-        pod.size.settle().await?;
+        pod.size.shrink().await?;
         return Err(error);
     }
     container.note_limits(new);
-    pod.size.settle().await
+    pod.size.shrink().await
 }
 
 struct Owner {
@@ -179,7 +179,7 @@ impl Owner {
         let wanted = match step {
             Step::Join(limits) => self.wanted.joined(limits),
             Step::Change(old, new) => self.wanted.changed(old, new),
-            Step::Settle => self.wanted,
+            Step::Shrink => self.wanted,
         };
         let (vm, host) = (&self.parts.vm, self.parts.plan.host);
         self.check(wanted.limited().sizing(vm, host)?)?;
@@ -187,7 +187,7 @@ impl Owner {
         let mut target = wanted.sizing(vm, host)?;
         target.memory_bytes = target.memory_bytes.min(self.parts.plan.most.memory_bytes);
         let (vcpus, memory_bytes) = match step {
-            Step::Settle => (target.vcpus, target.memory_bytes),
+            Step::Shrink => (target.vcpus, target.memory_bytes),
             _ => (
                 target.vcpus.max(self.now.vcpus),
                 target.memory_bytes.max(self.now.memory_bytes),
