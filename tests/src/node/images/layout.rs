@@ -91,12 +91,16 @@ pub(super) fn write(set: &ImageSet, programs: &Programs) -> Result<()> {
 
 fn add_image(blobs: &mut Blobs<'_>, image: &Image, layers: &[Value]) -> Result<Value> {
     let digests: Vec<&Value> = layers.iter().map(|layer| &layer["digest"]).collect();
+    let variables = ["PATH=/bin:/usr/bin:/usr/sbin"]
+        .iter()
+        .chain(image.variables);
+    let variables: Vec<&&str> = variables.collect();
     let config = json!({
         "architecture": "amd64",
         "os": "linux",
         "config": {
             "User": image.user,
-            "Env": ["PATH=/bin:/usr/bin:/usr/sbin"],
+            "Env": variables,
             "Entrypoint": image.entrypoint,
             "Cmd": image.command,
             "Labels": {"pericarp.dev/test-image": image.label},

@@ -17,6 +17,12 @@ use super::tools;
 /// The image that the tests run where any will do.
 pub const BUSYBOX: &str = "docker.io/library/busybox:test";
 
+/// An image whose configuration has variables; it is in the registry only.
+pub const VARIABLES: &str = "docker.io/library/variables:test";
+
+/// An image with a set-user-ID program in a layer of its own; it is in the registry only.
+pub const SET_USER_ID: &str = "docker.io/library/nonewprivs:test";
+
 /// The sandbox image of both containerds.
 pub const PAUSE: &str = "registry.k8s.io/pause:3.10.1";
 

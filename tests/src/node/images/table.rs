@@ -22,6 +22,8 @@ pub(super) struct Image {
     pub label: &'static str,
     /// File system.
     pub content: Content,
+    /// `Env` of the configuration, after PATH.
+    pub variables: &'static [&'static str],
     /// `User` of the configuration.
     pub user: &'static str,
     /// `Entrypoint` of the configuration.
@@ -37,6 +39,7 @@ pub(super) struct Image {
 const BUSYBOX: Image = Image {
     label: "busybox",
     content: Content::Busybox,
+    variables: &[],
     user: "",
     entrypoint: &[],
     command: &["sh"],
@@ -129,6 +132,12 @@ pub(super) const IMAGES: &[Image] = &[
         content: Content::Setuid,
         command: &["/effective-uid"],
         names: &[("nonewprivs", "*")],
+        ..BUSYBOX
+    },
+    Image {
+        label: "variables",
+        variables: &["ORIGIN=image", "ONLY_IMAGE=yes", "EMPTY=", "EQUALS=a=b"],
+        names: &[("variables", "*")],
         ..BUSYBOX
     },
     Image {
