@@ -136,8 +136,13 @@ impl Containerd {
 
     /// Kills containerd with SIGKILL and starts it again; pods should live on.
     pub fn restart(&self, node: &Node) -> Result<()> {
+        self.restart_by(node, "KILL")
+    }
+
+    /// Ends containerd with a signal and starts it again; pods should live on.
+    pub fn restart_by(&self, node: &Node, signal: &str) -> Result<()> {
         let line = format!(
-            "pid=$(pgrep -f '^[^ ]*containerd --config {}'); kill -9 $pid; \
+            "pid=$(pgrep -f '^[^ ]*containerd --config {}'); kill -{signal} $pid; \
              tail -s 0.1 --pid=$pid -f /dev/null",
             self.config_file()
         );
