@@ -29,6 +29,7 @@ pub mod kubernetes;
 pub mod machine;
 pub mod paths;
 pub mod pericarp;
+pub mod probe;
 pub mod running;
 pub mod session;
 mod start;
