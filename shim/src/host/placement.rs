@@ -93,7 +93,7 @@ impl Placement {
         self.directories.first().map(PathBuf::as_path)
     }
 
-    /// Gives the processes what `resources`, one a container, come to together.
+    /// Applies the combination of `resources`, one per container.
     pub(crate) fn apply_all(
         &self,
         resources: impl Iterator<Item = HostResources>,
@@ -101,8 +101,8 @@ impl Placement {
         self.apply(together(resources))
     }
 
-    /// Sets what is wanted; without a host_resources the score is that of the pod's class. Where the host
-    /// refuses a score or a cpuset, it is told and the pod lives on.
+    /// Sets score, cpuset and block limits; without resources the score is that of the pod's class.
+    /// Where the host refuses a score or a cpuset, a warning says so and the pod lives on.
     pub(crate) fn apply(&self, host_resources: Option<HostResources>) -> Result<(), CallError> {
         let host_resources = host_resources.unwrap_or_default();
         // Not the shim's own, which they were started with.
