@@ -127,6 +127,13 @@ fn limits_that_the_specification_does_not_set_are_the_nodes() {
     assert_eq!(place.sh(script).stdout, limits("9 90"));
     let said = std::fs::read_to_string(hooks).unwrap();
     assert_eq!(said, "Max open files 1000 1500 files \n");
+    // A hook in the container's own process has that process's limits.
+    let spec = place.spec.clone();
+    let hook = json!({"path": "/bin/sh", "args": ["sh", "-c", "test $(ulimit -n) = 64"]});
+    place.spec["hooks"] = json!({ "startContainer": [hook] });
+    place.spec["process"]["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 64, "hard": 64}]);
+    assert_eq!(place.sh("ulimit -n").stdout, "64\n");
+    place.spec = spec;
     // The specification of an exec is its own.
     let mut place = Place::new();
     place.default_limits = vec![

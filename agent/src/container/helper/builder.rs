@@ -23,7 +23,7 @@ use super::{
             namespaces::{Origin, clone_flag},
         },
     },
-    Descriptors, Step, Streams, apparmor, hooks, init, report,
+    Descriptors, Step, Streams, apparmor, hook_descriptors, hooks, init, report,
     sources::Sources,
 };
 
@@ -90,6 +90,7 @@ fn accompany(plan: &ContainerPlan, pid: i32, mut near: UnixStream) -> Result<(),
     hooks::run(
         &plan.create_runtime_hooks,
         &plan.hook_state.json("creating", pid),
+        hook_descriptors(),
     )?;
     near.write_all(&mounted)
         .step("write", "the container's init")

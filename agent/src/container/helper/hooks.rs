@@ -13,7 +13,7 @@ use pericarp_sys::{attributes, pidfd, signals};
 
 use super::{
     super::{error::ContainerError, plan::hooks::Hook},
-    DESCRIPTORS_OF_CHILDREN, NOFILE,
+    NOFILE,
 };
 
 /// How much of what a hook said on its standard error is repeated in an error.
@@ -23,8 +23,13 @@ const WORDS_BYTES_MAX: u64 = 1024;
 /// waits for ever helps nobody.
 const DEFAULT_TIMEOUT_S: u32 = 60;
 
-/// Runs `hooks` in their order; the first that fails ends it.
-pub(super) fn run(hooks: &[Hook], state: &[u8]) -> Result<(), ContainerError> {
+/// Runs `hooks` in their order; the first that fails ends it. `descriptors` is their limit of open
+/// files, soft and hard; without one they have that of this process.
+pub(super) fn run(
+    hooks: &[Hook],
+    state: &[u8],
+    descriptors: Option<(u64, u64)>,
+) -> Result<(), ContainerError> {
     for hook in hooks {
         let failed = |reason: String| ContainerError::Hook {
             stage: hook.stage.clone(),
@@ -32,7 +37,8 @@ pub(super) fn run(hooks: &[Hook], state: &[u8]) -> Result<(), ContainerError> {
             reason,
         };
         let mut words = memory(c"hook-stderr").map_err(|error| failed(error.to_string()))?;
-        let mut child = spawn(hook, state, &words).map_err(|error| failed(error.to_string()))?;
+        let mut child =
+            spawn(hook, state, &words, descriptors).map_err(|error| failed(error.to_string()))?;
         let outcome = wait(&mut child, hook.timeout_s.unwrap_or(DEFAULT_TIMEOUT_S))
             .map_err(|error| failed(error.to_string()))?;
         if let Some(reason) = outcome {
@@ -55,15 +61,20 @@ fn memory(name: &CStr) -> io::Result<File> {
     Ok(memfd_create(name, MFdFlags::MFD_CLOEXEC)?.into())
 }
 
-fn spawn(hook: &Hook, state: &[u8], words: &File) -> io::Result<Child> {
+fn spawn(
+    hook: &Hook,
+    state: &[u8],
+    words: &File,
+    descriptors: Option<(u64, u64)>,
+) -> io::Result<Child> {
     let mut input = memory(c"hook-state")?;
     input.write_all(state)?;
     input.rewind()?;
     let (name, args) = hook.args.split_first().ok_or(io::ErrorKind::InvalidInput)?;
     let env = hook.env.iter().filter_map(|entry| entry.split_once('='));
     let mut command = Command::new(&hook.path);
-    if let Some(limit) = DESCRIPTORS_OF_CHILDREN.get() {
-        attributes::limit_in(&mut command, NOFILE, *limit);
+    if let Some(limit) = descriptors {
+        attributes::limit_in(&mut command, NOFILE, limit);
     }
     signals::reset_in(&mut command)
         .arg0(name)

@@ -21,7 +21,7 @@ use pericarp_sys::{attributes, fscontext::FsContext, loopback};
 
 use super::{
     super::{error::ContainerError, plan::ContainerPlan},
-    Step, Streams, hooks,
+    Step, Streams, hook_descriptors, hooks,
     program::{self, Program},
     rootfs::Root,
     sources::Sources,
@@ -84,6 +84,7 @@ fn become_program(
     hooks::run(
         &plan.create_container_hooks,
         &plan.hook_state.json("creating", pid),
+        hook_descriptors(),
     )?;
     root.pivot(plan)?;
     write_sysctls(plan, proc.as_ref())?;

@@ -131,6 +131,11 @@ fn raise_descriptors() -> io::Result<()> {
         .or_else(|_| attributes::set_limit(0, NOFILE, hard, hard))
 }
 
+/// The limit of open files for hooks that do not run in the container's own process.
+fn hook_descriptors() -> Option<(u64, u64)> {
+    DESCRIPTORS_OF_CHILDREN.get().copied()
+}
+
 /// `RLIMIT_NOFILE` of asm-generic/resource.h; the C libraries differ in its type.
 const NOFILE: u32 = 7;
 
@@ -155,8 +160,11 @@ fn serve() -> io::Result<()> {
         match message.job {
             Job::Container(plan) => builder::build(&plan, descriptors, &socket),
             Job::Exec(plan) => exec::build(&plan, descriptors, &socket),
-            Job::Hooks(plan) => hooks::run(&plan.hooks, &plan.state.json(&plan.status, plan.pid))
-                .and_then(|()| report(&socket, &Report::Done, None)),
+            Job::Hooks(plan) => {
+                let state = plan.state.json(&plan.status, plan.pid);
+                hooks::run(&plan.hooks, &state, hook_descriptors())
+                    .and_then(|()| report(&socket, &Report::Done, None))
+            }
         }
     });
     outcome.or_else(|error| message::send(&socket, &Report::Failed(error), &[]))

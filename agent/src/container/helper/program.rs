@@ -59,7 +59,8 @@ pub(super) fn run(program: Program<'_>, socket: &UnixStream) -> Result<Infallibl
     report(socket, &Report::Ready, master.as_ref())?;
     drop(master);
     wait_for_start(socket)?;
-    hooks::run(program.start_hooks, &program.hook_state)?;
+    // This process has the container's limits already, and may not raise them.
+    hooks::run(program.start_hooks, &program.hook_state, None)?;
     // Nothing of the agent's or of the guest's goes along, whoever forgot to mark it.
     descriptors::close_all_on_exec().step("close", "descriptors")?;
     // Ignored and blocked signals would stay so in the new program, and Rust's runtime ignores
