@@ -104,7 +104,7 @@ impl Volumes {
     ) -> io::Result<PathBuf> {
         let location = source.location(mounts)?;
         let view = View {
-            recursive: share.recursive && source.is_directory,
+            recursive: share.recursive,
             id_map: share.id_map.clone(),
         };
         let asked = Asked {

@@ -86,7 +86,11 @@ impl Shared {
     fn way_to(&self, asked: &Asked<'_>) -> Option<PathBuf> {
         let (own, other) = (self.location.as_ref()?, asked.location?);
         let same_mounts = self.view.recursive == asked.view.recursive || !asked.is_directory;
-        if own.device != other.device || self.view.id_map != asked.view.id_map || !same_mounts {
+        // A source that is reached by a read-only mount of the host must not be written through
+        // another mount of it, nor the other way round.
+        let same_access = own.read_only == other.read_only;
+        let same_view = self.view.id_map == asked.view.id_map && same_mounts && same_access;
+        if own.device != other.device || !same_view {
             return None;
         }
         let way = other.path.strip_prefix(&own.path).ok()?;

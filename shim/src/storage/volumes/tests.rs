@@ -242,12 +242,40 @@ fn an_empty_dir_is_shared_whole_from_its_first_part_on() {
         // The volume is the pod's own, and so is the right to write a part of it.
         assert_eq!(place.add("c", &volume.join("sub"), false), part);
         assert!(place.mirror.writes(&part.join("f")));
+        place.remove("a");
+        place.remove("b");
+        place.remove("c");
+        // The same when the first part is a file.
+        fs::write(volume.join("file"), "x").unwrap();
+        let part = place.add("a", &volume.join("file"), true);
+        let whole = place.add("b", &volume, true);
+        assert_eq!(part, whole.join("file"));
         // A directory of another volume by the name of this one is not of it.
         let foreign = place.directory("foreign");
         let foreign = place.add("d", &place.sub_path(1, &foreign), false);
         assert!(!foreign.starts_with(&whole));
-        for id in ["a", "b", "c", "d"] {
+        for id in ["a", "b", "d"] {
             place.remove(id);
+        }
+        place.nothing_is_left();
+    });
+}
+
+#[test]
+fn a_read_only_mount_of_the_host_is_shared_apart() {
+    with_mounts(|place| {
+        let volume = place.directory("volume");
+        let view = place.directory("view");
+        bind(&volume, &view);
+        let remount = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        mount(None::<&str>, &view, None::<&str>, remount, None::<&str>).unwrap();
+        for (first, second) in [(&view, &volume), (&volume, &view)] {
+            let shares = [place.add("a", first, false), place.add("b", second, false)];
+            assert_ne!(shares[0], shares[1]);
+            let writes = shares.map(|share| place.mirror.writes(&share.join("f")));
+            assert_eq!(writes, [first == &volume, second == &volume]);
+            place.remove("a");
+            place.remove("b");
         }
         place.nothing_is_left();
     });
