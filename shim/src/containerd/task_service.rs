@@ -65,7 +65,14 @@ impl Task for TaskService {
         request: CreateTaskRequest,
     ) -> Answer<CreateTaskResponse> {
         let pod = self.0.pod().await?;
-        let work = async move { create::create(&pod, &request).await };
+        let daemon = Arc::clone(&self.0);
+        let work = async move {
+            let created = create::create(&pod, &request).await;
+            if created.is_err() {
+                daemon.shut_down_if_wanted().await;
+            }
+            created
+        };
         let pid = to_the_end(work).await?;
         Ok(CreateTaskResponse {
             pid,

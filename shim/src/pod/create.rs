@@ -80,6 +80,11 @@ pub(crate) async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Resul
         execs: Mutex::default(),
     });
     reserve(pod, &container)?;
+    if pod.exit().is_some() {
+        // The sweep over the containers of a VM that ended has not seen this one.
+        forget(pod, &container.id);
+        return Err(CallError::Gone("the VM has ended".to_owned()));
+    }
     let built = if container.pause {
         container.init.created(None);
         Ok(())
@@ -89,6 +94,7 @@ pub(crate) async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Resul
     if let Err(error) = built {
         forget(pod, &container.id);
         let _ = release(pod, &container).await;
+        container.init.creation_failed();
         return Err(error);
     }
     let mut event = TaskCreate::new();

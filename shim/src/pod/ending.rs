@@ -323,6 +323,7 @@ async fn expect_end(pod: Arc<Pod>, container: Arc<Container>, deadline: Instant)
     let agent = pod.agent.within(PROBE_MAX);
     let left = match agent_call!(agent, pids, &container_request(id)) {
         Ok(left) => left.processes.len(),
+        Err(error) if error.is_not_found() => 0,
         Err(error) => {
             pod.give_up(&format!(
                 "container {id} did not end after SIGKILL: {error}"

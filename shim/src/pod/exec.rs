@@ -48,6 +48,7 @@ pub(crate) async fn exec(pod: &Arc<Pod>, request: &ExecProcessRequest) -> Result
     }
     if let Err(error) = build_exec(pod, &process_entry, &process, request).await {
         container.execs().remove(&request.exec_id);
+        process_entry.creation_failed();
         return Err(error);
     }
     let mut event = TaskExecAdded::new();

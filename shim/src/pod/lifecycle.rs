@@ -72,6 +72,8 @@ pub(crate) async fn delete(
 ) -> Result<(u32, Exit), CallError> {
     let container = pod.container(id)?;
     let process = container.process(exec_id)?;
+    // A caller that gave up on Create deletes what it does not know the fate of.
+    process.creation_over().await;
     let exit = process.begin_delete()?;
     let deleted = delete_claimed(pod, &container, &process).await;
     let last = match deleted {

@@ -119,8 +119,8 @@ pub(crate) struct Process {
     phase: Mutex<Phase>,
     /// Its start has succeeded.
     ran: AtomicBool,
-    /// Wakes those who wait for the end of a start.
-    start_over: Notify,
+    /// Wakes those who wait for the end of a creation or a start.
+    step_over: Notify,
     exit: watch::Sender<Option<Exit>>,
     copying: Mutex<Option<Copying>>,
 }
@@ -144,7 +144,7 @@ impl Process {
             paths,
             phase: Mutex::new(Phase::Reserved),
             ran: AtomicBool::new(false),
-            start_over: Notify::new(),
+            step_over: Notify::new(),
             exit: watch::Sender::new(None),
             copying: Mutex::new(None),
         }
@@ -162,10 +162,27 @@ impl Process {
     /// It is built; `copying` moves its streams.
     pub(crate) fn created(&self, copying: Option<Copying>) {
         *locked(&self.copying) = copying;
-        let mut phase = locked(&self.phase);
-        if *phase == Phase::Reserved {
-            *phase = Phase::Created;
+        self.end_creation(Phase::Created);
+    }
+
+    /// Its creation failed. Nobody hears of an end: containerd never had the process.
+    pub(crate) fn creation_failed(&self) {
+        self.end_creation(Phase::Stopped(Exit::now(LOST_STATUS)));
+    }
+
+    fn end_creation(&self, next: Phase) {
+        {
+            let mut phase = locked(&self.phase);
+            if *phase == Phase::Reserved {
+                *phase = next;
+            }
         }
+        self.step_over.notify_waiters();
+    }
+
+    /// Waits until its creation is over.
+    pub(crate) async fn creation_over(&self) {
+        self.leaves(Phase::Reserved).await;
     }
 
     /// Claims the right to start it.
@@ -190,14 +207,19 @@ impl Process {
                 };
             }
         }
-        self.start_over.notify_waiters();
+        self.step_over.notify_waiters();
     }
 
     /// Waits until no start is in flight.
     pub(crate) async fn start_over(&self) {
+        self.leaves(Phase::Starting).await;
+    }
+
+    /// Waits until it is not in `phase` any more.
+    async fn leaves(&self, phase: Phase) {
         loop {
-            let over = self.start_over.notified();
-            if self.phase() != Phase::Starting {
+            let over = self.step_over.notified();
+            if self.phase() != phase {
                 return;
             }
             over.await;
@@ -242,7 +264,7 @@ impl Process {
         };
         if next.is_some() {
             self.exit.send_replace(Some(exit));
-            self.start_over.notify_waiters();
+            self.step_over.notify_waiters();
         }
         next.is_some()
     }
@@ -304,6 +326,28 @@ mod tests {
         assert!(process.begin_delete().is_err());
         process.undo_delete();
         assert_eq!(process.phase(), Phase::Stopped(exit));
+    }
+
+    #[tokio::test]
+    async fn a_delete_can_wait_for_the_creation() {
+        for fails in [false, true] {
+            let process = std::sync::Arc::new(process());
+            let deleted = tokio::spawn({
+                let process = std::sync::Arc::clone(&process);
+                async move {
+                    process.creation_over().await;
+                    process.begin_delete().unwrap().is_some()
+                }
+            });
+            tokio::task::yield_now().await;
+            assert!(process.begin_delete().is_err());
+            if fails {
+                process.creation_failed();
+            } else {
+                process.created(None);
+            }
+            assert_eq!(deleted.await.unwrap(), fails);
+        }
     }
 
     #[test]
