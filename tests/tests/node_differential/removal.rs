@@ -52,6 +52,13 @@ fn kill(side: &Side<'_>, pid: u64) -> Result<()> {
     side.node.shell(&format!("kill -KILL {pid}")).map(drop)
 }
 
+/// Kills processes of which one may end with another.
+fn kill_all(side: &Side<'_>, pids: &[u64]) -> Result<()> {
+    let pids: Vec<String> = pids.iter().map(u64::to_string).collect();
+    let line = format!("kill -KILL {} || true", pids.join(" "));
+    side.node.shell(&line).map(drop)
+}
+
 /// Runs a privileged container, whose start may stay unanswered.
 fn privileged(side: &Side<'_>, line: &str) -> Result<()> {
     let mut config = container("privileged", &["sh", "-c", line]);
@@ -100,11 +107,7 @@ const STATES: [(&str, Harm); 8] = [
             .into_iter()
             .try_for_each(|daemon| stop_process(side, daemon))
     }),
-    ("daemon-killed", |side, _| {
-        daemons(side)?
-            .into_iter()
-            .try_for_each(|daemon| kill(side, daemon))
-    }),
+    ("daemon-killed", |side, _| kill_all(side, &daemons(side)?)),
 ];
 
 /// Breaks a pod and removes it.
@@ -137,8 +140,8 @@ fn clean_up(side: &Side<'_>) -> Result<()> {
     for process in ["vmm_pid", "shim_pid"] {
         let _may_be_gone = side.state(process).and_then(|pid| kill(side, pid));
     }
-    for daemon in daemons(side).unwrap_or_default() {
-        kill(side, daemon)?;
+    if let Ok(daemons) = daemons(side) {
+        kill_all(side, &daemons)?;
     }
     side.containerd
         .wait_for_end_of_containers(side.node, &side.pod)?;
@@ -156,7 +159,11 @@ fn a_pod_is_removed_whatever_its_state() {
     for (state, harm) in STATES {
         eprintln!("{state}:");
         let before = Leftovers::look(&node).unwrap();
-        let pod: Value = json!({"hostname": state});
+        // containerd runs privileged containers in privileged pods alone.
+        let pod: Value = json!({
+            "hostname": state,
+            "linux": {"security_context": {"privileged": true}},
+        });
         let side = Side::with(&node, PERICARP, &format!("removal-{state}"), &pod).unwrap();
         let done = removed(&side, harm).and_then(|()| {
             Leftovers::nothing_since(&node, &before)?;
