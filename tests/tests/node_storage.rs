@@ -443,8 +443,8 @@ fn shares(node: &Session) -> Result<usize> {
     Ok(count.trim().parse()?)
 }
 
-/// A pod with `volume` and a `subPath` of it. `tests/tests/node_differential` compares sockets, locks
-/// and mappings with runc.
+/// A pod with `volume` and a `subPath` of it. Sockets, locks and mappings are compared with runc in
+/// `tests/tests/node_differential`.
 fn a_volume_is_shared(node: &Session, volume: &str, sub_path: &str) -> Result<()> {
     let containerd = node.containerd(Version::V23)?;
     let before = Leftovers::look(node)?;

@@ -97,6 +97,15 @@ pub(crate) async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Resul
         container.init.creation_failed();
         return Err(error);
     }
+    tell_creation(pod, request, pid).await;
+    if !container.pause {
+        let init = Arc::clone(&container.init);
+        tokio::spawn(watch(Arc::clone(pod), container.id.clone(), init));
+    }
+    Ok(pid)
+}
+
+async fn tell_creation(pod: &Pod, request: &CreateTaskRequest, pid: u32) {
     let mut event = TaskCreate::new();
     event.container_id = request.id.clone();
     event.bundle = request.bundle.clone();
@@ -113,11 +122,6 @@ pub(crate) async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Resul
     pod.publisher
         .publish(topics::TASK_CREATE_EVENT_TOPIC, Box::new(event))
         .await;
-    if !container.pause {
-        let init = Arc::clone(&container.init);
-        tokio::spawn(watch(Arc::clone(pod), container.id.clone(), init));
-    }
-    Ok(pid)
 }
 
 pub(super) fn reserve(pod: &Pod, container: &Arc<Container>) -> Result<(), CallError> {
