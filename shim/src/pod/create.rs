@@ -120,7 +120,7 @@ async fn tell_creation(pod: &Pod, request: &CreateTaskRequest, pid: u32) {
     .into();
     event.pid = pid;
     pod.publisher
-        .publish(topics::TASK_CREATE_EVENT_TOPIC, Box::new(event))
+        .publish(topics::TASK_CREATE_EVENT_TOPIC, event)
         .await;
 }
 

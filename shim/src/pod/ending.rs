@@ -151,7 +151,7 @@ pub(crate) async fn ended(pod: &Pod, id: &str, process: &Process, exit: Exit) ->
     event.exit_status = exit.status;
     event.exited_at = Some(timestamp(exit.at)).into();
     pod.publisher
-        .publish(topics::TASK_EXIT_EVENT_TOPIC, Box::new(event))
+        .publish(topics::TASK_EXIT_EVENT_TOPIC, event)
         .await;
     true
 }
@@ -219,7 +219,7 @@ pub(crate) async fn out_of_memory(pod: &Pod, id: &str) {
         ..Default::default()
     };
     pod.publisher
-        .publish(topics::TASK_OOM_EVENT_TOPIC, Box::new(event))
+        .publish(topics::TASK_OOM_EVENT_TOPIC, event)
         .await;
 }
 

@@ -3,13 +3,13 @@
 //! `containerd/events.rs` takes them from the queue and sends them. The queue is bounded: while
 //! containerd is away events wait here and then in their producers.
 
-use containerd_shim_protos::{
-    protobuf::{MessageDyn, well_known_types::any::Any},
-    shim::event::Envelope,
-};
-use protobuf::well_known_types::timestamp::Timestamp;
+use containerd_shim_protos::{protobuf::well_known_types::any::Any, shim::event::Envelope};
+use protobuf::{Message, well_known_types::timestamp::Timestamp};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, warn};
+
+/// Package of the messages, which containerd knows them by.
+const PACKAGE: &str = "containerd.events";
 
 /// Events that wait for containerd.
 const QUEUE_MAX: usize = 1024;
@@ -47,14 +47,14 @@ impl Publisher {
     }
 
     /// Queues one event; waits when the queue is full.
-    pub(crate) async fn publish(&self, topic: &str, event: Box<dyn MessageDyn>) {
-        let descriptor = event.descriptor_dyn();
-        let Ok(value) = event.write_to_bytes_dyn() else {
+    pub(crate) async fn publish<M: Message>(&self, topic: &str, event: M) {
+        let Ok(value) = event.write_to_bytes() else {
             warn!(topic, "event cannot be encoded");
             return;
         };
         let mut any = Any::new();
-        any.type_url = descriptor.full_name().to_owned();
+        // Not by the message's descriptor: that would parse the descriptions of all messages.
+        any.type_url = format!("{PACKAGE}.{}", M::NAME);
         any.value = value;
         let mut envelope = Envelope::new();
         envelope.set_namespace(self.namespace.clone());
@@ -64,5 +64,24 @@ impl Publisher {
         if self.queue.send(Item::Event(envelope)).await.is_err() {
             debug!(topic, "the publisher has ended");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use containerd_shim_protos::events::task::TaskExit;
+    use protobuf::MessageFull;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn events_have_the_names_of_their_messages() {
+        let (publisher, mut queue) = Publisher::new("k8s.io".to_owned());
+        publisher.publish("/tasks/exit", TaskExit::new()).await;
+        let Some(Item::Event(envelope)) = queue.recv().await else {
+            panic!("no event");
+        };
+        let known = TaskExit::descriptor();
+        assert_eq!(envelope.event().type_url, known.full_name());
     }
 }

@@ -55,7 +55,7 @@ pub(crate) async fn exec(pod: &Arc<Pod>, request: &ExecProcessRequest) -> Result
     event.container_id = request.id.clone();
     event.exec_id = request.exec_id.clone();
     pod.publisher
-        .publish(topics::TASK_EXEC_ADDED_EVENT_TOPIC, Box::new(event))
+        .publish(topics::TASK_EXEC_ADDED_EVENT_TOPIC, event)
         .await;
     tokio::spawn(watch(Arc::clone(pod), container.id.clone(), process_entry));
     Ok(())

@@ -49,7 +49,7 @@ pub(crate) async fn start(pod: &Arc<Pod>, id: &str, exec_id: &str) -> Result<u32
         event.container_id = id.to_owned();
         event.pid = process.pid;
         pod.publisher
-            .publish(topics::TASK_START_EVENT_TOPIC, Box::new(event))
+            .publish(topics::TASK_START_EVENT_TOPIC, event)
             .await;
     } else {
         let mut event = TaskExecStarted::new();
@@ -57,7 +57,7 @@ pub(crate) async fn start(pod: &Arc<Pod>, id: &str, exec_id: &str) -> Result<u32
         event.exec_id = exec_id.to_owned();
         event.pid = process.pid;
         pod.publisher
-            .publish(topics::TASK_EXEC_STARTED_EVENT_TOPIC, Box::new(event))
+            .publish(topics::TASK_EXEC_STARTED_EVENT_TOPIC, event)
             .await;
     }
     process.end_start(true);
@@ -94,7 +94,7 @@ pub(crate) async fn delete(
         event.exit_status = exit.status;
         event.exited_at = Some(timestamp(exit.at)).into();
         pod.publisher
-            .publish(topics::TASK_DELETE_EVENT_TOPIC, Box::new(event))
+            .publish(topics::TASK_DELETE_EVENT_TOPIC, event)
             .await;
     } else {
         container.execs().remove(exec_id);
@@ -218,7 +218,7 @@ pub(crate) async fn freeze(pod: &Pod, id: &str, frozen: bool) -> Result<(), Call
             ..Default::default()
         };
         pod.publisher
-            .publish(topics::TASK_PAUSED_EVENT_TOPIC, Box::new(event))
+            .publish(topics::TASK_PAUSED_EVENT_TOPIC, event)
             .await;
     } else {
         let event = TaskResumed {
@@ -226,7 +226,7 @@ pub(crate) async fn freeze(pod: &Pod, id: &str, frozen: bool) -> Result<(), Call
             ..Default::default()
         };
         pod.publisher
-            .publish(topics::TASK_RESUMED_EVENT_TOPIC, Box::new(event))
+            .publish(topics::TASK_RESUMED_EVENT_TOPIC, event)
             .await;
     }
     Ok(())
