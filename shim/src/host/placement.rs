@@ -28,7 +28,7 @@ const GUARANTEED: i32 = -997;
 /// Processors, memory nodes and processes that are looked at.
 const NUMBERS_MAX: usize = 8192;
 
-/// What a container asks of its placement.
+/// Host-side resources that one container asks for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct HostResources {
     score: Option<i32>,

@@ -1,4 +1,4 @@
-//! The image of drivers (`paths.modules`): a read-only disk of the guest with modules for its
+//! The driver image (`paths.modules`): a read-only disk of the guest with modules for its
 //! kernel, firmware, and what containers with passed-through functions get besides.
 //!
 //! The shim never looks into it; the agent does (`agent/src/drivers/`).
