@@ -21,6 +21,8 @@ struct PoolInfo {
 mod ioctls {
     // random(4): RNDADDENTROPY is _IOW('R', 0x03, int[2]).
     nix::ioctl_write_ptr!(add_entropy, b'R', 0x03, [i32; 2]);
+    // random(4): RNDRESEEDCRNG is _IO('R', 0x07).
+    nix::ioctl_none!(reseed, b'R', 0x07);
     nix::ioctl_write_ptr_bad!(set_window_size, libc::TIOCSWINSZ, libc::winsize);
 }
 
@@ -43,6 +45,17 @@ pub fn add_entropy(device: &File, seed: &[u8]) -> io::Result<()> {
     // which lives through the call; a `PoolInfo` begins with the two numbers that the request's
     // type names.
     unsafe { ioctls::add_entropy(device.as_raw_fd(), (&raw const info).cast()) }?;
+    Ok(())
+}
+
+/// Has the kernel's generator draw its keys anew from the pool, at once: a machine that goes on from
+/// a saved one shares them with every other until then.
+///
+/// # Errors
+/// The kernel refuses (only root may ask).
+pub fn reseed(device: &File) -> io::Result<()> {
+    // SAFETY: the request has no argument.
+    unsafe { ioctls::reseed(device.as_raw_fd()) }?;
     Ok(())
 }
 

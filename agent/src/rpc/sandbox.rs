@@ -15,7 +15,8 @@ use super::check_id;
 use crate::{
     drivers::Drivers,
     ground::{beneath, clock, errors::RpcError, files, log, paths::RUN, sysctls},
-    network,
+    machine::devices,
+    network::{self, NetworkError},
     pod::{Pod, SandboxState, blocking},
     storage,
 };
@@ -90,7 +91,7 @@ fn apply(pod: &Pod, request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
     // Before the pod's sysctls, which may set some of these limits.
     pod.limits.set(request.node_limits.get_or_default())?;
     // Before the network's sysctls, which may name an interface.
-    network::apply(&request.interfaces, &request.routes, &request.neighbours)?;
+    apply_network(request)?;
     set_sysctls(request)?;
     write_resolver_files(pod.options.etc(), request)?;
     let mut added = Vec::new();
@@ -106,6 +107,18 @@ fn apply(pod: &Pod, request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
         return Err(error);
     }
     mount_shm(request.shm_size_bytes)
+}
+
+/// Interfaces that the host plugged into the running machine are found by a look at the bus.
+fn apply_network(request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
+    let apply = || network::apply(&request.interfaces, &request.routes, &request.neighbours);
+    match apply() {
+        Err(NetworkError::NoInterface(_)) => {
+            devices::rescan()?;
+            Ok(apply()?)
+        }
+        other => Ok(other?),
+    }
 }
 
 fn attach_all<'a>(
@@ -165,7 +178,7 @@ fn add_entropy(seed: &[u8]) -> Result<(), RpcError> {
     for part in seed.chunks(ENTROPY_BYTES_MAX) {
         pericarp_sys::guest::add_entropy(&device, part).map_err(RpcError::kernel("add entropy"))?;
     }
-    Ok(())
+    pericarp_sys::guest::reseed(&device).map_err(RpcError::kernel("reseed the generator"))
 }
 
 fn set_sysctls(request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
