@@ -52,6 +52,27 @@ async fn what_the_agents_starter_ignores_is_not_ignored_in_containers() {
 }
 
 #[tokio::test]
+async fn a_broken_connection_is_made_anew_as_long_as_the_host_answers() {
+    let Some(guest) = Guest::configured().await else {
+        return;
+    };
+    let spec = guest.spec(&["sleep", "1000"]);
+    guest.create("c", &spec, Streams::default()).await.unwrap();
+    guest.start_process("c", "").await.unwrap();
+    let guest = guest.reconnect().await;
+    assert_eq!(guest.hello.agent_version, env!("CARGO_PKG_VERSION"));
+    // What there was goes on.
+    assert_eq!(
+        refusal(guest.start_process("c", "").await).0,
+        Code::FAILED_PRECONDITION
+    );
+    let guest = guest.reconnect().await;
+    guest.kill("c").await.unwrap();
+    assert_eq!(guest.wait("c", "").await.unwrap().exit_status, 137);
+    assert_eq!(guest.hang_up(), Some(0));
+}
+
+#[tokio::test]
 async fn states_and_names_are_guarded() {
     let Some(guest) = Guest::configured().await else {
         return;

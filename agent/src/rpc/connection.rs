@@ -1,10 +1,14 @@
-//! The way to the host: dials once, says hello, serves requests on that connection and streams on a
-//! port.
+//! The way to the host: dials, says hello, serves requests on that connection and streams on a port.
 //!
 //! ```text
-//! dial (2, AGENT_PORT) ── Hello ── rest of the set-up ── ttrpc requests ──(host gone)── power off
+//! dial (2, AGENT_PORT) ── Hello ── rest of the set-up ── ttrpc requests ──(connection ends)──┐
+//!            └──────────────────────────────────────────────── dial again ── Hello ──────────┤
+//!                                                                 └─(refused)── power off    │
 //! listen STREAM_PORT ──── one task a connection: header, then a process or a forwarded port
 //! ```
+//!
+//! A machine that goes on from a saved one finds its connections reset, and the VMM lets it dial
+//! once more. When the host is gone for good, nobody answers.
 //!
 //! A vsock socket is read, written and shut down by the calls of a unix stream socket, so both
 //! transports are one type after their set-up. Only connections from the host ([`HOST_CID`]) are
@@ -31,7 +35,7 @@ use protobuf::Message as _;
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, unix::AsyncFd},
     net::UnixStream,
-    sync::{Semaphore, oneshot},
+    sync::{Semaphore, mpsc, oneshot},
     time::timeout,
 };
 use ttrpc::asynchronous::{Server, transport::Listener};
@@ -39,7 +43,7 @@ use ttrpc::asynchronous::{Server, transport::Listener};
 use crate::{
     ground::{clock, files, kernel, log},
     machine::init::{self, Options},
-    pod::{Pod, events},
+    pod::{Pod, blocking, events},
     rpc::Service,
 };
 
@@ -53,6 +57,9 @@ const STREAM_TASKS_MAX: usize = 1024;
 /// How long the host may take to answer the dial. It has a deadline of its own
 /// (`timeouts.agent_ready_ms`) and ends the VM then; on a busy node two seconds pass soon.
 const DIAL_MAX: Duration = Duration::from_secs(3600);
+
+/// How long it may take when a connection was there before: the VMM itself refuses at once.
+const DIAL_AGAIN_MAX: Duration = Duration::from_secs(10);
 
 /// How long the answer to a power-off may travel.
 const ANSWER_WAIT: Duration = Duration::from_millis(200);
@@ -95,7 +102,7 @@ pub(crate) enum ConnectionError {
 /// Dials the host and serves it until it goes away.
 pub(crate) async fn serve(options: Options, started_us: u64) -> Result<(), ConnectionError> {
     let streams = StreamListener::new(&options)?;
-    let mut host = dial(&options)?;
+    let mut host = dial(&options, DIAL_MAX)?;
     say_hello(&mut host, started_us).await?;
     init::set_up(&options);
 
@@ -108,38 +115,65 @@ pub(crate) async fn serve(options: Options, started_us: u64) -> Result<(), Conne
     tokio::spawn(events::report_removals(Arc::clone(&pod.events)));
     tokio::spawn(accept_streams(streams, Arc::clone(&pod)));
 
-    let (gone, host_gone) = oneshot::channel();
-    let host = HostConnection {
-        stream: host,
-        gone: Some(gone),
-    };
     let service = guest_ttrpc::create_agent(Arc::new(Service::new(Arc::clone(&pod))));
+    let (connections, mut accepted) = mpsc::channel(1);
+    let incoming = futures::stream::poll_fn(move |context| accepted.poll_recv(context));
     let mut server = Server::new()
-        .add_listener(Listener::new(futures::stream::iter([Ok(host)])))
+        .add_listener(Listener::new(incoming))
         .register_service(service);
     server.start().await.map_err(ConnectionError::Serve)?;
-    wait_for_the_end(&pod, host_gone).await;
+    while serve_until_the_end(&pod, host, &connections).await {
+        let Ok(next) = dial_again(&options, started_us).await else {
+            // Nobody answers: the host is gone for good.
+            pod.end_everything().await;
+            break;
+        };
+        host = next;
+    }
     pod.power_off();
     Ok(())
 }
 
-/// Returns when the guest must end: the host asked for it, or is gone.
-async fn wait_for_the_end(pod: &Pod, mut host_gone: oneshot::Receiver<()>) {
+/// Has the server serve `host` until the connection ends; false when the host asked for the end.
+async fn serve_until_the_end(
+    pod: &Pod,
+    host: UnixStream,
+    connections: &mpsc::Sender<io::Result<HostConnection>>,
+) -> bool {
+    let (gone, mut host_gone) = oneshot::channel();
+    let connection = HostConnection {
+        stream: host,
+        gone: Some(gone),
+    };
+    // The server takes connections as long as it lives, which is as long as this.
+    let _ = connections.send(Ok(connection)).await;
     tokio::select! {
-        // Whichever way the sender goes, the host is gone.
-        _ = &mut host_gone => pod.end_everything().await,
+        // Whichever way the sender goes, the connection has ended.
+        _ = &mut host_gone => true,
         () = pod.powering_off.notified() => {
             // Everything has ended; the host hangs up once it has read its answer.
             let _ = timeout(ANSWER_WAIT, host_gone).await;
+            false
         }
     }
 }
 
-fn dial(options: &Options) -> Result<UnixStream, ConnectionError> {
+async fn dial_again(options: &Options, started_us: u64) -> Result<UnixStream, ConnectionError> {
+    let mut host = {
+        let options = options.clone();
+        blocking(move || dial(&options, DIAL_AGAIN_MAX))
+            .await
+            .map_err(|error| ConnectionError::SetUp(io::Error::other(error)))??
+    };
+    say_hello(&mut host, started_us).await?;
+    Ok(host)
+}
+
+fn dial(options: &Options, patience: Duration) -> Result<UnixStream, ConnectionError> {
     let (address, stream) = match options {
         Options::Guest => (
             format!("vsock {HOST_CID}:{AGENT_PORT}"),
-            pericarp_sys::vsock::connect_to(HOST_CID, AGENT_PORT, DIAL_MAX)
+            pericarp_sys::vsock::connect_to(HOST_CID, AGENT_PORT, patience)
                 .map(StdUnixStream::from),
         ),
         Options::Developer { socket, .. } => {

@@ -11,7 +11,8 @@
 
 use std::{
     fs,
-    os::unix::fs::symlink,
+    net::Shutdown,
+    os::unix::{fs::symlink, net::UnixStream as StdUnixStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicU64, Ordering},
@@ -92,6 +93,8 @@ enum StreamPort {
 pub(crate) struct Guest {
     pub(crate) client: AgentClient,
     pub(crate) hello: Hello,
+    /// The same connection as the client's, to end it.
+    connection: StdUnixStream,
     streams: StreamPort,
     rootfs: PathBuf,
     folder: TempDir,
@@ -134,10 +137,11 @@ impl Guest {
             .spawn()
             .unwrap();
         let (connection, _) = listener.accept().await.unwrap();
-        let (client, hello) = greet(connection).await;
+        let (connection, client, hello) = greet(connection).await;
         let streams = StreamPort::Unix(folder.path().join("streams.sock"));
         let rootfs = folder.path().join("rootfs");
         Some(Self {
+            connection,
             client,
             hello,
             streams,
@@ -162,10 +166,11 @@ impl Guest {
             let (connection, _) = listener.accept().await.unwrap();
             greet(connection).await
         };
-        let (client, hello) = tokio::time::timeout(BOOT_MAX, hello)
+        let (connection, client, hello) = tokio::time::timeout(BOOT_MAX, hello)
             .await
             .expect("a hello");
         Self {
+            connection,
             client,
             hello,
             streams: StreamPort::Machine(folder.join("vsock.sock")),
@@ -311,6 +316,24 @@ impl Guest {
         (into, out)
     }
 
+    /// Ends the connection and takes the one that the agent makes then.
+    pub(crate) async fn reconnect(mut self) -> Self {
+        let path = self.folder.path().join("agent.sock");
+        fs::remove_file(&path).unwrap();
+        let listener = UnixListener::bind(&path).unwrap();
+        self.connection.shutdown(Shutdown::Both).unwrap();
+        let (connection, _) = listener.accept().await.unwrap();
+        let (connection, client, hello) = greet(connection).await;
+        (self.connection, self.client, self.hello) = (connection, client, hello);
+        self
+    }
+
+    /// Ends the connection for good and gives the exit status of the agent.
+    pub(crate) fn hang_up(mut self) -> Option<i32> {
+        self.connection.shutdown(Shutdown::Both).unwrap();
+        self.child.wait().unwrap().code()
+    }
+
     /// Sends SIGKILL to a container's first process.
     pub(crate) async fn kill(&self, id: &str) -> ttrpc::Result<Empty> {
         let request = SignalRequest {
@@ -388,12 +411,16 @@ async fn read_line(stream: &mut UnixStream) -> String {
     String::from_utf8(line).unwrap()
 }
 
-async fn greet(mut connection: UnixStream) -> (AgentClient, Hello) {
+async fn greet(mut connection: UnixStream) -> (StdUnixStream, AgentClient, Hello) {
     let length = connection.read_u32_le().await.unwrap();
     let mut hello = vec![0; usize::try_from(length).unwrap()];
     connection.read_exact(&mut hello).await.unwrap();
+    let connection = connection.into_std().unwrap();
+    let ours = connection.try_clone().unwrap();
+    let connection = UnixStream::from_std(connection).unwrap();
     let client = ttrpc::asynchronous::Client::new(Socket::new(connection));
     (
+        ours,
         AgentClient::new(client),
         Hello::parse_from_bytes(&hello).unwrap(),
     )
