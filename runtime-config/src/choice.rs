@@ -73,6 +73,16 @@ impl HugePages {
 }
 
 choice! {
+    /// Whether pods start from a saved machine.
+    TemplateUse {
+        /// Wherever there is a template; the first pod of a shape boots and has one made.
+        Auto = "auto",
+        /// Never: every pod boots its own kernel and shares no page of memory with another.
+        Off = "off",
+    }
+}
+
+choice! {
     /// How long the guest may keep what it read from a shared directory.
     VirtiofsCache {
         /// Until the host's file changes, as far as open and close tell (close-to-open).

@@ -7,7 +7,7 @@
 
 use std::path::PathBuf;
 
-use crate::choice::{CpuModel, HugePages, LogLevel, VirtiofsCache};
+use crate::choice::{CpuModel, HugePages, LogLevel, TemplateUse, VirtiofsCache};
 use crate::kind::{CpuFeature, Item, Kind, Setting, Value};
 use crate::nearest::nearest;
 use crate::pci::{DeviceResource, PciAddress, PciSelector};
@@ -138,6 +138,9 @@ settings! {
         huge_pages: HugePages = Kind::Choice(HugePages::WORDS), "none", pod;
         /// Give memory that the guest freed back to the host.
         free_page_reporting: bool = Kind::Bool, "true", pod;
+        /// Start pods from a template: a machine of the same shape that was saved when its agent
+        /// was ready and before it had anything of a pod (docs/templates.md).
+        template: TemplateUse = Kind::Choice(TemplateUse::WORDS), "auto", pod;
     }
 
     /// Network interfaces of the VM.

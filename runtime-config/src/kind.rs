@@ -4,7 +4,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use crate::choice::{CpuModel, HugePages, LogLevel, VirtiofsCache};
+use crate::choice::{CpuModel, HugePages, LogLevel, TemplateUse, VirtiofsCache};
 use crate::keys;
 use crate::pci::{DeviceResource, PciAddress, PciSelector};
 
@@ -315,6 +315,7 @@ setting!(CpuModel, Value::Text(value) => Self::from_word(value));
 setting!(HugePages, Value::Text(value) => Self::from_word(value));
 setting!(LogLevel, Value::Text(value) => Self::from_word(value));
 setting!(VirtiofsCache, Value::Text(value) => Self::from_word(value));
+setting!(TemplateUse, Value::Text(value) => Self::from_word(value));
 setting!(Vec<String>, Value::List(values) => Some(values.clone()));
 setting!(Vec<CpuFeature>, Value::List(values) => {
     values.iter().map(|text| CpuFeature::parse(text)).collect()

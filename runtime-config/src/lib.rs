@@ -30,7 +30,7 @@ pub mod sizing;
 mod table;
 
 pub use annotations::{ANNOTATION_PREFIX, AnnotationError};
-pub use choice::{CpuModel, HugePages, LogLevel, VirtiofsCache};
+pub use choice::{CpuModel, HugePages, LogLevel, TemplateUse, VirtiofsCache};
 pub use config::{Config, FlavourError, PodConfig};
 pub use keys::{KEYS, Settings, Storage, Vm};
 pub use kind::CpuFeature;
