@@ -20,6 +20,7 @@ use containerd::{
     args::{Action, Args},
     bootstrap, cleanup, daemon, info,
 };
+use machine::template_maker;
 
 fn main() -> ExitCode {
     match run() {
@@ -40,5 +41,12 @@ fn run() -> Result<(), Box<dyn Error>> {
         Action::Daemon => Ok(daemon::run(&args)?),
         Action::Version => Ok(info::version()?),
         Action::Info => Ok(info::runtime_info()?),
+        Action::Template => {
+            match template_maker::run()? {
+                Some(key) => println!("{key}"),
+                None => eprintln!("another template is being made"),
+            }
+            Ok(())
+        }
     }
 }

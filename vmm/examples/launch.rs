@@ -135,7 +135,10 @@ fn describe(shim: &mut Shim, kernel: &str, options: &Options) -> Anything<()> {
         Some("1g") => (PageKind::Huge1G, Pages::Huge1G),
         Some(_) => (PageKind::Base, Pages::Base),
     };
-    let memory = memory_file::create(memory_max_bytes, pages)?;
+    let memory = memory_file::create(memory_bytes, pages)?;
+    let pluggable = (memory_max_bytes > memory_bytes)
+        .then(|| memory_file::create(memory_max_bytes - memory_bytes, pages))
+        .transpose()?;
     let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm")?;
     let kernel = File::open(kernel)?;
     let initramfs = options.text("initramfs").map(File::open).transpose()?;
@@ -149,6 +152,7 @@ fn describe(shim: &mut Shim, kernel: &str, options: &Options) -> Anything<()> {
         "{command_line} {}",
         options.text("cmdline").unwrap_or_default()
     );
+    let last = at(if initramfs.is_some() { 4 } else { 3 });
     let machine = Machine {
         vcpus,
         vcpus_max,
@@ -161,12 +165,15 @@ fn describe(shim: &mut Shim, kernel: &str, options: &Options) -> Anything<()> {
         memory: at(1),
         kernel: at(2),
         initramfs: List::new("initramfs", initramfs.iter().map(|_| at(3)).collect())?,
+        pluggable: List::new("pluggable", pluggable.iter().map(|_| last).collect())?,
+        saved: List::default(),
         command_line: Text::new("cmdline", command_line)?,
         uid: 65534,
         gid: 65534,
     };
     let mut descriptors = vec![kvm.as_fd(), memory.as_fd(), kernel.as_fd()];
     descriptors.extend(initramfs.iter().map(AsFd::as_fd));
+    descriptors.extend(pluggable.iter().map(AsFd::as_fd));
     shim.send(&Request::Start(machine), &descriptors)
 }
 

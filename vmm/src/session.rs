@@ -344,6 +344,12 @@ fn while_running(
             let statistics = machine.device_statistics(named.device.as_str())?;
             return Ok(Success::DeviceStatistics(statistics));
         }
+        Request::Save(_) => {
+            return Err(failure(
+                ErrorCode::Unsupported,
+                "machines are not saved yet",
+            ));
+        }
         Request::Pause(_) => machine.pause()?,
         Request::Resume(_) => machine.resume()?,
         Request::RemoveDevice(named) => machine.remove(named.device.as_str())?,

@@ -103,8 +103,9 @@ wire_struct! {
     Fs {
         /// The tag to mount by.
         tag: Text<TAG_BYTES_MAX>,
-        /// A connected socket to the daemon.
-        socket: Descriptor,
+        /// A connected socket to the daemon. Without one, requests wait: a machine that will be
+        /// saved has a file system, and only those that go on from it have its files.
+        socket: List<Descriptor, 1>,
         /// Request queues, besides the one for high priority.
         queues: u16,
     }

@@ -56,9 +56,9 @@ wire_struct! {
         /// Memory at boot; a multiple of the page.
         memory_bytes: u64,
         /// Memory with all that the `mem` device can plug; equal to `memory_bytes` without such a
-        /// device. The memfd has this size.
+        /// device.
         memory_max_bytes: u64,
-        /// What pages the memfd is made of.
+        /// What pages the memory files are made of.
         pages: PageKind,
         /// What CPU the guest sees.
         cpu: CpuMode,
@@ -66,8 +66,15 @@ wire_struct! {
         cpu_features: Text<CPU_FEATURES_BYTES_MAX>,
         /// `/dev/kvm`.
         kvm: Descriptor,
-        /// A memfd of `memory_max_bytes`, sealed against shrinking.
+        /// The file of the memory at boot. Of a machine that goes on from a saved one: the file that
+        /// was its memory then; it is mapped privately and never written.
         memory: Descriptor,
+        /// The file of the memory that can be plugged, if any can.
+        pluggable: List<Descriptor, 1>,
+        /// What [`Request::Save`] wrote: the machine goes on from there instead of booting. The rest
+        /// of the description, and the devices in their order, are those of the saved machine;
+        /// kernel and initramfs are not read.
+        saved: List<Descriptor, 1>,
         /// The kernel: an ELF with a PVH note, or a bzImage.
         kernel: Descriptor,
         /// An initramfs, or none.
@@ -110,6 +117,15 @@ wire_struct! {
     Vcpus {
         /// How many run.
         count: u16,
+    }
+}
+
+wire_struct! {
+    /// Where a machine is written down.
+    #[derive(Copy)]
+    Save {
+        /// A file open for writing. Memory is not in it: that is in the machine's own file.
+        state: Descriptor,
     }
 }
 
@@ -171,6 +187,9 @@ wire_choice! {
         DeviceStatistics(Named) = 13,
         /// End the machine at once and the process with it.
         Shutdown(Nothing) = 14,
+        /// Write a paused machine down, so that others go on from there. It has no plugged memory
+        /// then, and does not run again.
+        Save(Save) = 15,
     }
 }
 
@@ -218,6 +237,15 @@ impl Machine {
             return Err(FieldError::new("Machine.vcpus", reason));
         }
         self.check_memory()?;
+        let plugs = self.memory_max_bytes > self.memory_bytes;
+        if plugs == self.pluggable.as_slice().is_empty() {
+            let reason = if plugs {
+                "memory_max_bytes is more than memory_bytes, and there is no file for the rest"
+            } else {
+                "no memory can be plugged"
+            };
+            return Err(FieldError::new("Machine.pluggable", reason));
+        }
         for (field, id) in [("Machine.uid", self.uid), ("Machine.gid", self.gid)] {
             if id == 0 || id == u32::MAX {
                 return Err(FieldError::new(field, format!("{id} is no id to drop to")));

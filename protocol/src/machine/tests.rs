@@ -24,6 +24,8 @@ fn machine() -> Machine {
         cpu_features: text("-xsave"),
         kvm: descriptor(0),
         memory: descriptor(1),
+        pluggable: List::new("pluggable", vec![descriptor(3)]).unwrap(),
+        saved: List::default(),
         kernel: descriptor(2),
         initramfs: List::default(),
         command_line: text("quiet panic=-1"),
@@ -75,7 +77,7 @@ fn devices() -> Vec<DeviceKind> {
         DeviceKind::Net(net()),
         DeviceKind::Fs(Fs {
             tag: text("pericarp"),
-            socket: descriptor(0),
+            socket: List::new("socket", vec![descriptor(0)]).unwrap(),
             queues: 1,
         }),
         DeviceKind::Vsock(Vsock {

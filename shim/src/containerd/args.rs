@@ -5,6 +5,8 @@
 
 use std::path::PathBuf;
 
+use crate::machine::template_maker;
+
 /// What the process was started for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Action {
@@ -18,6 +20,8 @@ pub(crate) enum Action {
     Info,
     /// Serve: the mode that `start` launches.
     Daemon,
+    /// Make the template that standard input asks for.
+    Template,
 }
 
 /// The parsed command line.
@@ -116,11 +120,15 @@ impl Args {
             "start" => Action::Start,
             "delete" => Action::Delete,
             "daemon" => Action::Daemon,
+            template_maker::ACTION => Action::Template,
             "v" => Action::Version,
             "info" => Action::Info,
             other => return Err(ArgsError::UnknownAction(other.to_owned())),
         };
-        if matches!(self.action, Action::Version | Action::Info) {
+        if matches!(
+            self.action,
+            Action::Version | Action::Info | Action::Template
+        ) {
             return Ok(self);
         }
         if self.id.is_empty() {
@@ -163,6 +171,7 @@ mod tests {
     fn version_and_info_need_nothing_else() {
         assert_eq!(parse("-v").unwrap().action, Action::Version);
         assert_eq!(parse("-info").unwrap().action, Action::Info);
+        assert_eq!(parse("template").unwrap().action, Action::Template);
     }
 
     #[test]

@@ -58,6 +58,16 @@ impl Watched {
         Self::spawn_at(command, &placement)
     }
 
+    /// Starts a program of the host's in `cgroups`.
+    pub(crate) fn spawn_program_in(command: Command, cgroups: Arc<Vec<File>>) -> io::Result<Self> {
+        let placement = Placement {
+            descriptors: &[],
+            cgroups: &cgroups,
+            new_pid_namespace: false,
+        };
+        Self::spawn_at(command, &placement)
+    }
+
     fn spawn_at(mut command: Command, placement: &Placement<'_>) -> io::Result<Self> {
         let mut exits = signal(SignalKind::child())?;
         let child = spawn_placed(&mut command, placement)?;

@@ -6,10 +6,18 @@
 //! made, not afterwards.
 
 use std::{
-    fs::{self, DirBuilder, OpenOptions, Permissions},
+    fs::{self, DirBuilder, File, OpenOptions, Permissions},
     io,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
+    os::{
+        fd::AsRawFd,
+        unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
+    },
     path::Path,
+};
+
+use nix::{
+    fcntl::{AT_FDCWD, AtFlags},
+    unistd::linkat,
 };
 
 /// What others than the owner may do.
@@ -32,6 +40,31 @@ pub(crate) fn file() -> OpenOptions {
     let mut options = OpenOptions::new();
     options.mode(0o600);
     options
+}
+
+/// Makes a file without a name on the file system of `directory`. It goes when it is closed, unless
+/// it gets a [`name`].
+pub(crate) fn nameless(directory: &Path) -> io::Result<File> {
+    file()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_TMPFILE)
+        .open(directory)
+}
+
+/// Gives a nameless file its name; it is for reading from then on.
+pub(crate) fn name(file: &File, path: &Path) -> io::Result<()> {
+    file.set_permissions(Permissions::from_mode(0o400))?;
+    let descriptor = format!("/proc/self/fd/{}", file.as_raw_fd());
+    // By way of /proc, as linkat(2) says: the empty path needs CAP_DAC_READ_SEARCH.
+    linkat(
+        AT_FDCWD,
+        descriptor.as_str(),
+        AT_FDCWD,
+        path,
+        AtFlags::AT_SYMLINK_FOLLOW,
+    )
+    .map_err(io::Error::from)
 }
 
 #[cfg(test)]

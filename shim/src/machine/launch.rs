@@ -39,6 +39,7 @@ use crate::{
     machine::{
         client::Machine,
         size::{BLOCK_BYTES, Most, Plan},
+        template::Template,
     },
     network::Attachment,
 };
@@ -57,10 +58,26 @@ pub(crate) struct Launch<'a> {
     pub(crate) state: &'a Path,
     /// Where its processes live.
     pub(crate) cgroups: Arc<Vec<File>>,
-    /// The VMM's end of the file-system daemon's socket.
-    pub(crate) file_system: OwnedFd,
+    /// User of the VMM.
+    pub(crate) user: u32,
+    /// How it begins.
+    pub(crate) origin: Origin<'a>,
+    /// The VMM's end of the file-system daemon's socket; none for a machine without files, which
+    /// serves as a template.
+    pub(crate) file_system: Option<OwnedFd>,
     /// The pod's interfaces.
     pub(crate) interfaces: Vec<Attachment>,
+}
+
+/// How a machine begins.
+#[derive(Debug)]
+pub(crate) enum Origin<'a> {
+    /// It boots.
+    Boot,
+    /// It boots with this file as its memory, to be saved.
+    BootToSave(OwnedFd),
+    /// It goes on from a saved one.
+    Fork(&'a Template),
 }
 
 /// A machine that was told to run.
@@ -92,9 +109,10 @@ pub(crate) async fn launch(
     journal: &mut Journal,
 ) -> Result<Launched, CallError> {
     let settings = launch.settings;
-    let user = claim_user(settings, journal)?;
     let (process, machine) = start_vmm(&launch, journal)?;
-    let (description, opened) = describe(settings, launch.plan, user)?;
+    let fork = matches!(launch.origin, Origin::Fork(_));
+    let description = describe(settings, launch.plan, launch.user, fork)?;
+    let opened = open_for(settings, launch.plan, launch.origin)?;
     machine.request(Request::Start(description), opened).await?;
     let pipe_flags = nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK;
     let (console, console_writer) = nix::unistd::pipe2(pipe_flags)
@@ -102,17 +120,13 @@ pub(crate) async fn launch(
     let vsock = launch.state.join("vsock.sock");
     let (agent, agents_end) = UnixStream::pair().map_err(host("socket of the agent"))?;
     let agents_end = agents_end.into_std().map_err(host("socket of the agent"))?;
-    let balloon = Balloon {
-        deflate_on_oom: true,
-        free_page_reporting: settings.vm.free_page_reporting,
-    };
     let mut devices = vec![
         console_device(console_writer)?,
         image_device(&settings.paths.image)?,
         vsock_device(&vsock, agents_end.into())?,
         file_system_device(launch.file_system)?,
         plain_device("rng", DeviceKind::Rng(Rng {}))?,
-        plain_device("balloon", DeviceKind::Balloon(balloon))?,
+        plain_device("balloon", DeviceKind::Balloon(balloon(settings)))?,
     ];
     if launch.plan.most.plugs(launch.plan.boot) {
         let memory = Mem {
@@ -121,14 +135,22 @@ pub(crate) async fn launch(
         };
         devices.push(plain_device("memory", DeviceKind::Mem(memory))?);
     }
-    for attachment in launch.interfaces {
-        devices.push(interface_device(attachment)?);
-    }
-    for (device, descriptors) in devices {
+    let interfaces = launch.interfaces.into_iter().map(interface_device);
+    let interfaces = interfaces.collect::<Result<Vec<_>, _>>()?;
+    // A template has no interfaces: those of a fork are plugged in when it runs.
+    let (later, now) = if fork {
+        (interfaces, Vec::new())
+    } else {
+        (Vec::new(), interfaces)
+    };
+    for (device, descriptors) in devices.into_iter().chain(now) {
         machine.add_device(device, descriptors).await?;
     }
     let run = Request::Run(Nothing {});
     machine.request(run, Vec::new()).await?;
+    for (device, descriptors) in later {
+        machine.add_device(device, descriptors).await?;
+    }
     Ok(Launched {
         machine,
         process,
@@ -136,6 +158,13 @@ pub(crate) async fn launch(
         vsock,
         console,
     })
+}
+
+fn balloon(settings: &Settings) -> Balloon {
+    Balloon {
+        deflate_on_oom: true,
+        free_page_reporting: settings.vm.free_page_reporting,
+    }
 }
 
 fn start_vmm(launch: &Launch<'_>, journal: &mut Journal) -> Result<(Watched, Machine), CallError> {
@@ -175,7 +204,7 @@ fn at(position: u8) -> Descriptor {
 }
 
 /// The first free of the VMMs' user ids, held by a file of its number.
-fn claim_user(settings: &Settings, journal: &mut Journal) -> Result<u32, CallError> {
+pub(crate) fn claim_user(settings: &Settings, journal: &mut Journal) -> Result<u32, CallError> {
     let dir = settings.paths.run_dir.join(".users");
     private::make_directory(&dir).map_err(host(dir.display()))?;
     let count = settings.security.vmm_uid_count;
@@ -201,34 +230,67 @@ fn claim_user(settings: &Settings, journal: &mut Journal) -> Result<u32, CallErr
     )))
 }
 
-fn guest_memory(settings: &Settings, bytes: u64) -> Result<(OwnedFd, PageKind), CallError> {
-    let (kind, pages) = match settings.vm.huge_pages {
+fn page_kind(settings: &Settings) -> (Pages, PageKind) {
+    match settings.vm.huge_pages {
         HugePages::Size2Mib => (Pages::Huge2M, PageKind::Huge2M),
         HugePages::Size1Gib => (Pages::Huge1G, PageKind::Huge1G),
         HugePages::None => (Pages::Base, PageKind::Base),
-    };
-    let memory = memory_file::create(bytes, kind).map_err(host("guest memory"))?;
-    Ok((memory, pages))
+    }
 }
 
-fn describe(
+/// Where the kernel and what follows it stand among the descriptors of [`open_for`].
+const KVM: u8 = 0;
+const MEMORY: u8 = 1;
+const KERNEL: u8 = 2;
+
+/// Opens what [`describe`] names, in its order.
+fn open_for(
     settings: &Settings,
     plan: Plan,
-    user: u32,
-) -> Result<(Description, Vec<OwnedFd>), CallError> {
-    let (sizing, most) = (plan.boot, plan.most);
-    let (memory, pages) = guest_memory(settings, most.memory_bytes)?;
+    origin: Origin<'_>,
+) -> Result<Vec<OwnedFd>, CallError> {
     let kvm = OpenOptions::new()
         .read(true)
         .write(true)
         .open("/dev/kvm")
         .map_err(|error| CallError::host("/dev/kvm (run `pericarp check`)", error))?;
+    let (pages, _) = page_kind(settings);
+    let fresh = |bytes| memory_file::create(bytes, pages).map_err(host("guest memory"));
+    let mut saved = None;
+    let memory = match origin {
+        Origin::Boot => fresh(plan.boot.memory_bytes)?,
+        Origin::BootToSave(file) => file,
+        Origin::Fork(template) => {
+            let (memory, state) = template.open().map_err(host("template"))?;
+            saved = Some(state);
+            memory
+        }
+    };
     let mut opened = vec![OwnedFd::from(kvm), memory, open(&settings.paths.kernel)?];
-    let mut initramfs = Vec::new();
     if let Some(path) = &settings.paths.initramfs {
         opened.push(open(path)?);
-        initramfs.push(at(3));
     }
+    if plan.most.plugs(plan.boot) {
+        opened.push(fresh(plan.most.memory_bytes - plan.boot.memory_bytes)?);
+    }
+    opened.extend(saved);
+    Ok(opened)
+}
+
+/// The machine, whose descriptors come in the order of [`open_for`].
+pub(super) fn describe(
+    settings: &Settings,
+    plan: Plan,
+    user: u32,
+    fork: bool,
+) -> Result<Description, CallError> {
+    let (sizing, most) = (plan.boot, plan.most);
+    let mut last = KERNEL;
+    let mut next_if = |field, there: bool| {
+        last += u8::from(there);
+        let position = there.then(|| at(last));
+        List::new(field, position.into_iter().collect()).map_err(self::field)
+    };
     let features: Vec<String> = settings
         .vm
         .cpu_features
@@ -238,18 +300,20 @@ fn describe(
     let vcpus = |count: u32| {
         u16::try_from(count).map_err(|_| CallError::Invalid(format!("vcpus: {count}")))
     };
-    let description = Description {
+    Ok(Description {
         vcpus: vcpus(sizing.vcpus)?,
         vcpus_max: vcpus(most.vcpus)?,
         memory_bytes: sizing.memory_bytes,
         memory_max_bytes: most.memory_bytes,
-        pages,
+        pages: page_kind(settings).1,
         cpu: cpu_mode(settings.vm.cpu_model)?,
         cpu_features: Text::new("vm.cpu_features", features.join(",")).map_err(field)?,
-        kvm: at(0),
-        memory: at(1),
-        kernel: at(2),
-        initramfs: List::new("initramfs", initramfs).map_err(field)?,
+        kvm: at(KVM),
+        memory: at(MEMORY),
+        kernel: at(KERNEL),
+        initramfs: next_if("initramfs", settings.paths.initramfs.is_some())?,
+        pluggable: next_if("pluggable", most.plugs(sizing))?,
+        saved: next_if("saved", fork)?,
         command_line: Text::new(
             "kernel.extra_parameters",
             command_line(settings, sizing, most),
@@ -257,8 +321,7 @@ fn describe(
         .map_err(field)?,
         uid: user,
         gid: user,
-    };
-    Ok((description, opened))
+    })
 }
 
 fn cpu_mode(model: CpuModel) -> Result<CpuMode, CallError> {
@@ -354,17 +417,18 @@ fn vsock_device(path: &Path, agent: OwnedFd) -> Result<Described, CallError> {
     Ok((device, vec![listener.into(), agent]))
 }
 
-fn file_system_device(socket: OwnedFd) -> Result<Described, CallError> {
+fn file_system_device(socket: Option<OwnedFd>) -> Result<Described, CallError> {
     let tag = Text::new("tag", SHARE_TAG).map_err(field)?;
+    let position = socket.is_some().then(|| at(0));
     let (device, _) = plain_device(
         "shared",
         DeviceKind::Fs(Fs {
             tag,
-            socket: at(0),
+            socket: List::new("socket", position.into_iter().collect()).map_err(field)?,
             queues: 1,
         }),
     )?;
-    Ok((device, vec![socket]))
+    Ok((device, socket.into_iter().collect()))
 }
 
 fn interface_device(attachment: Attachment) -> Result<Described, CallError> {

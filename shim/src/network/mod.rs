@@ -61,6 +61,21 @@ pub(crate) struct Attachment {
     pub(crate) transmit_limit: RateLimit,
 }
 
+impl Attachment {
+    /// The same interface, with descriptors of its own.
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        let all = |descriptors: &[OwnedFd]| {
+            let cloned = descriptors.iter().map(OwnedFd::try_clone);
+            cloned.collect::<io::Result<Vec<_>>>()
+        };
+        Ok(Self {
+            taps: all(&self.taps)?,
+            vhosts: all(&self.vhosts)?,
+            ..*self
+        })
+    }
+}
+
 /// What the agent is told.
 #[derive(Debug, Default)]
 pub(crate) struct GuestNetwork {

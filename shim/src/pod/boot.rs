@@ -14,7 +14,7 @@ use pericarp_protocol::guest::{
 };
 use pericarp_runtime_config::{Config, Demand, PodConfig, Settings};
 use tokio::{sync::watch, time::timeout};
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::{
     errors::CallError,
@@ -34,10 +34,12 @@ use crate::{
     },
     machine::{
         client::Machine,
-        launch::{Launch, Launched, SHARE_TAG, entropy, launch},
+        launch::{Launch, Launched, Origin, SHARE_TAG, claim_user, entropy, launch},
         size::Plan,
+        template::{Cold, Template},
+        template_maker,
     },
-    network,
+    network::{self, Attachment},
     passthrough::{self, Passthrough, group::Wanted},
     pod::{
         Pod, Request, agent_events,
@@ -85,6 +87,8 @@ struct Started {
     cgroups: Cgroups,
     shared: SharedDirectory,
     network: network::GuestNetwork,
+    /// Why it did not go on from a template, if so.
+    cold: Option<Cold>,
 }
 
 impl Pod {
@@ -172,6 +176,9 @@ impl Pod {
         });
         pod.configure(request, started.network, &devices).await?;
         pod.start_tasks(request);
+        if started.cold.is_some_and(|cold| cold.wants_one()) {
+            have_template_made(request, &config, plan);
+        }
         Ok(pod)
     }
 
@@ -239,6 +246,18 @@ impl Pod {
     }
 }
 
+/// Has the template made from which the next pod of this shape goes on.
+fn have_template_made(request: &Request, config: &PodConfig, plan: Plan) {
+    let order = template_maker::Order {
+        config: request.options.config_path.clone(),
+        flavour: request.options.flavour.clone(),
+        annotations: request.annotations.clone().into_iter().collect(),
+        sizes: Some(plan.into()),
+    };
+    let settings = config.settings.clone();
+    tokio::spawn(async move { template_maker::start(&settings, order).await });
+}
+
 /// Gives a pod its place on the host, starts its VM and waits for the agent.
 async fn start_vm(
     request: &Request,
@@ -251,28 +270,107 @@ async fn start_vm(
     let cgroups = make_cgroups(request, &mut journal)?;
     let shared =
         SharedDirectory::make(state, &request.annotations, &mut journal).map_err(failed)?;
-    let (daemon, file_system) = shared.serve(state, settings, Arc::clone(&cgroups.procs))?;
-    journal.note(&daemon.entry()).map_err(failed)?;
+    let user = claim_user(settings, &mut journal)?;
     let namespace = request.network_namespace.as_deref();
     let attached = network::attach(namespace, settings, &mut journal).await?;
-    let described = Launch {
+    let mut parts = Parts {
+        request,
         settings,
         plan,
         state,
-        cgroups: Arc::clone(&cgroups.procs),
-        file_system,
-        interfaces: attached.interfaces,
+        cgroups: &cgroups,
+        shared: &shared,
+        user,
+        journal,
     };
-    let launched = launch(described, &mut journal);
-    let (launched, ()) = tokio::try_join!(launched, start_scope(request, daemon.pid))?;
-    tokio::spawn(end_without_files(daemon, launched.process.clone()));
-    let guest = greet(launched, settings, state).await?;
+    let (guest, cold) = match Template::find(settings, plan) {
+        Ok(template) => {
+            let interfaces = attached.interfaces.iter().map(Attachment::try_clone);
+            let interfaces = interfaces.collect::<io::Result<_>>().map_err(failed)?;
+            match parts.start_guest(Origin::Fork(&template), interfaces).await {
+                Ok(guest) => {
+                    info!(template = template.key, "the pod goes on from a template");
+                    (guest, None)
+                }
+                Err(error) => {
+                    template.discard();
+                    let cold = Cold::Damaged(error.to_string());
+                    warn!(template = template.key, reason = %cold, "the pod boots");
+                    let interfaces = attached.interfaces;
+                    (
+                        parts.start_guest(Origin::Boot, interfaces).await?,
+                        Some(cold),
+                    )
+                }
+            }
+        }
+        Err(cold) => {
+            info!(reason = %cold, "the pod boots");
+            let interfaces = attached.interfaces;
+            (
+                parts.start_guest(Origin::Boot, interfaces).await?,
+                Some(cold),
+            )
+        }
+    };
     Ok(Started {
         guest,
         cgroups,
         shared,
         network: attached.guest,
+        cold,
     })
+}
+
+/// What a guest is started from, whichever way.
+struct Parts<'a> {
+    request: &'a Request,
+    settings: &'a Settings,
+    plan: Plan,
+    state: &'a Path,
+    cgroups: &'a Cgroups,
+    shared: &'a SharedDirectory,
+    user: u32,
+    journal: Journal,
+}
+
+impl Parts<'_> {
+    /// Starts the file-system daemon and the VMM, and waits for the agent. On failure both are
+    /// ended, so that it may be tried another way.
+    async fn start_guest(
+        &mut self,
+        origin: Origin<'_>,
+        interfaces: Vec<Attachment>,
+    ) -> Result<Greeted, CallError> {
+        let failed = |error| CallError::host(self.state.display(), error);
+        let procs = &self.cgroups.procs;
+        let (daemon, file_system) =
+            self.shared
+                .serve(self.state, self.settings, Arc::clone(procs))?;
+        self.journal.note(&daemon.entry()).map_err(failed)?;
+        let described = Launch {
+            settings: self.settings,
+            plan: self.plan,
+            state: self.state,
+            cgroups: Arc::clone(procs),
+            user: self.user,
+            origin,
+            file_system: Some(file_system),
+            interfaces,
+        };
+        let launched = launch(described, &mut self.journal);
+        let scope = start_scope(self.request, daemon.pid);
+        let started = async {
+            let (launched, ()) = tokio::try_join!(launched, scope)?;
+            tokio::spawn(end_without_files(daemon.clone(), launched.process.clone()));
+            greet(launched, self.settings, self.state).await
+        }
+        .await;
+        if started.is_err() {
+            daemon.kill();
+        }
+        started
+    }
 }
 
 /// Waits for the agent's first word, or for the end of the VM that would have brought it. What the

@@ -593,7 +593,7 @@ fn fs(setting: &Setting) -> Result<()> {
         name: "fs",
         kind: DeviceKind::Fs(Fs {
             tag: Text::new("tag", TAG)?,
-            socket: at(0),
+            socket: List::new("socket", vec![at(0)])?,
             queues: 1,
         }),
         descriptors: vec![socket.into()],

@@ -72,7 +72,7 @@ pub struct Vmm {
     /// The stream that the guest dials first.
     orders: BufReader<UnixStream>,
     folder: tempfile::TempDir,
-    memory_inode: u64,
+    memory_inodes: Vec<u64>,
     started: Instant,
 }
 
@@ -82,8 +82,8 @@ impl Vmm {
         let folder = tempfile::tempdir()?;
         let memory_bytes = plan.memory_mib.0 << 20;
         let memory_max_bytes = plan.memory_mib.1.max(plan.memory_mib.0) << 20;
-        let memory = File::from(memory_file::create(memory_max_bytes, Pages::Transparent)?);
-        let memory_inode = memory.metadata()?.ino();
+        let memory = File::from(memory_file::create(memory_bytes, Pages::Transparent)?);
+        let memory_inodes = vec![memory.metadata()?.ino()];
         let (ours, theirs) = seqpacket::pair()?;
         let (orders, dialled) = UnixStream::pair()?;
         orders.set_read_timeout(Some(PATIENCE))?;
@@ -104,7 +104,7 @@ impl Vmm {
             number: 0,
             orders: BufReader::new(orders),
             folder,
-            memory_inode,
+            memory_inodes,
             started,
         };
         vmm.describe(&plan, &memory, (memory_bytes, memory_max_bytes))?;
@@ -131,6 +131,14 @@ impl Vmm {
              memory_hotplug.online_policy=auto-movable {}",
             plan.command_line
         );
+        let pluggable = (sizes.1 > sizes.0)
+            .then(|| memory_file::create(sizes.1 - sizes.0, Pages::Transparent))
+            .transpose()?
+            .map(File::from);
+        if let Some(pluggable) = &pluggable {
+            self.memory_inodes.push(pluggable.metadata()?.ino());
+        }
+        let last = at(if initramfs.is_some() { 4 } else { 3 });
         let machine = Machine {
             vcpus: plan.vcpus,
             vcpus_max: plan.vcpus,
@@ -143,12 +151,15 @@ impl Vmm {
             memory: at(1),
             kernel: at(2),
             initramfs: List::new("initramfs", initramfs.iter().map(|_| at(3)).collect())?,
+            pluggable: List::new("pluggable", pluggable.iter().map(|_| last).collect())?,
+            saved: List::default(),
             command_line: Text::new("command line", command_line)?,
             uid: 65534,
             gid: 65534,
         };
         let mut descriptors = vec![kvm.as_fd(), memory.as_fd(), kernel.as_fd()];
         descriptors.extend(initramfs.iter().map(AsFd::as_fd));
+        descriptors.extend(pluggable.iter().map(AsFd::as_fd));
         self.ask(&Request::Start(machine), &descriptors)?;
         Ok(())
     }
@@ -369,7 +380,8 @@ impl Vmm {
     /// without the file `image` that the guest sees as memory.
     pub fn own_memory_kib(&self, image: Option<u64>) -> Result<(u64, u64)> {
         let text = std::fs::read_to_string(format!("/proc/{}/smaps", self.pid()))?;
-        let guests = [Some(self.memory_inode), image];
+        let memory = self.memory_inodes.iter().map(|inode| Some(*inode));
+        let guests: Vec<_> = memory.chain([image]).collect();
         Ok(own_memory_kib(&text, &guests))
     }
 

@@ -59,7 +59,7 @@ const FLOORS: &[(&str, &[Floor])] = &[
     (
         "shim",
         &[
-            ("main", "containerd"),
+            ("main", "containerd machine"),
             (
                 "containerd",
                 "pod storage passthrough machine network guest host errors",

@@ -116,6 +116,8 @@ impl Guest {
             cpu_features: Text::default(),
             kvm: at(0),
             memory: at(1),
+            pluggable: List::new("pluggable", vec![at(3)]).expect("one fits"),
+            saved: List::default(),
             kernel: at(2),
             initramfs: List::default(),
             command_line: Text::default(),
@@ -124,8 +126,9 @@ impl Guest {
         };
         let mut descriptors = Descriptors::new(vec![
             kvm.into(),
-            file(memory_max_bytes).into(),
+            file(MEMORY_BYTES).into(),
             file(4096).into(),
+            file(memory_max_bytes - MEMORY_BYTES).into(),
         ]);
         let waiter = Arc::new(Waiter::new().expect("an epoll"));
         let machine = Machine::new(description, &mut descriptors, Arc::clone(&waiter)).ok()?;

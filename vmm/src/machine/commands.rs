@@ -1,6 +1,7 @@
 //! What the shim asks of a machine that runs: pause, sizes, limits, counters.
 
 use std::{
+    io,
     os::unix::fs::MetadataExt,
     sync::{Arc, atomic::Ordering::Relaxed},
 };
@@ -117,7 +118,12 @@ impl Machine {
     /// Counters of the machine.
     pub(crate) fn statistics(&self) -> Result<Statistics, MachineError> {
         let host = MachineError::host("statistics");
-        let blocks = self.memory.file.metadata().map_err(host)?.blocks();
+        let blocks = self
+            .memory
+            .files
+            .iter()
+            .map(|file| Ok(file.metadata()?.blocks()));
+        let blocks: u64 = blocks.sum::<io::Result<u64>>().map_err(host)?;
         let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF);
         let peak_kib = usage.map_or(0, |usage| u64::try_from(usage.max_rss()).unwrap_or(0));
         let vcpus = self.vcpus.as_ref().map_or(0, |vcpus| vcpus.counts().0);

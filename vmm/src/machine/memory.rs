@@ -1,6 +1,6 @@
-//! Guest memory: one file, mapped in parts.
+//! Guest memory: a file for what there is at boot and one for what can be plugged, mapped in parts.
 
-use std::{fs::File, os::fd::OwnedFd, sync::Arc};
+use std::{fs::File, ops::Range, os::fd::OwnedFd, sync::Arc};
 
 use pericarp_protocol::machine::{Machine as Description, PageKind};
 use pericarp_sys::{
@@ -17,12 +17,14 @@ use crate::{
 /// Why there is no memory.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum MemoryError {
-    /// The file is too small, or no file.
-    #[error("Machine.memory: the file has {actual} bytes, not memory_max_bytes = {wanted}")]
+    /// A file is too small, or no file.
+    #[error("{field}: the file has {actual} bytes, not {wanted}")]
     Size {
+        /// Which file.
+        field: &'static str,
         /// What it has.
         actual: u64,
-        /// What the description says.
+        /// What it must have.
         wanted: u64,
     },
     /// A system call failed.
@@ -39,50 +41,68 @@ pub(crate) struct Memory {
     /// All of it, pluggable memory included.
     pub(crate) guest: GuestMemory,
     /// What it is made of.
-    pub(crate) file: Arc<File>,
+    pub(crate) files: Vec<Arc<File>>,
     /// Where it lies.
     pub(crate) layout: Layout,
     /// Whether parts of it may be given back.
     pub(crate) discard: Discard,
 }
 
-/// Maps the file and shows it to the guest.
+/// The files of a machine's memory.
+#[derive(Debug)]
+pub(crate) struct Files {
+    /// What there is at boot.
+    pub(crate) boot: OwnedFd,
+    /// What can be plugged.
+    pub(crate) pluggable: Option<OwnedFd>,
+}
+
+/// Maps the files and shows them to the guest.
 pub(crate) fn map(
     description: &Description,
     layout: Layout,
-    file: OwnedFd,
+    files: Files,
     slots: &MemorySlots,
 ) -> Result<Memory, MemoryError> {
-    let file = Arc::new(File::from(file));
-    let (actual, wanted) = (file.metadata()?.len(), description.memory_max_bytes);
-    if actual < wanted {
-        return Err(MemoryError::Size { actual, wanted });
-    }
     let alignment = description.pages.alignment_bytes();
     let pages = GuestPages {
         alignment_bytes: usize::try_from(alignment).map_err(std::io::Error::other)?,
         transparent: description.pages == PageKind::Transparent,
     };
-    let parts = layout
-        .memory
-        .iter()
-        .chain([&layout.pluggable])
-        .filter(|part| !part.is_empty());
-    let (mut offset, mut regions) = (0, Vec::new());
-    for part in parts {
-        let bytes = part.end - part.start;
-        let length = usize::try_from(bytes).map_err(std::io::Error::other)?;
-        let region: GuestRegionMmap =
-            map_guest_memory(Arc::clone(&file), offset, length, part.start, pages)?;
-        let region = Arc::new(region);
-        slots.add(part.start, Backing::Guest(Arc::clone(&region)))?;
-        regions.push(region);
-        offset += bytes;
+    let mut regions = Vec::new();
+    let mut map_parts = |field, file: OwnedFd, parts: &[Range<u64>]| {
+        let file = Arc::new(File::from(file));
+        let actual = file.metadata()?.len();
+        let wanted = parts.iter().map(|part| part.end - part.start).sum();
+        if actual < wanted {
+            return Err(MemoryError::Size {
+                field,
+                actual,
+                wanted,
+            });
+        }
+        let mut offset = 0;
+        for part in parts {
+            let bytes = part.end - part.start;
+            let length = usize::try_from(bytes).map_err(std::io::Error::other)?;
+            let region: GuestRegionMmap =
+                map_guest_memory(Arc::clone(&file), offset, length, part.start, pages)?;
+            let region = Arc::new(region);
+            slots.add(part.start, Backing::Guest(Arc::clone(&region)))?;
+            regions.push(region);
+            offset += bytes;
+        }
+        Ok(file)
+    };
+    let mut kept = vec![map_parts("Machine.memory", files.boot, &layout.memory)?];
+    if let Some(file) = files.pluggable {
+        let part = std::slice::from_ref(&layout.pluggable);
+        kept.push(map_parts("Machine.pluggable", file, part)?);
     }
     let guest = Arc::new(GuestMemoryMmap::from_arc_regions(regions)?);
     Ok(Memory {
         guest,
-        file,
+        files: kept,
         layout,
         discard: Discard::default(),
     })

@@ -102,7 +102,14 @@ impl Machine {
             [file] => Some(File::from(descriptors.take("Machine.initramfs", *file)?)),
             _ => None,
         };
-        let file = descriptors.take("Machine.memory", description.memory)?;
+        let pluggable = description.pluggable.as_slice().iter();
+        let files = memory::Files {
+            boot: descriptors.take("Machine.memory", description.memory)?,
+            pluggable: pluggable
+                .map(|file| descriptors.take("Machine.pluggable", *file))
+                .next()
+                .transpose()?,
+        };
         let bits = arch::machine::address_bits(&kvm)?;
         let sizes = (description.memory_bytes, description.memory_max_bytes);
         let layout = arch::layout::plan(sizes.0, sizes.1, bits)?;
@@ -110,7 +117,7 @@ impl Machine {
             Arc::new(kvm::create_vm(&kvm).map_err(arch::machine::KvmError::at("create machine"))?);
         arch::machine::set_up(&vm)?;
         let slots = Arc::new(MemorySlots::new(Arc::clone(&vm)));
-        let memory = memory::map(&description, layout, file, &slots)?;
+        let memory = memory::map(&description, layout, files, &slots)?;
         let host = MachineError::host;
         let root = Arc::new(Root::new().map_err(host("configuration space"))?);
         let words = Backing::Words(Arc::clone(root.words()));

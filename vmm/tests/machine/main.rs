@@ -187,7 +187,7 @@ fn bad_input_names_the_field_and_starts_nothing() {
         ("Machine.memory_max_bytes", |s| {
             s.machine.memory_max_bytes = 1 << 45;
         }),
-        ("Machine.memory", |s| s.machine.memory_max_bytes *= 2),
+        ("Machine.pluggable", |s| s.machine.memory_max_bytes *= 2),
         ("Machine.kvm", |s| {
             s.kvm = fs::File::open("/dev/null").unwrap()
         }),

@@ -263,6 +263,8 @@ impl Start {
             cpu_features: Text::default(),
             kvm: at(0),
             memory: at(1),
+            pluggable: List::default(),
+            saved: List::default(),
             kernel: at(2),
             initramfs: List::default(),
             command_line: Text::default(),
