@@ -23,6 +23,8 @@ pub(crate) enum Command {
     DevicePlugin(DevicePluginArguments),
     /// List the pods that run in virtual machines on this node.
     List(ListArguments),
+    /// Look after the saved machines from which pods start (vm.template).
+    Template(TemplateArguments),
     /// Print the version.
     Version,
 }
@@ -95,4 +97,40 @@ pub(crate) struct ListArguments {
     /// Directory of run-time state, if the configuration names another one than /run/pericarp.
     #[arg(long, value_name = "DIRECTORY")]
     pub(crate) run_dir: Option<PathBuf>,
+}
+
+/// Arguments of `template`.
+#[derive(Debug, Args)]
+pub(crate) struct TemplateArguments {
+    /// Configuration file to use instead of /etc/pericarp/config.toml.
+    #[arg(long, value_name = "FILE", global = true)]
+    pub(crate) config: Option<PathBuf>,
+    #[command(subcommand)]
+    pub(crate) command: TemplateCommand,
+}
+
+/// What to do with templates.
+#[derive(Debug, Subcommand)]
+pub(crate) enum TemplateCommand {
+    /// List the templates of this node.
+    List {
+        /// Print one JSON document instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make the template of a pod without requests and limits, ahead of the first such pod.
+    Build {
+        /// Lay the settings of this flavour over the configuration.
+        #[arg(long, value_name = "NAME")]
+        flavour: Option<String>,
+    },
+    /// Remove templates. Pods that run go on; later ones boot and have new ones made.
+    Rm {
+        /// Their names, as `list` shows them.
+        #[arg(required_unless_present = "all")]
+        keys: Vec<String>,
+        /// All of them.
+        #[arg(long, conflicts_with = "keys")]
+        all: bool,
+    },
 }

@@ -1,7 +1,7 @@
 //! `pericarp`, the node operator's command: says whether the node can run pods, checks the
-//! configuration, lists pods, offers devices to the kubelet.
+//! configuration, lists pods, offers devices to the kubelet, looks after templates.
 //!
-//! It changes nothing. Exit status: 0 all right, 1 something has to be done, 2 wrong usage.
+//! It changes nothing but templates. Exit status: 0 all right, 1 something has to be done, 2 wrong usage.
 
 mod check;
 mod cli;
@@ -9,6 +9,7 @@ mod config_command;
 mod device_plugin;
 mod elf;
 mod pods;
+mod templates;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
             device_plugin::run(&arguments, &mut out).map(|()| ExitCode::SUCCESS)
         }
         Command::List(arguments) => pods::run(&arguments, &mut out).map(|()| ExitCode::SUCCESS),
+        Command::Template(arguments) => templates::run(&arguments, &mut out),
         Command::Version => writeln!(out, "pericarp {}", env!("CARGO_PKG_VERSION"))
             .map_err(Into::into)
             .map(|()| ExitCode::SUCCESS),
