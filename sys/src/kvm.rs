@@ -11,8 +11,8 @@ use std::{
     },
 };
 
-use kvm_bindings::{KVM_MEM_READONLY, kvm_run, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_bindings::{KVM_MEM_READONLY, kvm_run, kvm_userspace_memory_region, kvm_xsave};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 use crate::mapping::Backing;
@@ -204,6 +204,20 @@ pub fn handle_interrupt(signal: Signal) -> io::Result<()> {
     // SAFETY: the handler touches nothing, so it may run at any point of any thread.
     unsafe { sigaction(signal, &action) }?;
     Ok(())
+}
+
+/// Sets the extended state of a vCPU.
+///
+/// # Errors
+/// The kernel's; `E2BIG` where this process may show its guests state that the structure has no
+/// room for.
+pub fn set_xsave(vm: &VmFd, vcpu: &VcpuFd, state: &kvm_xsave) -> Result<(), kvm_ioctls::Error> {
+    let size = vm.check_extension_int(Cap::Xsave2);
+    if usize::try_from(size).unwrap_or(0) > size_of::<kvm_xsave>() {
+        return Err(kvm_ioctls::Error::new(libc::E2BIG));
+    }
+    // SAFETY: the kernel reads as many bytes as the capability says, which `state` has.
+    unsafe { vcpu.set_xsave(state) }
 }
 
 /// Has the kernel enter `length` bytes of guest memory from `guest_address` into the vCPU's page

@@ -6,13 +6,19 @@
 use std::{
     fs::File,
     io,
-    ops::Deref,
+    ops::{Deref, Range},
     os::fd::{AsRawFd, BorrowedFd, RawFd},
     ptr::{self, NonNull},
     sync::{Arc, atomic::AtomicU32},
 };
 
-use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, mmap::MmapRegionBuilder};
+use nix::{
+    errno::Errno,
+    unistd::{Whence, lseek},
+};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryRegion as _, GuestRegionMmap, mmap::MmapRegionBuilder,
+};
 
 /// Least alignment of every mapping: a huge page of x86-64.
 const ALIGNMENT_BYTES: usize = 2 << 20;
@@ -67,6 +73,115 @@ pub fn map_guest_memory(
     let region = builder.build().map_err(io::Error::other)?;
     GuestRegionMmap::new(region, GuestAddress(guest_address))
         .ok_or_else(|| io::Error::other("guest memory wraps around the address space"))
+}
+
+/// Most parts of a file that a private mapping shows: each is an area of the process's address
+/// space, of which the kernel allows 65,530 (vm.max_map_count).
+const PARTS_MAX: usize = 4096;
+
+/// Holes between two parts of a file that are mapped with them.
+const HOLE_BYTES_MIN: u64 = 16 << 10;
+
+/// Maps `length` bytes of `file` from `offset` as guest memory at `guest_address`, of which nobody
+/// sees what is written: the file stays as it is, and pages are its until their first write. What
+/// the file has no data for is memory of its own, because a page of a hole would first be made in
+/// the file. The mapping stays for the life of the process.
+///
+/// The region has no file of its own; its pages are given back by [`give_back`].
+///
+/// # Errors
+/// The kernel's, or the range wraps around.
+pub fn map_private_memory(
+    file: &File,
+    offset: u64,
+    length: usize,
+    guest_address: u64,
+) -> io::Result<GuestRegionMmap> {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+    let place = Reservation::new(length, ALIGNMENT_BYTES)?;
+    place.map(0, length, protection, flags | libc::MAP_ANONYMOUS, None)?;
+    let end = offset.saturating_add(length as u64);
+    for part in parts_with_data(file, offset..end)? {
+        let from = usize::try_from(part.start - offset).map_err(io::Error::other)?;
+        let bytes = usize::try_from(part.end - part.start).map_err(io::Error::other)?;
+        let source = Some((file.as_raw_fd(), part.start));
+        place.map(from, bytes, protection, flags, source)?;
+    }
+    let start = place.keep();
+    let builder = MmapRegionBuilder::new(length)
+        .with_mmap_prot(protection)
+        .with_mmap_flags(flags);
+    // SAFETY: `start` is a mapping of `length` bytes with this protection that is never taken away.
+    let builder = unsafe { builder.with_raw_mmap_pointer(start.as_ptr()) };
+    let region = builder.build().map_err(io::Error::other)?;
+    GuestRegionMmap::new(region, GuestAddress(guest_address))
+        .ok_or_else(|| io::Error::other("guest memory wraps around the address space"))
+}
+
+/// The parts of a range of a file that have data, whole pages, at most [`PARTS_MAX`].
+fn parts_with_data(file: &File, range: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+    let mut parts: Vec<Range<u64>> = Vec::new();
+    let mut at = range.start;
+    while at < range.end {
+        let Some(start) = seek(file, at, Whence::SeekData)? else {
+            break;
+        };
+        let end = seek(file, start, Whence::SeekHole)?.unwrap_or(range.end);
+        let page = PAGE_BYTES as u64;
+        let part = start / page * page..end.next_multiple_of(page).min(range.end);
+        if part.start >= range.end {
+            break;
+        }
+        at = part.end;
+        match parts.last_mut() {
+            Some(last) if part.start - last.end < HOLE_BYTES_MIN => last.end = part.end,
+            _ => parts.push(part),
+        }
+    }
+    let mut hole = HOLE_BYTES_MIN;
+    while parts.len() > PARTS_MAX {
+        hole *= 2;
+        parts = parts.into_iter().fold(Vec::new(), |mut joined, part| {
+            match joined.last_mut() {
+                Some(last) if part.start - last.end < hole => last.end = part.end,
+                _ => joined.push(part),
+            }
+            joined
+        });
+    }
+    Ok(parts)
+}
+
+/// The next data or hole of a file; `None` beyond the last data.
+fn seek(file: &File, from: u64, whence: Whence) -> io::Result<Option<u64>> {
+    let from = libc::off_t::try_from(from).map_err(io::Error::other)?;
+    match lseek(file, from, whence) {
+        Ok(found) => u64::try_from(found).map(Some).map_err(io::Error::other),
+        Err(Errno::ENXIO) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Gives pages of a region without a file back. What is there afterwards is what was there before
+/// anybody wrote: zeros, or the data of the file that the region was made from.
+///
+/// # Errors
+/// The range is not the region's, or the kernel's.
+pub fn give_back(region: &GuestRegionMmap, offset: u64, length: u64) -> io::Result<()> {
+    let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
+    let end = offset.checked_add(length).ok_or_else(invalid)?;
+    if end > region.len() {
+        return Err(invalid());
+    }
+    let offset = usize::try_from(offset).map_err(io::Error::other)?;
+    let length = usize::try_from(length).map_err(io::Error::other)?;
+    let start = region.as_ptr().wrapping_add(offset).cast();
+    // SAFETY: the range is mapped memory of a guest, whose content may change at any time.
+    if unsafe { libc::madvise(start, length, libc::MADV_DONTNEED) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// Memory of whole pages that the VMM writes and a guest reads, as words. Both see every store;
@@ -359,6 +474,57 @@ mod tests {
             .read_slice(&mut found, MemoryRegionAddress(0))
             .unwrap();
         assert_eq!(&found, b"abc");
+    }
+
+    #[test]
+    fn private_memory_begins_as_the_file_and_leaves_it_alone() {
+        use std::os::unix::fs::{FileExt, MetadataExt};
+        let file = memfd(b"", 4 << 20);
+        file.write_at(b"data", 1 << 20).unwrap();
+        file.write_at(b"more", 3 << 20).unwrap();
+        let blocks = || file.metadata().unwrap().blocks();
+        let before = blocks();
+        let map = || map_private_memory(&file, 0, 4 << 20, 1 << 32).unwrap();
+        let (one, other) = (map(), map());
+        let read = |region: &GuestRegionMmap, at: u64| {
+            let mut found = [9; 4];
+            let address = MemoryRegionAddress(at);
+            region.read_slice(&mut found, address).unwrap();
+            found
+        };
+        for at in [0, 2 << 20] {
+            assert_eq!(read(&one, at), [0; 4]);
+            one.write_slice(b"mine", MemoryRegionAddress(at)).unwrap();
+        }
+        assert_eq!(&read(&one, 3 << 20), b"more");
+        one.write_slice(b"mine", MemoryRegionAddress(1 << 20))
+            .unwrap();
+        assert_eq!(&read(&one, 1 << 20), b"mine");
+        assert_eq!(&read(&other, 1 << 20), b"data");
+        assert_eq!(read(&other, 0), [0; 4]);
+        assert_eq!(blocks(), before, "no page is made in the file");
+        give_back(&one, 0, 2 << 20).unwrap();
+        assert_eq!(read(&one, 0), [0; 4]);
+        assert_eq!(&read(&one, 1 << 20), b"data");
+        assert_eq!(&read(&one, 2 << 20), b"mine");
+        assert!(give_back(&one, 4 << 20, 4096).is_err());
+    }
+
+    #[test]
+    fn parts_of_a_file_are_few_and_have_all_of_its_data() {
+        use std::os::unix::fs::FileExt;
+        let bytes = 16384 * 32768_u64;
+        let file = memfd(b"", bytes);
+        for number in 0..16384 {
+            file.write_at(b"x", number * 32768).unwrap();
+        }
+        let parts = parts_with_data(&file, 32768..bytes).unwrap();
+        assert!(parts.len() <= PARTS_MAX, "{}", parts.len());
+        let covers = |at: u64| parts.iter().any(|part| part.contains(&at));
+        assert!((1..16384).all(|number| covers(number * 32768)));
+        assert!(!covers(0), "only what was asked for");
+        let empty = memfd(b"", bytes);
+        assert!(parts_with_data(&empty, 0..bytes).unwrap().is_empty());
     }
 
     #[test]
