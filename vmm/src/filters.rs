@@ -129,6 +129,18 @@ const LOOP_REQUESTS: &[u32] = &[
     0x4008_ae6a,           // KVM_SET_GSI_ROUTING
     0x4040_ae79,           // KVM_IOEVENTFD
     0x4020_ae46,           // KVM_SET_USER_MEMORY_REGION: regions of devices added later
+    0x8090_ae81,           // KVM_GET_REGS: this and the next ten, of a machine that is saved
+    0x8138_ae83,           // KVM_GET_SREGS
+    0xc008_ae88,           // KVM_GET_MSRS
+    0xc008_ae91,           // KVM_GET_CPUID2
+    0x8400_ae8e,           // KVM_GET_LAPIC
+    0x8004_ae98,           // KVM_GET_MP_STATE
+    0x8040_ae9f,           // KVM_GET_VCPU_EVENTS
+    0x8080_aea1,           // KVM_GET_DEBUGREGS
+    0x9000_aea4,           // KVM_GET_XSAVE
+    0x8188_aea6,           // KVM_GET_XCRS
+    0x8030_ae7c,           // KVM_GET_CLOCK
+    0xc004_ae02,           // KVM_GET_MSR_INDEX_LIST
     0x5421,                // FIONBIO: sockets
     0x541b,                // FIONREAD: sockets and pipes
     0x8008_1272,           // BLKGETSIZE64: size of a block device

@@ -323,6 +323,7 @@ fn boot(machine: &mut Machine) -> Result<(), Failure> {
     let vcpus = machine.boot()?;
     let (uid, gid) = machine.ids();
     jail::enter(uid, gid, machine.memory_max_bytes()).map_err(|error| host(&error))?;
+    machine.restore_devices()?;
     machine.spawn(vcpus, filters::confine_vcpu)?;
     Ok(())
 }
@@ -332,6 +333,10 @@ fn while_running(
     request: Request,
     descriptors: &mut Descriptors,
 ) -> Result<Success, Failure> {
+    let harmless = matches!(request, Request::Statistics(_) | Request::Shutdown(_));
+    if machine.was_saved() && !harmless {
+        return Err(failure(ErrorCode::WrongState, "the machine was saved"));
+    }
     match request {
         Request::Start(_) | Request::Run(_) => {
             return Err(failure(ErrorCode::WrongState, "the machine runs already"));
@@ -344,11 +349,9 @@ fn while_running(
             let statistics = machine.device_statistics(named.device.as_str())?;
             return Ok(Success::DeviceStatistics(statistics));
         }
-        Request::Save(_) => {
-            return Err(failure(
-                ErrorCode::Unsupported,
-                "machines are not saved yet",
-            ));
+        Request::Save(save) => {
+            let state = descriptors.take("Save.state", save.state);
+            machine.save(state.map_err(|error| failure(ErrorCode::Invalid, error))?)?;
         }
         Request::Pause(_) => machine.pause()?,
         Request::Resume(_) => machine.resume()?,

@@ -13,8 +13,11 @@ use super::{
 use crate::arch;
 
 impl Machine {
-    /// Loads the kernel and prepares every vCPU.
+    /// Loads the kernel and prepares every vCPU, or sets them as they were saved.
     pub(crate) fn boot(&mut self) -> Result<Vec<VcpuFd>, MachineError> {
+        if let Some(saved) = &self.saved {
+            return self.restore_vcpus(saved);
+        }
         let description = &self.description;
         let count = description.vcpus_max;
         let entry = arch::boot::load(

@@ -14,7 +14,7 @@ use super::{Machine, devices, errors::MachineError, hotplug::Single, vcpu::Vcpus
 use crate::devices::virtio::{device::Command, transport::VirtioFunction};
 
 impl Machine {
-    fn vcpus(&self) -> Result<&Vcpus, MachineError> {
+    pub(super) fn vcpus(&self) -> Result<&Vcpus, MachineError> {
         self.vcpus
             .as_ref()
             .ok_or(MachineError::State("the machine does not run yet"))
@@ -44,7 +44,7 @@ impl Machine {
         Ok(())
     }
 
-    fn function(&self, name: &str) -> Result<&Arc<VirtioFunction>, MachineError> {
+    pub(super) fn function(&self, name: &str) -> Result<&Arc<VirtioFunction>, MachineError> {
         let attached = self.names.get(name);
         attached
             .and_then(|attached| self.functions.get(&attached.slot))

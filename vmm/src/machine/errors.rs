@@ -4,7 +4,9 @@ use std::io;
 
 use pericarp_protocol::machine::{ErrorCode, Failure, FieldError, Reason};
 
-use super::{devices::DeviceError, memory::MemoryError, passthrough::PassthroughError};
+use super::{
+    devices::DeviceError, memory::MemoryError, passthrough::PassthroughError, saved::SavedError,
+};
 use crate::{arch, devices::virtio::device::CommandError};
 
 /// Why the machine did not do what was asked.
@@ -34,6 +36,9 @@ pub(crate) enum MachineError {
     /// A passthrough device.
     #[error("Device.kind: {0}")]
     Passthrough(#[from] PassthroughError),
+    /// A saved machine.
+    #[error(transparent)]
+    Saved(#[from] SavedError),
     /// A device did not obey.
     #[error(transparent)]
     Command(#[from] CommandError),
@@ -78,6 +83,7 @@ impl From<MachineError> for Failure {
             | MachineError::Device(_)
             | MachineError::Memory(MemoryError::Size { .. })
             | MachineError::Cpuid(_)
+            | MachineError::Saved(_)
             | MachineError::Command(CommandError::Invalid { .. }) => ErrorCode::Invalid,
             MachineError::Command(CommandError::Unsupported(_)) => ErrorCode::Unsupported,
             MachineError::Exists(_) | MachineError::Single(_) => ErrorCode::Exists,

@@ -5,7 +5,7 @@ use std::{fs::File, ops::Range, os::fd::OwnedFd, sync::Arc};
 use pericarp_protocol::machine::{Machine as Description, PageKind};
 use pericarp_sys::{
     kvm::MemorySlots,
-    mapping::{Backing, GuestPages, map_guest_memory},
+    mapping::{Backing, GuestPages, map_guest_memory, map_private_memory},
 };
 use vm_memory::{GuestMemoryMmap, GuestRegionMmap};
 
@@ -53,6 +53,8 @@ pub(crate) struct Memory {
 pub(crate) struct Files {
     /// What there is at boot.
     pub(crate) boot: OwnedFd,
+    /// That file is a saved machine's, which stays as it is.
+    pub(crate) private: bool,
     /// What can be plugged.
     pub(crate) pluggable: Option<OwnedFd>,
 }
@@ -70,7 +72,7 @@ pub(crate) fn map(
         transparent: description.pages == PageKind::Transparent,
     };
     let mut regions = Vec::new();
-    let mut map_parts = |field, file: OwnedFd, parts: &[Range<u64>]| {
+    let mut map_parts = |field, file: OwnedFd, private: bool, parts: &[Range<u64>]| {
         let file = Arc::new(File::from(file));
         let actual = file.metadata()?.len();
         let wanted = parts.iter().map(|part| part.end - part.start).sum();
@@ -85,8 +87,11 @@ pub(crate) fn map(
         for part in parts {
             let bytes = part.end - part.start;
             let length = usize::try_from(bytes).map_err(std::io::Error::other)?;
-            let region: GuestRegionMmap =
-                map_guest_memory(Arc::clone(&file), offset, length, part.start, pages)?;
+            let region: GuestRegionMmap = if private {
+                map_private_memory(&file, offset, length, part.start)?
+            } else {
+                map_guest_memory(Arc::clone(&file), offset, length, part.start, pages)?
+            };
             let region = Arc::new(region);
             slots.add(part.start, Backing::Guest(Arc::clone(&region)))?;
             regions.push(region);
@@ -94,10 +99,11 @@ pub(crate) fn map(
         }
         Ok(file)
     };
-    let mut kept = vec![map_parts("Machine.memory", files.boot, &layout.memory)?];
+    let boot = map_parts("Machine.memory", files.boot, files.private, &layout.memory)?;
+    let mut kept = vec![boot];
     if let Some(file) = files.pluggable {
         let part = std::slice::from_ref(&layout.pluggable);
-        kept.push(map_parts("Machine.pluggable", file, part)?);
+        kept.push(map_parts("Machine.pluggable", file, false, part)?);
     }
     let guest = Arc::new(GuestMemoryMmap::from_arc_regions(regions)?);
     Ok(Memory {

@@ -17,6 +17,7 @@
 //! | [`devices`], [`passthrough`] | devices from their descriptions |
 //! | [`peers`] | what passthrough devices reach of each other |
 //! | [`memory`] | guest memory |
+//! | [`saved`] | a whole machine as plain data |
 //! | [`descriptors`], [`errors`] | what comes with a request, and why it failed |
 
 mod boot;
@@ -29,6 +30,7 @@ mod hotplug;
 mod memory;
 mod passthrough;
 mod peers;
+pub(crate) mod saved;
 mod vcpu;
 
 use std::{collections::BTreeMap, fs::File, sync::Arc};
@@ -47,6 +49,7 @@ use self::{
     hotplug::{Attached, Single},
     memory::Memory,
     passthrough::Passthrough,
+    saved::SavedMachine,
     vcpu::{Exits, Vcpus},
 };
 use crate::{
@@ -85,6 +88,9 @@ pub(crate) struct Machine {
     passthrough: Passthrough,
     exits: Arc<Exits>,
     vcpus: Option<Vcpus>,
+    /// Where it goes on from, until it does.
+    saved: Option<Box<SavedMachine>>,
+    was_saved: bool,
     /// A new size of memory was asked for and has not been reached.
     resizing: bool,
 }
@@ -102,9 +108,17 @@ impl Machine {
             [file] => Some(File::from(descriptors.take("Machine.initramfs", *file)?)),
             _ => None,
         };
+        let saved = description.saved.as_slice().first();
+        let saved = saved.map(|file| descriptors.take("Machine.saved", *file));
+        let saved = saved.transpose()?.map(|file| {
+            let saved = SavedMachine::read(file, &description)?;
+            Ok::<_, MachineError>(Box::new(saved))
+        });
+        let saved = saved.transpose()?;
         let pluggable = description.pluggable.as_slice().iter();
         let files = memory::Files {
             boot: descriptors.take("Machine.memory", description.memory)?,
+            private: saved.is_some(),
             pluggable: pluggable
                 .map(|file| descriptors.take("Machine.pluggable", *file))
                 .next()
@@ -155,6 +169,8 @@ impl Machine {
             passthrough: Passthrough::default(),
             exits: Arc::default(),
             vcpus: None,
+            saved,
+            was_saved: false,
             resizing: false,
             description,
         })

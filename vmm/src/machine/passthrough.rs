@@ -237,7 +237,12 @@ impl Drop for Space {
 }
 
 impl Passthrough {
-    /// Whether the function at `slot` is one of these.
+    /// Whether there is none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.functions.is_empty()
+    }
+
+    /// The function at `slot`, if it is one of these.
     pub(super) fn get(&self, slot: Slot) -> Option<&Arc<PassedFunction>> {
         self.functions.get(&slot).map(|passed| &passed.function)
     }

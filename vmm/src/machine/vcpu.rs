@@ -103,6 +103,8 @@ pub(crate) struct Context {
 #[derive(Debug)]
 struct VcpuThread {
     handle: JoinHandle<()>,
+    /// Locked while it runs.
+    vcpu: Arc<Mutex<VcpuFd>>,
     exit: Arc<ImmediateExit>,
 }
 
@@ -143,6 +145,8 @@ impl Vcpus {
             let context = context();
             let confinement_here = Arc::clone(&confinement);
             let exit_here = Arc::clone(&exit);
+            let vcpu = Arc::new(Mutex::new(vcpu));
+            let vcpu_here = Arc::clone(&vcpu);
             let handle = thread::Builder::new()
                 .name(format!("vcpu{id}"))
                 .stack_size(STACK_BYTES)
@@ -150,11 +154,11 @@ impl Vcpus {
                     let confined = unblock_interrupt().and_then(|()| confine());
                     confinement_here.wait();
                     match confined {
-                        Ok(()) => run(id, vcpu, &exit_here, &context),
+                        Ok(()) => run(id, &vcpu_here, &exit_here, &context),
                         Err(error) => context.doorbell.end(End::Vcpu(id, error.to_string())),
                     }
                 })?;
-            threads.push(VcpuThread { handle, exit });
+            threads.push(VcpuThread { handle, vcpu, exit });
         }
         confinement.wait();
         Ok(Self { gate, threads })
@@ -192,6 +196,18 @@ impl Vcpus {
         (self.gate.lock().allowed, self.threads.len())
     }
 
+    /// Whether none is in the guest, and none will be before [`Self::open`].
+    pub(crate) fn is_closed(&self) -> bool {
+        let state = self.gate.lock();
+        !state.open && state.running == 0
+    }
+
+    /// Asks every vCPU something while none runs.
+    pub(crate) fn each<T, E>(&self, ask: impl Fn(&VcpuFd) -> Result<T, E>) -> Result<Vec<T>, E> {
+        let threads = self.threads.iter();
+        threads.map(|thread| ask(&lock(&thread.vcpu))).collect()
+    }
+
     fn interrupt(&self) {
         for thread in &self.threads {
             thread.interrupt();
@@ -206,27 +222,44 @@ fn unblock_interrupt() -> io::Result<()> {
     Ok(set.thread_unblock()?)
 }
 
-fn run(id: u16, mut vcpu: VcpuFd, exit: &ImmediateExit, context: &Context) {
-    let gate = &context.gate;
-    gate.enter(id);
+fn run(id: u16, vcpu: &Mutex<VcpuFd>, exit: &ImmediateExit, context: &Context) {
     loop {
-        match step(&mut vcpu, context) {
-            Ok(Step::Again) => {}
-            Ok(Step::Interrupted) => {
-                // Set again after this, the flag ends the next run.
-                if exit.take() {
-                    gate.leave();
-                    gate.enter(id);
-                }
-            }
-            Ok(Step::Stop) => break,
+        context.gate.enter(id);
+        let again = run_until_told(&mut lock(vcpu), exit, context);
+        context.gate.leave();
+        match again {
+            Ok(true) => {}
+            Ok(false) => break,
             Err(reason) => {
                 context.doorbell.end(End::Vcpu(id, reason));
                 break;
             }
         }
     }
-    gate.leave();
+}
+
+fn lock(vcpu: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
+    vcpu.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs until it is told to pass the gate once more, or the guest ends: then false.
+fn run_until_told(
+    vcpu: &mut VcpuFd,
+    exit: &ImmediateExit,
+    context: &Context,
+) -> Result<bool, String> {
+    loop {
+        match step(vcpu, context)? {
+            Step::Again => {}
+            // Set again after this, the flag ends the next run.
+            Step::Interrupted => {
+                if exit.take() {
+                    return Ok(true);
+                }
+            }
+            Step::Stop => return Ok(false),
+        }
+    }
 }
 
 enum Step {

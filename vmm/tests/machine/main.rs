@@ -1,6 +1,7 @@
 //! Machine tests: the real VMM with guests of a few instructions, on any host whose `/dev/kvm` runs
 //! those.
 
+mod saved;
 mod stopped;
 mod support;
 

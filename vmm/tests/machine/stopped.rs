@@ -31,10 +31,10 @@ use crate::{
 const STOPS: usize = 5;
 
 /// Where the guests count; beyond their code and stack.
-const COUNTER: u32 = 0x20_0000;
+pub(crate) const COUNTER: u32 = 0x20_0000;
 
 /// Counts without a pause: `inc dword [COUNTER]; jmp`.
-fn busy() -> Vec<u8> {
+pub(crate) fn busy() -> Vec<u8> {
     let mut code = vec![0xff, 0x05];
     code.extend_from_slice(&COUNTER.to_le_bytes());
     code.extend_from_slice(&[0xeb, 0xf8]);
@@ -61,7 +61,7 @@ fn write_msr(register: u32, value: u32) -> Vec<u8> {
 /// handler:
 ///     inc dword [COUNTER]; end of interrupt; jmp 1b
 /// ```
-fn sleeper() -> Vec<u8> {
+pub(crate) fn sleeper() -> Vec<u8> {
     const STACK: u32 = 0x18_0000;
     const VECTOR: u32 = 0x20;
     /// Offsets of the tables and of the handler, behind the code.

@@ -170,10 +170,13 @@ impl Vmm {
 
     /// A machine with `code` as its kernel, with console, random numbers and vsock, about to run.
     pub(crate) fn with_guest(code: &[u8]) -> Self {
+        Self::described(Start::new(code)).unwrap()
+    }
+
+    /// As [`Self::with_guest`], by a description of the test's own.
+    pub(crate) fn described(start: Start) -> Result<Self, Failure> {
         let mut vmm = Self::spawn();
-        let start = Start::new(code);
-        vmm.ask(&Request::Start(start.machine.clone()), &start.descriptors())
-            .unwrap();
+        vmm.ask(&Request::Start(start.machine.clone()), &start.descriptors())?;
         vmm.memory = Some(start.memory.into());
         let (_, output) = io::pipe().unwrap();
         let console = DeviceKind::Console(Console { output: at(0) });
@@ -188,22 +191,53 @@ impl Vmm {
         };
         vmm.add("vsock", DeviceKind::Vsock(vsock), &[listener.as_fd()])
             .unwrap();
-        vmm
+        Ok(vmm)
     }
 
     /// As [`Self::with_guest`], running.
     pub(crate) fn running(code: &[u8]) -> Self {
-        let mut vmm = Self::with_guest(code);
-        vmm.ask(&Request::Run(Nothing {}), &[]).unwrap();
-        assert_eq!(vmm.event(), Event::Started(Nothing {}));
-        vmm
+        Self::with_guest(code).run().unwrap()
+    }
+
+    /// Lets it run.
+    pub(crate) fn run(mut self) -> Result<Self, Failure> {
+        self.ask(&Request::Run(Nothing {}), &[])?;
+        assert_eq!(self.event(), Event::Started(Nothing {}));
+        Ok(self)
+    }
+
+    /// The file of its memory.
+    pub(crate) fn memory(&self) -> &File {
+        self.memory.as_ref().expect("a machine was described")
+    }
+
+    /// A number in the memory of a machine that goes on from a saved one: where it has the page of
+    /// the file mapped.
+    pub(crate) fn read_private_u32(&self, address: u32) -> u32 {
+        let inode = self.memory().metadata().unwrap().ino().to_string();
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.child.id())).unwrap();
+        let place = maps.lines().find_map(|line| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let (start, end) = words[0].split_once('-')?;
+            let number = |text| u64::from_str_radix(text, 16).unwrap();
+            let (start, length) = (number(start), number(end) - number(start));
+            let within = u64::from(address).checked_sub(number(words[2]))?;
+            (words[4] == inode && within < length).then_some(start + within)
+        });
+        let mut bytes = [0; 4];
+        let memory = File::open(format!("/proc/{}/mem", self.child.id())).unwrap();
+        memory
+            .read_exact_at(&mut bytes, place.expect("a mapped page"))
+            .unwrap();
+        u32::from_le_bytes(bytes)
     }
 
     /// A number in guest memory.
     pub(crate) fn read_u32(&self, address: u32) -> u32 {
         let mut bytes = [0; 4];
-        let memory = self.memory.as_ref().expect("a machine was described");
-        memory.read_exact_at(&mut bytes, address.into()).unwrap();
+        self.memory()
+            .read_exact_at(&mut bytes, address.into())
+            .unwrap();
         u32::from_le_bytes(bytes)
     }
 
@@ -247,6 +281,8 @@ pub(crate) struct Start {
     pub(crate) kvm: File,
     pub(crate) memory: OwnedFd,
     pub(crate) kernel: File,
+    /// What it goes on from, if so.
+    pub(crate) saved: Option<File>,
 }
 
 impl Start {
@@ -280,11 +316,27 @@ impl Start {
                 .unwrap(),
             memory: memory_file::create(bytes, Pages::Base).unwrap(),
             kernel: kernel(code),
+            saved: None,
         }
     }
 
-    pub(crate) fn descriptors(&self) -> [BorrowedFd<'_>; 3] {
-        [self.kvm.as_fd(), self.memory.as_fd(), self.kernel.as_fd()]
+    /// The machine that goes on from `saved` with that memory.
+    pub(crate) fn from_saved(memory: &File, saved: &[u8]) -> Self {
+        let mut start = Self::new(&[]);
+        let read_only = format!("/proc/self/fd/{}", memory.as_raw_fd());
+        start.memory = File::open(read_only).unwrap().into();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(saved).unwrap();
+        file.rewind().unwrap();
+        start.saved = Some(file);
+        start.machine.saved = List::new("saved", vec![at(3)]).unwrap();
+        start
+    }
+
+    pub(crate) fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        let mut descriptors = vec![self.kvm.as_fd(), self.memory.as_fd(), self.kernel.as_fd()];
+        descriptors.extend(self.saved.as_ref().map(File::as_fd));
+        descriptors
     }
 }
 

@@ -7,3 +7,4 @@ mod cpuid;
 mod features;
 pub(crate) mod layout;
 pub(crate) mod machine;
+pub(crate) mod saved;

@@ -1,8 +1,11 @@
 //! Gives pages of guest memory back to the host: for the balloon, for free page reporting and for
 //! pluggable memory.
 //!
-//! Guest memory is a shared mapping of a memfd, so only a hole in the file returns memory, and it
-//! does for every process that maps it. Nothing may be discarded while a device that is passed
+//! Guest memory is a shared mapping of a file, so only a hole in the file returns memory, and it
+//! does for every process that maps it. The memory of a machine that goes on from a saved one is
+//! private: its pages are given back by advice, and are then what they were when it was saved. That
+//! is as good, because drivers expect nothing of a page that they gave away (virtio 1.2 §5.5.6; the
+//! guest's kernel zeroes pages when it gives them out, not when they are freed). Nothing may be discarded while a device that is passed
 //! through has memory pinned: it would go on using the old pages while the guest sees new ones.
 
 use std::{
@@ -17,7 +20,8 @@ use nix::{
     errno::Errno,
     fcntl::{FallocateFlags, fallocate},
 };
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use pericarp_sys::mapping::give_back;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
 use super::device::GuestMemory;
 
@@ -67,7 +71,8 @@ impl Discard {
         }
     }
 
-    /// Gives the pages of a range back; they read as zero afterwards. The range may span regions.
+    /// Gives the pages of a range back. Shared ones read as zero afterwards. The range may span
+    /// regions.
     pub(crate) fn discard(
         &self,
         memory: &GuestMemory,
@@ -86,7 +91,7 @@ impl Discard {
             punch(region, offset.0, here).map_err(|source| DiscardError::Host {
                 address: at,
                 len: here,
-                source: source.into(),
+                source,
             })?;
             at += here;
             left -= here;
@@ -95,13 +100,15 @@ impl Discard {
     }
 }
 
-fn punch(region: &impl GuestMemoryRegion, offset: u64, len: u64) -> Result<(), Errno> {
-    let file = region.file_offset().ok_or(Errno::EOPNOTSUPP)?;
+fn punch(region: &GuestRegionMmap, offset: u64, len: u64) -> io::Result<()> {
+    let Some(file) = region.file_offset() else {
+        return give_back(region, offset, len);
+    };
     let start = file.start().checked_add(offset).ok_or(Errno::EINVAL)?;
     let offset = i64::try_from(start).map_err(|_| Errno::EINVAL)?;
     let len = i64::try_from(len).map_err(|_| Errno::EINVAL)?;
     let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    fallocate(file.file(), mode, offset, len)
+    Ok(fallocate(file.file(), mode, offset, len)?)
 }
 
 #[cfg(test)]

@@ -17,10 +17,6 @@ pub(crate) struct SavedFunction {
 impl VirtioFunction {
     /// Stops the device and gives all that a function in its place needs to go on. The vCPUs stand
     /// still, and what the driver asked for by its status has been done ([`Self::work`]).
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "snapshots and moves come later (D8)")
-    )]
     pub(crate) fn save(&self) -> SavedFunction {
         let device = lock(&self.device).save();
         let vectors = self.msix.save();
@@ -35,10 +31,6 @@ impl VirtioFunction {
     }
 
     /// Makes a fresh function go on where a saved one stood, with the guest's memory as it was.
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "snapshots and moves come later (D8)")
-    )]
     pub(crate) fn restore(&self, saved: &SavedFunction) -> Result<(), Broken> {
         let unfit = |what: &str| self.broken(format!("saved {what} are those of another device"));
         if !saved.registers.fit(&lock(&self.registers)) {
