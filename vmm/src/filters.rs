@@ -122,6 +122,23 @@ const VCPU: &[Rule] = &[
     ),
 ];
 
+/// The thread that relays requests to the file-system daemon.
+const RELAY: &[Rule] = &[
+    (
+        libc::SYS_ioctl,
+        Requests(&[0x4020_aea5]),
+        "KVM_SIGNAL_MSI: interrupts of its device",
+    ),
+    (libc::SYS_epoll_wait, Always, "its loop"),
+    (libc::SYS_epoll_pwait, Always, "its loop"),
+    (libc::SYS_epoll_ctl, Always, "queues that come and go"),
+    (
+        libc::SYS_fallocate,
+        Always,
+        "memory that goes back to the host",
+    ),
+];
+
 /// Requests of the event loop's devices.
 const LOOP_REQUESTS: &[u32] = &[
     0x4020_aea5,           // KVM_SIGNAL_MSI
@@ -274,14 +291,21 @@ pub(crate) enum Kind {
     Vcpu,
     /// The event loop's.
     Loop,
+    /// The file system's.
+    Relay,
 }
 
 static VCPU_PROGRAM: OnceLock<BpfProgram> = OnceLock::new();
 static LOOP_PROGRAM: OnceLock<BpfProgram> = OnceLock::new();
+static RELAY_PROGRAM: OnceLock<BpfProgram> = OnceLock::new();
 
-/// Compiles both programs.
+/// Compiles all programs.
 pub(crate) fn prepare() -> Result<(), FilterError> {
-    for (program, rules) in [(&VCPU_PROGRAM, VCPU), (&LOOP_PROGRAM, LOOP)] {
+    for (program, rules) in [
+        (&VCPU_PROGRAM, VCPU),
+        (&LOOP_PROGRAM, LOOP),
+        (&RELAY_PROGRAM, RELAY),
+    ] {
         let compiled = compile(rules)?;
         program.get_or_init(|| compiled);
     }
@@ -293,6 +317,7 @@ pub(crate) fn confine(kind: Kind) -> Result<(), FilterError> {
     let program = match kind {
         Kind::Vcpu => &VCPU_PROGRAM,
         Kind::Loop => &LOOP_PROGRAM,
+        Kind::Relay => &RELAY_PROGRAM,
     };
     let program = program
         .get()
@@ -303,6 +328,11 @@ pub(crate) fn confine(kind: Kind) -> Result<(), FilterError> {
 /// As [`confine`], for the threads that the machine starts.
 pub(crate) fn confine_vcpu() -> io::Result<()> {
     confine(Kind::Vcpu).map_err(io::Error::other)
+}
+
+/// As [`confine`], for the thread of a file system.
+pub(crate) fn confine_relay() -> io::Result<()> {
+    confine(Kind::Relay).map_err(io::Error::other)
 }
 
 fn compile(rules: &[Rule]) -> Result<BpfProgram, FilterError> {
@@ -345,9 +375,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_programs_compile_and_every_rule_has_a_reason() {
+    fn all_programs_compile_and_every_rule_has_a_reason() {
         prepare().unwrap();
-        for rules in [COMMON, VCPU, LOOP] {
+        for rules in [COMMON, VCPU, LOOP, RELAY] {
             for (index, (call, _, reason)) in rules.iter().enumerate() {
                 assert!(reason.len() > 3);
                 assert!(
@@ -366,16 +396,16 @@ mod tests {
         use std::{os::unix::process::ExitStatusExt, process::Command};
         if let Some(kind) = std::env::var_os(VICTIM) {
             prepare().unwrap();
-            let kind = if kind == "vcpu" {
-                Kind::Vcpu
-            } else {
-                Kind::Loop
+            let kind = match kind.to_str() {
+                Some("vcpu") => Kind::Vcpu,
+                Some("loop") => Kind::Loop,
+                _ => Kind::Relay,
             };
             confine(kind).unwrap();
             let _ = std::fs::File::open("/dev/null");
             std::process::exit(0);
         }
-        for kind in ["vcpu", "loop"] {
+        for kind in ["vcpu", "loop", "relay"] {
             let status = Command::new(std::env::current_exe().unwrap())
                 .args([
                     "filters::tests::a_forbidden_call_kills",
@@ -408,7 +438,7 @@ mod tests {
             libc::SYS_setuid,
             libc::SYS_process_vm_writev,
         ] {
-            for rules in [COMMON, VCPU, LOOP] {
+            for rules in [COMMON, VCPU, LOOP, RELAY] {
                 assert!(
                     rules.iter().all(|(call, ..)| *call != forbidden),
                     "{forbidden}"

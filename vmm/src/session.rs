@@ -323,6 +323,7 @@ fn boot(machine: &mut Machine) -> Result<(), Failure> {
     let vcpus = machine.boot()?;
     let (uid, gid) = machine.ids();
     jail::enter(uid, gid, machine.memory_max_bytes()).map_err(|error| host(&error))?;
+    machine.start_threads(filters::confine_relay)?;
     machine.restore_devices()?;
     machine.spawn(vcpus, filters::confine_vcpu)?;
     Ok(())

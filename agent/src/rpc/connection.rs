@@ -17,7 +17,7 @@
 use std::{
     io,
     os::{
-        fd::OwnedFd,
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream},
     },
     path::PathBuf,
@@ -27,13 +27,14 @@ use std::{
     time::Duration,
 };
 
+use nix::sys::socket::{Shutdown, shutdown};
 use pericarp_protocol::{
     AGENT_PORT, GUEST_PROTOCOL_MAJOR, GUEST_PROTOCOL_MINOR, STREAM_PORT, guest::Hello, guest_ttrpc,
     limits::HELLO_BYTES_MAX,
 };
 use protobuf::Message as _;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, unix::AsyncFd},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, Interest, ReadBuf, unix::AsyncFd},
     net::UnixStream,
     sync::{Semaphore, mpsc, oneshot},
     time::timeout,
@@ -140,6 +141,7 @@ async fn serve_until_the_end(
     host: UnixStream,
     connections: &mpsc::Sender<io::Result<HostConnection>>,
 ) -> bool {
+    let watched = watch_errors(&host);
     let (gone, mut host_gone) = oneshot::channel();
     let connection = HostConnection {
         stream: host,
@@ -150,11 +152,31 @@ async fn serve_until_the_end(
     tokio::select! {
         // Whichever way the sender goes, the connection has ended.
         _ = &mut host_gone => true,
+        () = error_of(watched) => true,
         () = pod.powering_off.notified() => {
             // Everything has ended; the host hangs up once it has read its answer.
             let _ = timeout(ANSWER_WAIT, host_gone).await;
             false
         }
+    }
+}
+
+/// A second handle of the connection, for [`error_of`].
+fn watch_errors(host: &UnixStream) -> io::Result<AsyncFd<OwnedFd>> {
+    let handle = host.as_fd().try_clone_to_owned()?;
+    AsyncFd::with_interest(handle, Interest::ERROR)
+}
+
+/// Waits for an error of the connection, and ends it. A vsock socket that was reset has an error and
+/// is not readable, so its reader does not wake (vsock_poll of Linux).
+async fn error_of(watched: io::Result<AsyncFd<OwnedFd>>) {
+    let Ok(watched) = watched else {
+        // Its reader is all there is to wait for.
+        return std::future::pending().await;
+    };
+    if watched.ready(Interest::ERROR).await.is_ok() {
+        // It may be shut down already.
+        let _ = shutdown(watched.as_raw_fd(), Shutdown::Both);
     }
 }
 
@@ -299,9 +321,7 @@ impl StreamListener {
             Self::Unix(listener) => Ok(listener.accept().await?.0),
             Self::Vsock(listener) => loop {
                 let accept = |fd: &OwnedFd| pericarp_sys::vsock::accept_from(fd);
-                let (socket, cid) = listener
-                    .async_io(tokio::io::Interest::READABLE, accept)
-                    .await?;
+                let (socket, cid) = listener.async_io(Interest::READABLE, accept).await?;
                 if cid == HOST_CID {
                     return UnixStream::from_std(StdUnixStream::from(socket));
                 }

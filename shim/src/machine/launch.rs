@@ -118,6 +118,8 @@ pub(crate) async fn launch(
     let (console, console_writer) = nix::unistd::pipe2(pipe_flags)
         .map_err(|error| CallError::host("pipe of the guest's log", error))?;
     let vsock = launch.state.join("vsock.sock");
+    // Of an attempt before, if there was one.
+    let _ = fs::remove_file(&vsock);
     let (agent, agents_end) = UnixStream::pair().map_err(host("socket of the agent"))?;
     let agents_end = agents_end.into_std().map_err(host("socket of the agent"))?;
     let mut devices = vec![

@@ -62,15 +62,13 @@ pub(crate) struct Attachment {
 }
 
 impl Attachment {
-    /// The same interface, with descriptors of its own.
-    pub(crate) fn try_clone(&self) -> io::Result<Self> {
-        let all = |descriptors: &[OwnedFd]| {
-            let cloned = descriptors.iter().map(OwnedFd::try_clone);
-            cloned.collect::<io::Result<Vec<_>>>()
-        };
+    /// The same interface for another attempt at a machine: a vhost-net descriptor belongs to the
+    /// first process that uses it.
+    pub(crate) fn again(&self) -> io::Result<Self> {
+        let taps = self.taps.iter().map(OwnedFd::try_clone);
         Ok(Self {
-            taps: all(&self.taps)?,
-            vhosts: all(&self.vhosts)?,
+            taps: taps.collect::<io::Result<_>>()?,
+            vhosts: open_vhosts(self.vhosts.len()),
             ..*self
         })
     }

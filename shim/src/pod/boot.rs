@@ -57,6 +57,10 @@ use crate::{
     },
 };
 
+/// How long the agent of a pod that goes on from a template may take: it boots nothing. What is
+/// later boots.
+const FORK_READY_MAX: Duration = Duration::from_secs(10);
+
 /// Devices that a pod has from its beginning, beside those of every VM.
 struct PodDevices {
     functions: Vec<Wanted>,
@@ -285,7 +289,7 @@ async fn start_vm(
     };
     let (guest, cold) = match Template::find(settings, plan) {
         Ok(template) => {
-            let interfaces = attached.interfaces.iter().map(Attachment::try_clone);
+            let interfaces = attached.interfaces.iter().map(Attachment::again);
             let interfaces = interfaces.collect::<io::Result<_>>().map_err(failed)?;
             match parts.start_guest(Origin::Fork(&template), interfaces).await {
                 Ok(guest) => {
@@ -343,6 +347,10 @@ impl Parts<'_> {
         interfaces: Vec<Attachment>,
     ) -> Result<Greeted, CallError> {
         let failed = |error| CallError::host(self.state.display(), error);
+        let mut ready = Duration::from_millis(self.settings.timeouts.agent_ready_ms);
+        if matches!(origin, Origin::Fork(_)) {
+            ready = ready.min(FORK_READY_MAX);
+        }
         let procs = &self.cgroups.procs;
         let (daemon, file_system) =
             self.shared
@@ -362,8 +370,15 @@ impl Parts<'_> {
         let scope = start_scope(self.request, daemon.pid);
         let started = async {
             let (launched, ()) = tokio::try_join!(launched, scope)?;
-            tokio::spawn(end_without_files(daemon.clone(), launched.process.clone()));
-            greet(launched, self.settings, self.state).await
+            let vmm = launched.process.clone();
+            tokio::spawn(end_without_files(daemon.clone(), vmm.clone()));
+            let greeted = greet(launched, ready, self.settings, self.state).await;
+            if greeted.is_err() {
+                vmm.kill();
+                // Until then it has the pod's interfaces.
+                let _ = timeout(LAST_WORDS_MAX, vmm.ended()).await;
+            }
+            greeted
         }
         .await;
         if started.is_err() {
@@ -377,13 +392,13 @@ impl Parts<'_> {
 /// guest's kernel says is kept from here on.
 async fn greet(
     launched: Launched,
+    ready: Duration,
     settings: &Settings,
     state: &Path,
 ) -> Result<Greeted, CallError> {
     let (machine, process) = (launched.machine, launched.process);
     let log = settings.log.guest_kernel.then(|| state.join("guest.log"));
     tokio::spawn(guest_log::keep(launched.console, log));
-    let ready = Duration::from_millis(settings.timeouts.agent_ready_ms);
     let call = Duration::from_millis(settings.timeouts.rpc_ms);
     let greeted = tokio::select! {
         greeted = Agent::greet(launched.agent, launched.vsock, ready, call) => greeted,

@@ -10,7 +10,7 @@ use super::{
     errors::MachineError,
     vcpu::{Context, Gate, Vcpus},
 };
-use crate::arch;
+use crate::{arch, devices::virtio::device::Confine};
 
 impl Machine {
     /// Loads the kernel and prepares every vCPU, or sets them as they were saved.
@@ -45,6 +45,15 @@ impl Machine {
             let _ = kvm::pre_fault(first, ecam.start, ecam.end - ecam.start);
         }
         Ok(vcpus)
+    }
+
+    /// Starts the threads of devices.
+    pub(crate) fn start_threads(&self, confine: Confine) -> Result<(), MachineError> {
+        for function in self.functions.values() {
+            let started = function.device().start_threads(confine);
+            started.map_err(MachineError::host("thread of a device"))?;
+        }
+        Ok(())
     }
 
     /// Starts the vCPU threads, which wait at the gate.

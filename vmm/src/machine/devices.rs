@@ -186,12 +186,9 @@ fn make_fs(
         tag: fs.tag.as_str().to_owned(),
         request_queues: fs.queues,
     };
-    let [socket] = fs.socket.as_slice() else {
-        return Err(DeviceError::Refused(
-            "a file system without a daemon is not there yet".to_owned(),
-        ));
-    };
-    let socket = UnixStream::from(descriptors.take("Fs.socket", *socket)?);
+    let socket = fs.socket.as_slice().first();
+    let socket = socket.map(|socket| descriptors.take("Fs.socket", *socket));
+    let socket = socket.transpose()?.map(UnixStream::from);
     let fs = fs::Fs::new(name, parameters, socket).map_err(|error| refused(&error))?;
     Ok(Box::new(fs))
 }

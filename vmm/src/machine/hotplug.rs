@@ -69,9 +69,9 @@ impl Machine {
         }
         let permanent = devices::is_permanent(&device.kind);
         let hot = self.vcpus.is_some();
-        if hot && matches!(device.kind, DeviceKind::Mem(_)) {
+        if hot && matches!(device.kind, DeviceKind::Mem(_) | DeviceKind::Fs(_)) {
             return Err(MachineError::State(
-                "Device.kind: mem cannot be added to a running machine",
+                "Device.kind: mem and fs cannot be added to a running machine",
             ));
         }
         if let DeviceKind::Function(function) = &device.kind {

@@ -1,11 +1,7 @@
 //! A machine that is saved, and others that go on from it: each in a process of its own, with a
 //! guest that counts in its memory and is driven by the timer of its local APIC.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::print_stdout,
-    reason = "a failure here is the test's, and a skipped test says why"
-)]
+#![expect(clippy::unwrap_used, reason = "a failure here is the test's")]
 
 use std::{
     fs::File,

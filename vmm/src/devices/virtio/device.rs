@@ -11,7 +11,7 @@
 //! configuration accesses, which come from the vCPU thread that trapped. No method may block on a
 //! peer.
 
-use std::{fmt::Debug, os::fd::BorrowedFd, sync::Arc};
+use std::{fmt::Debug, io, os::fd::BorrowedFd, sync::Arc};
 
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
@@ -123,6 +123,9 @@ pub(crate) struct Progress {
     pub(crate) actual_bytes: u64,
 }
 
+/// Puts the system call filter of a device's thread on the calling thread.
+pub(crate) type Confine = fn() -> io::Result<()>;
+
 /// A virtio device.
 pub(crate) trait VirtioDevice: Debug + Send {
     /// Device ID (virtio 1.2 §5).
@@ -153,6 +156,12 @@ pub(crate) trait VirtioDevice: Debug + Send {
     /// Where the machine put the region of [`Self::region_size`].
     fn set_region(&mut self, guest_address: u64) {
         let _ = guest_address;
+    }
+    /// Starts the threads of a device that has some. Called once, behind the jail and before the
+    /// first activation; devices that are added later have none.
+    fn start_threads(&mut self, confine: Confine) -> io::Result<()> {
+        let _ = confine;
+        Ok(())
     }
     /// DRIVER_OK: begin to serve.
     fn activate(&mut self, activation: Activation) -> Result<(), Broken>;

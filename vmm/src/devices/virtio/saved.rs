@@ -72,6 +72,8 @@ impl ActiveQueue {
 pub(crate) enum DeviceState {
     /// Nothing.
     Nothing,
+    /// A file system: requests that its daemon had not answered.
+    Fs { unanswered: u32 },
     /// A network device: how many queue pairs are in use.
     Net { pairs: u16 },
     /// Sockets: whether the driver must learn that its connections are gone.

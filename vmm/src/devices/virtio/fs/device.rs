@@ -1,37 +1,29 @@
-//! The device: negotiates with the daemon, hands it memory and queues, and watches its socket.
+//! The device: negotiates with the daemon, gives it the bounce memory and its queues, and watches its
+//! socket. The relay thread passes requests on.
 
 use std::{
-    fmt,
-    io::{self, Read, Write},
-    os::{
-        fd::{AsFd, AsRawFd},
-        unix::net::UnixStream,
-    },
+    fmt, io,
+    os::{fd::AsRawFd, unix::net::UnixStream},
+    sync::Arc,
 };
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use pericarp_sys::interrupted;
 use vhost::{
-    VhostBackend, VhostUserMemoryRegionInfo, VringConfigData,
+    VhostBackend,
     vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures},
 };
 use virtio_bindings::{
-    virtio_config::VIRTIO_F_VERSION_1,
-    virtio_ids::VIRTIO_ID_FS,
-    virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
+    virtio_config::VIRTIO_F_VERSION_1, virtio_ids::VIRTIO_ID_FS,
+    virtio_ring::VIRTIO_RING_F_EVENT_IDX,
 };
-use virtio_queue::QueueT;
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
     super::{
-        device::{
-            Activation, ActiveQueue, Broken, GuestMemory, Readiness, VirtioDevice, read_config,
-        },
-        saved::{DeviceState, Saved},
+        device::{Activation, Broken, Confine, Poller, Readiness, VirtioDevice, read_config},
+        saved::{DeviceState, RestoreError, Saved},
     },
     config::{CONFIG_BYTES, TAG_BYTES, config},
+    relay::{Fault, Line, Relay},
+    shadow::{Bounce, ENTRIES, Shadow},
 };
 
 /// Entries of each queue: how many FUSE requests may be in flight. The driver of Linux has one
@@ -41,20 +33,16 @@ const QUEUE_SIZE: u16 = 512;
 const HIGH_PRIORITY_QUEUES: u16 = 1;
 /// Request queues; virtiofsd serves one.
 pub(crate) const REQUEST_QUEUES_MAX: u16 = 16;
-/// Memory regions in one SET_MEM_TABLE message (vhost-user protocol, "Memory regions
-/// description").
-pub(crate) const REGIONS_MAX: usize = 8;
 /// Protocol features that are used when the daemon has them. Not REPLY_ACK: nothing that a guest
 /// does may have the event loop wait for the daemon, which says what it refuses by hanging up.
 const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ;
-/// How long a daemon may take to stop a queue: the only answer that the event loop waits for,
-/// because until then the daemon may write to the guest's memory. A daemon that is later is lost.
-const STOP_MS_MAX: u16 = 5000;
-/// What the transport offers every driver, so that every daemon must know it.
-const RING_FEATURES: u64 =
-    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
+/// What the rings to the daemon use.
+const RING_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX;
 
+/// Descriptors on the event loop: the daemon's socket, and what the relay tells.
 const DAEMON: u32 = 0;
+const TROUBLE: u32 = 1;
+const READABLE: Readiness = libc::EPOLLIN.cast_unsigned();
 const GONE: Readiness = (libc::EPOLLHUP | libc::EPOLLERR).cast_unsigned();
 
 /// What a file system is to the guest.
@@ -102,42 +90,50 @@ pub(crate) enum Error {
     },
 }
 
-/// A file system behind a vhost-user daemon.
-pub(crate) struct Fs {
-    name: String,
-    tag: String,
-    config: [u8; CONFIG_BYTES],
-    queue_sizes: Vec<u16>,
-    daemon: Frontend,
+/// The daemon that serves a file system.
+struct Daemon {
+    /// Kept open: with it the daemon ends.
+    _talk: Frontend,
     /// The same socket, to wait for its end.
     socket: UnixStream,
-    daemon_gone: bool,
-    active: Option<Activation>,
-    /// What the daemon signals: the queues' interrupts, or placeholders if the driver polls.
-    calls: Vec<EventFd>,
+    gone: bool,
+    /// What the relay thread begins with, until it does.
+    prepared: Option<(Bounce, Vec<Line>)>,
+    relay: Option<Relay>,
+}
+
+/// A file system behind a vhost-user daemon. Without one (yet), requests wait.
+pub(crate) struct Fs {
+    name: String,
+    config: [u8; CONFIG_BYTES],
+    queue_sizes: Vec<u16>,
+    daemon: Option<Daemon>,
+    /// The queues while there is no daemon.
+    waiting: Option<Activation>,
+    /// The event loop waits for the daemon and its relay.
+    poller: Option<Arc<dyn Poller>>,
 }
 
 impl fmt::Debug for Fs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Fs")
             .field("name", &self.name)
-            .field("tag", &self.tag)
-            .field("daemon_gone", &self.daemon_gone)
-            .field("active", &self.active)
+            .field("daemon", &self.daemon.is_some())
+            .field("waiting", &self.waiting)
             .finish_non_exhaustive()
     }
 }
 
 impl Fs {
     /// A file system served by the daemon at the other end of `socket`, with which features are
-    /// agreed here.
+    /// agreed here and which is given its queues.
     ///
     /// # Errors
     /// A parameter is out of range, or the daemon lacks what is needed or does not answer.
     pub(crate) fn new(
         name: String,
         parameters: Parameters,
-        socket: UnixStream,
+        socket: Option<UnixStream>,
     ) -> Result<Self, Error> {
         let Parameters {
             tag,
@@ -147,35 +143,17 @@ impl Fs {
             return Err(Error::Tag(tag));
         };
         check_queues(&tag, request_queues, u64::from(REQUEST_QUEUES_MAX))?;
-        let refused = |message| {
-            let tag = tag.clone();
-            move |reason: String| Error::Daemon {
-                tag,
-                message,
-                reason,
-            }
-        };
-        let talk = socket
-            .try_clone()
-            .map_err(|e| refused("its socket")(e.to_string()))?;
         let queues = HIGH_PRIORITY_QUEUES + request_queues;
-        let mut daemon = Frontend::from_stream(talk, u64::from(queues));
-        let served = negotiate(&mut daemon, &tag).map_err(|failure| match failure {
-            Failure::Features(error) => error,
-            Failure::Message(message, reason) => refused(message)(reason),
-        })?;
-        let served = served.saturating_sub(u64::from(HIGH_PRIORITY_QUEUES));
-        check_queues(&tag, request_queues, served)?;
+        let daemon = socket
+            .map(|socket| Daemon::meet(&tag, request_queues, socket))
+            .transpose()?;
         Ok(Self {
             name,
-            tag,
             config,
             queue_sizes: vec![QUEUE_SIZE; usize::from(queues)],
             daemon,
-            socket,
-            daemon_gone: false,
-            active: None,
-            calls: Vec::new(),
+            waiting: None,
+            poller: None,
         })
     }
 
@@ -185,136 +163,72 @@ impl Fs {
             reason: reason.to_string(),
         }
     }
+}
 
-    fn refused(&self, message: &str, reason: impl fmt::Display) -> Broken {
-        self.broken(format!("the daemon refused {message}: {reason}"))
-    }
-
-    fn share_memory(&self, memory: &GuestMemory) -> Result<(), Broken> {
-        let regions: Vec<_> = memory
-            .iter()
-            .map(|region| {
-                let file = region.file_offset()?;
-                let start = region.start_addr().raw_value();
-                Some(VhostUserMemoryRegionInfo {
-                    guest_phys_addr: start,
-                    memory_size: region.len(),
-                    // What the daemon calls the front end's address: see the header of the folder.
-                    userspace_addr: start,
-                    mmap_offset: file.start(),
-                    mmap_handle: file.file().as_raw_fd(),
-                })
-            })
-            .collect::<Option<_>>()
-            .ok_or_else(|| self.broken("guest memory is no file, so it cannot be shared"))?;
-        if regions.len() > REGIONS_MAX {
-            return Err(self.broken(format!(
-                "guest memory has {} regions, and the daemon takes {REGIONS_MAX}",
-                regions.len()
-            )));
-        }
-        self.daemon
-            .set_mem_table(&regions)
-            .map(drop)
-            .map_err(|e| self.refused("SET_MEM_TABLE", e))
-    }
-
-    fn start_queue(&mut self, active: &ActiveQueue, activation: &Activation) -> Result<(), Broken> {
-        let index = usize::from(active.index);
-        let queue = &active.queue;
-        let addresses = VringConfigData {
-            queue_max_size: queue.max_size(),
-            queue_size: queue.size(),
-            flags: 0,
-            desc_table_addr: queue.desc_table(),
-            used_ring_addr: queue.used_ring(),
-            avail_ring_addr: queue.avail_ring(),
-            log_addr: None,
+impl Daemon {
+    /// Agrees on features and gives the daemon memory and queues.
+    fn meet(tag: &str, request_queues: u16, socket: UnixStream) -> Result<Self, Error> {
+        let refused = |message, reason: String| Error::Daemon {
+            tag: tag.to_owned(),
+            message,
+            reason,
         };
-        let call = match activation.interrupt.queue_eventfd(active.index) {
-            Some(call) => call,
-            None => EventFd::new(EFD_NONBLOCK).map_err(|e| self.broken(e))?,
+        let own = |error: io::Error| refused("its set-up", error.to_string());
+        let queues = HIGH_PRIORITY_QUEUES + request_queues;
+        let talk = socket.try_clone().map_err(own)?;
+        let mut talk = Frontend::from_stream(talk, u64::from(queues));
+        let failed = |failure| match failure {
+            Failure::Features(error) => error,
+            Failure::Message(message, reason) => refused(message, reason),
         };
-        let set = |message: &'static str| move |e: vhost::Error| (message, e);
-        let daemon = &mut self.daemon;
-        let outcome = daemon
-            .set_vring_num(index, queue.size())
-            .map_err(set("SET_VRING_NUM"))
-            .and_then(|()| {
-                daemon
-                    .set_vring_addr(index, &addresses)
-                    .map_err(set("SET_VRING_ADDR"))
-            })
-            .and_then(|()| {
-                let base = daemon.set_vring_base(index, queue.next_avail());
-                base.map_err(set("SET_VRING_BASE"))
-            })
-            .and_then(|()| {
-                daemon
-                    .set_vring_call(index, &call)
-                    .map_err(set("SET_VRING_CALL"))
-            })
-            .and_then(|()| {
-                let kick = daemon.set_vring_kick(index, &active.kick);
-                kick.map_err(set("SET_VRING_KICK"))
-            })
-            .and_then(|()| {
-                daemon
-                    .set_vring_enable(index, true)
-                    .map_err(set("SET_VRING_ENABLE"))
-            });
-        self.calls.push(call);
-        outcome.map_err(|(message, e)| self.refused(message, e))
+        let served = negotiate(&mut talk, tag).map_err(failed)?;
+        let served = served.saturating_sub(u64::from(HIGH_PRIORITY_QUEUES));
+        check_queues(tag, request_queues, served)?;
+        let bounce = Bounce::new(usize::from(queues)).map_err(own)?;
+        let lines = (0..queues)
+            .map(|_| Line::new())
+            .collect::<Result<Vec<_>, _>>();
+        let lines = lines.map_err(own)?;
+        hand_over(&mut talk, &bounce, &lines).map_err(failed)?;
+        Ok(Self {
+            _talk: talk,
+            socket,
+            gone: false,
+            prepared: Some((bounce, lines)),
+            relay: None,
+        })
     }
 
-    fn start(&mut self, activation: &Activation) -> Result<(), Broken> {
-        if self.daemon_gone {
-            return Err(self.broken("the daemon has ended"));
-        }
-        let features = activation.features & RING_FEATURES;
-        self.daemon
-            .set_features(features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())
-            .map_err(|e| self.refused("SET_FEATURES", e))?;
-        self.share_memory(&activation.memory)?;
-        for queue in &activation.queues {
-            self.start_queue(queue, activation)?;
-        }
-        activation
-            .poller
-            .add(self.socket.as_raw_fd(), DAEMON, 0)
-            .map_err(|e| self.broken(format!("socket of the daemon cannot be waited for: {e}")))
+    /// It is beyond use: cut off, so that it ends.
+    fn give_up(&mut self) {
+        self.gone = true;
+        // Fails when it has gone already.
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
     }
 }
 
-/// GET_VRING_BASE (vhost-user protocol, "Front-end message types"): the queue stops, and the answer
-/// says so, and where it stands. By hand, because the library waits for an answer without end.
-pub(super) fn stop_queue(mut socket: &UnixStream, queue: u16) -> io::Result<u16> {
-    /// Header (request, flags, size) and `vring state` (index, number).
-    const MESSAGE_BYTES: usize = 20;
-    const REQUEST: u32 = 11;
-    const VERSION_1: u32 = 1;
-    let mut message = [0; MESSAGE_BYTES];
-    let words = [REQUEST, VERSION_1, 8, u32::from(queue), 0];
-    for (to, word) in message.chunks_exact_mut(4).zip(words) {
-        to.copy_from_slice(&word.to_le_bytes());
+/// Gives the daemon its memory and starts its queues.
+fn hand_over(talk: &mut Frontend, bounce: &Bounce, lines: &[Line]) -> Result<(), Failure> {
+    let refused = |message| move |e: vhost::Error| Failure::Message(message, e.to_string());
+    talk.set_features(RING_FEATURES | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())
+        .map_err(refused("SET_FEATURES"))?;
+    talk.set_mem_table(&[bounce.region()])
+        .map_err(refused("SET_MEM_TABLE"))?;
+    for (index, line) in lines.iter().enumerate() {
+        talk.set_vring_num(index, ENTRIES)
+            .map_err(refused("SET_VRING_NUM"))?;
+        talk.set_vring_addr(index, &Shadow::new(index).addresses())
+            .map_err(refused("SET_VRING_ADDR"))?;
+        talk.set_vring_base(index, 0)
+            .map_err(refused("SET_VRING_BASE"))?;
+        talk.set_vring_call(index, &line.call)
+            .map_err(refused("SET_VRING_CALL"))?;
+        talk.set_vring_kick(index, &line.kick)
+            .map_err(refused("SET_VRING_KICK"))?;
+        talk.set_vring_enable(index, true)
+            .map_err(refused("SET_VRING_ENABLE"))?;
     }
-    socket.write_all(&message)?;
-    let mut filled = 0;
-    while filled < MESSAGE_BYTES {
-        let mut set = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-        if interrupted::retry(|| poll(&mut set, PollTimeout::from(STOP_MS_MAX)))? == 0 {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        match interrupted::retry(|| socket.read(&mut message[filled..]))? {
-            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-            count => filled += count,
-        }
-    }
-    if message[..4] == REQUEST.to_le_bytes() {
-        Ok(u16::from_le_bytes([message[16], message[17]]))
-    } else {
-        Err(io::ErrorKind::InvalidData.into())
-    }
+    Ok(())
 }
 
 fn check_queues(tag: &str, given: u16, max: u64) -> Result<(), Error> {
@@ -381,10 +295,38 @@ impl VirtioDevice for Fs {
         read_config(&self.config, offset, data);
     }
 
+    fn start_threads(&mut self, confine: Confine) -> io::Result<()> {
+        let Some(daemon) = &mut self.daemon else {
+            return Ok(());
+        };
+        if let Some((bounce, lines)) = daemon.prepared.take() {
+            daemon.relay = Some(Relay::start(bounce, lines, confine)?);
+        }
+        Ok(())
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), Broken> {
-        let outcome = self.start(&activation);
-        self.active = Some(activation);
-        outcome
+        let failed = |e: io::Error| self.broken(format!("the daemon cannot be waited for: {e}"));
+        let Some(daemon) = &self.daemon else {
+            self.waiting = Some(activation);
+            return Ok(());
+        };
+        if daemon.gone {
+            return Err(self.broken("the daemon has ended"));
+        }
+        let Some(relay) = &daemon.relay else {
+            return Err(self.broken("it was added to a machine that runs"));
+        };
+        let poller = Arc::clone(&activation.poller);
+        poller
+            .add(daemon.socket.as_raw_fd(), DAEMON, 0)
+            .and_then(|()| poller.add(relay.trouble().bell.as_raw_fd(), TROUBLE, READABLE))
+            .map_err(failed)?;
+        if !relay.serve(activation) {
+            return Err(self.broken("its thread has ended"));
+        }
+        self.poller = Some(poller);
+        Ok(())
     }
 
     fn owns_kicks(&self) -> bool {
@@ -396,58 +338,74 @@ impl VirtioDevice for Fs {
     }
 
     fn descriptor_ready(&mut self, token: u32, readiness: Readiness) -> Result<(), Broken> {
-        if token != DAEMON || readiness & GONE == 0 || self.daemon_gone {
+        let Some(daemon) = self.daemon.as_mut().filter(|daemon| !daemon.gone) else {
             return Ok(());
+        };
+        if token == DAEMON && readiness & GONE != 0 {
+            daemon.gone = true;
+            if let Some(poller) = &self.poller {
+                // Reported until removed; fails only when it is gone as wished.
+                let _ = poller.remove(daemon.socket.as_raw_fd());
+            }
+            return Err(self.broken(
+                "the daemon has ended; the file system is lost until the pod is made anew",
+            ));
         }
-        self.daemon_gone = true;
-        if let Some(active) = &self.active {
-            // Reported until removed; fails only when it is gone as wished.
-            let _ = active.poller.remove(self.socket.as_raw_fd());
+        let fault = daemon
+            .relay
+            .as_ref()
+            .and_then(|relay| relay.trouble().take());
+        match fault {
+            None => Ok(()),
+            Some(Fault::Driver(reason)) => Err(self.broken(reason)),
+            Some(Fault::Daemon(reason)) => {
+                daemon.give_up();
+                Err(self.broken(reason))
+            }
         }
-        Err(self.broken("the daemon has ended; the file system is lost until the pod is made anew"))
     }
 
     fn reset(&mut self) {
-        self.stop();
+        self.stop(false);
     }
 
     /// What a daemon knows of open files stays with it: a file system goes on with the daemon that
-    /// it has.
+    /// it has, or was saved before anybody mounted it.
     fn save(&mut self) -> Saved {
-        let active = self.stop();
-        let queues = active.map_or_else(Vec::new, |active| {
-            let stopped = active.queues.iter();
-            stopped
-                .map(|queue| queue.kernel_position(&active.memory))
-                .collect()
-        });
-        let state = DeviceState::Nothing;
-        Saved { queues, state }
+        let (active, in_flight) = self.stop(true);
+        let unanswered = u32::try_from(in_flight).unwrap_or(u32::MAX);
+        Saved::stopped(active, DeviceState::Fs { unanswered })
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        match state {
+            DeviceState::Fs { unanswered: 0 } => Ok(()),
+            DeviceState::Fs { unanswered } => Err(RestoreError {
+                device: self.name(),
+                reason: format!(
+                    "its daemon had not answered {unanswered} requests when it was saved"
+                ),
+            }),
+            other => Err(self.cannot_restore(other)),
+        }
     }
 }
 
 impl Fs {
-    /// Takes the queues back from the daemon, with the positions that it reached.
-    fn stop(&mut self) -> Option<Activation> {
-        let mut active = self.active.take()?;
-        self.calls.clear();
-        if self.daemon_gone {
-            return Some(active);
-        }
-        // Fails when activation did not get that far.
-        let _ = active.poller.remove(self.socket.as_raw_fd());
-        for queue in &mut active.queues {
-            // A daemon that fails here is ending or hangs: it is cut off, and the next activation
-            // tells.
-            match stop_queue(&self.socket, queue.index) {
-                Ok(base) => queue.queue.set_next_avail(base),
-                Err(_) => {
-                    self.daemon_gone = true;
-                    let _ = self.socket.shutdown(std::net::Shutdown::Both);
-                    break;
-                }
-            }
-        }
-        Some(active)
+    /// Takes the queues back, and tells how many requests are without an answer.
+    fn stop(&mut self, drain: bool) -> (Option<Activation>, usize) {
+        let Some(daemon) = &self.daemon else {
+            return (self.waiting.take(), 0);
+        };
+        let (Some(poller), Some(relay)) = (self.poller.take(), &daemon.relay) else {
+            return (None, 0);
+        };
+        // These fail when they are not waited for any more.
+        let _ = poller.remove(daemon.socket.as_raw_fd());
+        let _ = poller.remove(relay.trouble().bell.as_raw_fd());
+        let stopped = relay.stop(drain);
+        // What it found wrong was the former driver's doing.
+        let _ = relay.trouble().take();
+        (stopped.active, stopped.in_flight)
     }
 }

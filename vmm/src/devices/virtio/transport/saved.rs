@@ -50,6 +50,8 @@ impl VirtioFunction {
         let [_, _, low, high] = lock(&self.config).word(self.msix_capability).to_le_bytes();
         self.decode();
         self.show_common();
+        // Before the device goes on: it may interrupt at once, and what comes before is lost.
+        self.msix.set_control(u16::from_le_bytes([low, high]));
         let restored = lock(&self.device).restore(&saved.device.state);
         restored.map_err(|error| self.broken(error.to_string()))?;
         if saved.registers.is_live() {
@@ -57,7 +59,6 @@ impl VirtioFunction {
             // What lay in the rings was announced to the one before.
             self.kick_all();
         }
-        self.msix.set_control(u16::from_le_bytes([low, high]));
         Ok(())
     }
 }
