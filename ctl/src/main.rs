@@ -1,7 +1,8 @@
 //! `pericarp`, the node operator's command: says whether the node can run pods, checks the
 //! configuration, lists pods, offers devices to the kubelet, looks after templates.
 //!
-//! It changes nothing but templates. Exit status: 0 all right, 1 something has to be done, 2 wrong usage.
+//! It changes nothing but templates. Exit status: 0 all right, 1 something has to be done, 2 wrong
+//! usage.
 
 mod check;
 mod cli;

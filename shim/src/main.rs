@@ -41,12 +41,6 @@ fn run() -> Result<(), Box<dyn Error>> {
         Action::Daemon => Ok(daemon::run(&args)?),
         Action::Version => Ok(info::version()?),
         Action::Info => Ok(info::runtime_info()?),
-        Action::Template => {
-            match template_maker::run()? {
-                Some(key) => println!("{key}"),
-                None => eprintln!("another template is being made"),
-            }
-            Ok(())
-        }
+        Action::Template => Ok(template_maker::run()?),
     }
 }

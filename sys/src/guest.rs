@@ -48,8 +48,8 @@ pub fn add_entropy(device: &File, seed: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Has the kernel's generator draw its keys anew from the pool, at once: a machine that goes on from
-/// a saved one shares them with every other until then.
+/// Has the kernel's generator draw its keys anew from the pool, at once: a machine that goes on
+/// from a saved one shares them with every other until then.
 ///
 /// # Errors
 /// The kernel refuses (only root may ask).

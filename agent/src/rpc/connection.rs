@@ -1,4 +1,5 @@
-//! The way to the host: dials, says hello, serves requests on that connection and streams on a port.
+//! The way to the host: dials, says hello, serves requests on that connection, and streams on a
+//! port.
 //!
 //! ```text
 //! dial (2, AGENT_PORT) ── Hello ── rest of the set-up ── ttrpc requests ──(connection ends)──┐
@@ -162,14 +163,14 @@ async fn serve_until_the_end(
 }
 
 /// A second handle of the connection, for [`error_of`].
-fn watch_errors(host: &UnixStream) -> io::Result<AsyncFd<OwnedFd>> {
+fn watch_errors(host: &UnixStream) -> io::Result<UnixStream> {
     let handle = host.as_fd().try_clone_to_owned()?;
-    AsyncFd::with_interest(handle, Interest::ERROR)
+    UnixStream::from_std(handle.into())
 }
 
-/// Waits for an error of the connection, and ends it. A vsock socket that was reset has an error and
-/// is not readable, so its reader does not wake (vsock_poll of Linux).
-async fn error_of(watched: io::Result<AsyncFd<OwnedFd>>) {
+/// Waits for an error of the connection, and ends it. A vsock socket that was reset has an error
+/// and is not readable, so its reader does not wake (vsock_poll of Linux).
+async fn error_of(watched: io::Result<UnixStream>) {
     let Ok(watched) = watched else {
         // Its reader is all there is to wait for.
         return std::future::pending().await;

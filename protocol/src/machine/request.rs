@@ -66,14 +66,14 @@ wire_struct! {
         cpu_features: Text<CPU_FEATURES_BYTES_MAX>,
         /// `/dev/kvm`.
         kvm: Descriptor,
-        /// The file of the memory at boot. Of a machine that goes on from a saved one: the file that
-        /// was its memory then; it is mapped privately and never written.
+        /// The file of the memory at boot. Of a machine that goes on from a saved one: the file
+        /// that was its memory then; it is mapped privately and never written.
         memory: Descriptor,
         /// The file of the memory that can be plugged, if any can.
         pluggable: List<Descriptor, 1>,
-        /// What [`Request::Save`] wrote: the machine goes on from there instead of booting. The rest
-        /// of the description, and the devices in their order, are those of the saved machine;
-        /// kernel and initramfs are not read.
+        /// What [`Request::Save`] wrote: the machine goes on from there instead of booting. The
+        /// rest of the description, and the devices in their order, are those of the saved
+        /// machine; kernel and initramfs are not read.
         saved: List<Descriptor, 1>,
         /// The kernel: an ELF with a PVH note, or a bzImage.
         kernel: Descriptor,

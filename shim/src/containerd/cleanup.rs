@@ -19,6 +19,7 @@ use protobuf::Message;
 use crate::{
     containerd::args::Args,
     host::journal,
+    machine::template_maker,
     network,
     pod::{bundle::Bundle, container::timestamp},
 };
@@ -38,6 +39,9 @@ pub(crate) fn delete(args: &Args) -> Result<(), CleanupError> {
     let state = state_of(&args.id, bundle.as_deref());
     if state.is_dir() {
         journal::undo(&state, network::remove_tap)?;
+    }
+    if let Some(run_dir) = state.parent() {
+        template_maker::undo_stale(run_dir);
     }
     if let Some(bundle) = bundle {
         remove_socket(&bundle);

@@ -41,9 +41,12 @@ pub(super) const STATE_BYTES_MAX: u64 = 16 << 20;
 /// Any user but root: the key is the same for all of them.
 const ANY_USER: u32 = 1;
 
+/// The directory of all templates, in that of run-time state.
+pub(crate) const TEMPLATES: &str = ".templates";
+
 /// The directory of all templates.
 pub(crate) fn directory(settings: &Settings) -> PathBuf {
-    settings.paths.run_dir.join(".templates")
+    settings.paths.run_dir.join(TEMPLATES)
 }
 
 /// Why a pod boots although templates are in use, or that they are not.

@@ -2,8 +2,9 @@
 //!
 //! It is a process of its own, `containerd-shim-pericarp-v2 template`, in a cgroup of the node, so
 //! that it ends with no pod and no pod pays for its memory. It reads what to make from its standard
-//! input ([`Order`]). The shim of the first pod of a shape starts it, and so does `pericarp template
-//! build`. One works at a time; what another left that was killed is undone first.
+//! input ([`Order`]). The shim of the first pod of a shape starts it, and so does
+//! `pericarp template build`. One works at a time; what another left that was killed is undone
+//! first.
 
 use std::{
     collections::BTreeMap,
@@ -11,7 +12,7 @@ use std::{
     io::{self, Read as _, Write as _},
     os::fd::AsFd as _,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
     sync::Arc,
     time::Duration,
 };
@@ -38,13 +39,16 @@ use crate::{
     machine::{
         launch::{Launch, Launched, Origin, claim_user, launch},
         size::{Most, Plan},
-        template::{self, Unpublished},
+        template::{self, TEMPLATES, Unpublished},
     },
     network,
 };
 
 /// The cgroup of the node in which templates are made, and which their memory is charged to.
 const CGROUP: &str = "pericarp-templates";
+
+/// Where one is made, in the directory of templates.
+const WORK: &str = ".work";
 
 /// Longest order in bytes: annotations are bounded by Kubernetes to 256 KiB.
 const ORDER_BYTES_MAX: u64 = 1 << 20;
@@ -131,12 +135,15 @@ fn spawn(settings: &Settings, order: &Order, log: &Path) -> io::Result<Watched> 
     let mut input = private::nameless(&settings.paths.run_dir)?;
     input.write_all(&serde_json::to_vec(order)?)?;
     io::Seek::rewind(&mut input)?;
-    let cgroup = cgroup::make(&Path::new(ROOT).join(CGROUP))?;
+    let directory = Path::new(ROOT).join(CGROUP);
+    let cgroup = cgroup::make(&directory)?;
+    // Pods come first. Without the controller it competes with them.
+    let _ = fs::write(directory.join("cpu.idle"), "1");
     let mut command = Command::new(std::env::current_exe()?);
     command
         .arg(ACTION)
         .stdin(input)
-        .stdout(Stdio::null())
+        .stdout(log.try_clone()?)
         .stderr(log);
     Watched::spawn_program_in(command, Arc::new(vec![cgroup]))
 }
@@ -170,39 +177,73 @@ fn host(object: impl ToString) -> impl FnOnce(io::Error) -> MakeError {
     }
 }
 
-/// The whole process: reads the order and carries it out. Gives the key of the template, or `None`
-/// when somebody else is making one.
-pub(crate) fn run() -> Result<Option<String>, MakeError> {
+/// The whole process: reads the order, carries it out and prints the name of the template. When
+/// somebody else is making one it says so and is done.
+pub(crate) fn run() -> Result<(), MakeError> {
+    let answer = match carry_out(&read_order()?)? {
+        Some(key) => format!("{key}\n"),
+        None => "another template is being made\n".to_owned(),
+    };
+    let written = io::stdout().write_all(answer.as_bytes());
+    written.map_err(host("standard output"))
+}
+
+fn read_order() -> Result<Order, MakeError> {
     let mut text = Vec::new();
     let input = io::stdin().lock();
     input
         .take(ORDER_BYTES_MAX)
         .read_to_end(&mut text)
         .map_err(MakeError::Order)?;
-    let order: Order = if text.is_empty() {
-        Order::default()
-    } else {
-        serde_json::from_slice(&text).map_err(|error| MakeError::Order(error.into()))?
-    };
-    let (settings, plan) = understand(&order)?;
+    if text.is_empty() {
+        return Ok(Order::default());
+    }
+    serde_json::from_slice(&text).map_err(|error| MakeError::Order(error.into()))
+}
+
+/// Gives the key of the template, or `None` when somebody else is making one.
+fn carry_out(order: &Order) -> Result<Option<String>, MakeError> {
+    let (settings, plan) = understand(order)?;
     let directory = template::directory(&settings);
     private::make_directory(&directory).map_err(host(directory.display()))?;
-    let lock = File::open(&directory).map_err(host(directory.display()))?;
-    let Ok(_lock) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else {
+    let Some(_lock) = lock(&directory).map_err(host(directory.display()))? else {
         return Ok(None);
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(host("event loop"))?;
-    let work = directory.join(".work");
-    let undo = || journal::undo(&work, network::remove_tap);
-    undo().map_err(|error| host(work.display())(io::Error::other(error.to_string())))?;
+    let work = directory.join(WORK);
+    undo(&work).map_err(|error| host(work.display())(io::Error::other(error.to_string())))?;
     let made = runtime.block_on(make(&settings, plan, &directory, &work));
-    if let Err(error) = undo() {
+    if let Err(error) = undo(&work) {
         warn!(%error, "something of the making of a template is left");
     }
     made.map(Some)
+}
+
+/// The lock of those who make templates; `None` when somebody has it.
+fn lock(directory: &Path) -> io::Result<Option<Flock<File>>> {
+    let lock = File::open(directory)?;
+    Ok(Flock::lock(lock, FlockArg::LockExclusiveNonblock).ok())
+}
+
+fn undo(work: &Path) -> Result<(), journal::UndoError> {
+    journal::undo(work, network::remove_tap)
+}
+
+/// Removes what somebody left that was killed while it made a template.
+pub(crate) fn undo_stale(run_dir: &Path) {
+    let directory = run_dir.join(TEMPLATES);
+    let work = directory.join(WORK);
+    if !work.exists() {
+        return;
+    }
+    if let Ok(Some(_lock)) = lock(&directory)
+        && let Err(error) = undo(&work)
+    {
+        warn!(%error, "something of the making of a template is left");
+    }
 }
 
 fn understand(order: &Order) -> Result<(Settings, Plan), MakeError> {

@@ -13,16 +13,18 @@ const SHIM_END_TIMEOUT_S: u64 = 60;
 /// one that asks, mounts, cgroups, interfaces, network namespaces, files, named sockets.
 ///
 /// Not among it is what the first pod of a node makes for all: CNI's bridge, the cgroup of
-/// containerd's namespace, and the folders in which pods have files.
+/// containerd's namespace, the folders in which pods have files, and templates with their cgroup.
+/// What a template is made of (`.templates/.work`) must be gone.
 const LIST: &str = r"
 ps --ppid 2 -p 2 --deselect -o pid=,ppid=,args= |
     awk -v me=$$ '$1 != me && $2 != me { $1 = $2 = ``; print `process` $0 }'
 awk '{ print `mount ` $5 ` ` $9 }' /proc/self/mountinfo
-find /sys/fs/cgroup -type d ! -name k8s.io -printf 'cgroup %p\n'
+find /sys/fs/cgroup -type d ! -name k8s.io ! -name pericarp-templates -printf 'cgroup %p\n'
 ls /sys/class/net | grep -vx cni0 | sed 's/^/interface /'
 find /run/pericarp /run/pericarp/.users /run/netns /dev/shm /run/containerd*/s \
-    /run/containerd*/io.containerd.*/* -mindepth 1 ! -name .users -printf 'file %p\n' 2>/dev/null ||
-    true
+    /run/containerd*/io.containerd.*/* -mindepth 1 ! -name .users \
+    ! -path '/run/pericarp/.templates' ! -path '/run/pericarp/.templates/[!.]*' \
+    -printf 'file %p\n' 2>/dev/null || true
 awk '$8 ~ /pericarp|containerd.s/ { print `socket ` $8 }' /proc/net/unix
 ";
 
@@ -64,7 +66,8 @@ impl Leftovers {
     }
 }
 
-/// Waits until no shim lives. Pods that should live on must not be in the node.
+/// Waits until no shim lives, and no template is being made, which is a shim's program too. Pods
+/// that should live on must not be in the node.
 fn wait_for_shims(node: &Node) -> Result<()> {
     let line = "for shim in $(pgrep -f '^[^ ]*containerd-shim-[a-z]+-v2 ' || true); do \
                 tail -s 0.1 --pid=$shim -f /dev/null; done";

@@ -108,22 +108,8 @@ impl Machine {
             [file] => Some(File::from(descriptors.take("Machine.initramfs", *file)?)),
             _ => None,
         };
-        let saved = description.saved.as_slice().first();
-        let saved = saved.map(|file| descriptors.take("Machine.saved", *file));
-        let saved = saved.transpose()?.map(|file| {
-            let saved = SavedMachine::read(file, &description)?;
-            Ok::<_, MachineError>(Box::new(saved))
-        });
-        let saved = saved.transpose()?;
-        let pluggable = description.pluggable.as_slice().iter();
-        let files = memory::Files {
-            boot: descriptors.take("Machine.memory", description.memory)?,
-            private: saved.is_some(),
-            pluggable: pluggable
-                .map(|file| descriptors.take("Machine.pluggable", *file))
-                .next()
-                .transpose()?,
-        };
+        let saved = open_saved(&description, descriptors)?;
+        let files = memory_files(&description, descriptors, saved.is_some())?;
         let bits = arch::machine::address_bits(&kvm)?;
         let sizes = (description.memory_bytes, description.memory_max_bytes);
         let layout = arch::layout::plan(sizes.0, sizes.1, bits)?;
@@ -264,6 +250,32 @@ impl Machine {
     pub(crate) fn ids(&self) -> (u32, u32) {
         (self.description.uid, self.description.gid)
     }
+}
+
+fn open_saved(
+    description: &Description,
+    descriptors: &mut Descriptors,
+) -> Result<Option<Box<SavedMachine>>, MachineError> {
+    let Some(file) = description.saved.as_slice().first() else {
+        return Ok(None);
+    };
+    let file = descriptors.take("Machine.saved", *file)?;
+    Ok(Some(Box::new(SavedMachine::read(file, description)?)))
+}
+
+fn memory_files(
+    description: &Description,
+    descriptors: &mut Descriptors,
+    private: bool,
+) -> Result<memory::Files, MachineError> {
+    let boot = descriptors.take("Machine.memory", description.memory)?;
+    let pluggable = description.pluggable.as_slice().first();
+    let pluggable = pluggable.map(|file| descriptors.take("Machine.pluggable", *file));
+    Ok(memory::Files {
+        boot,
+        private,
+        pluggable: pluggable.transpose()?,
+    })
 }
 
 /// The version of KVM's interface, the only one there ever was.

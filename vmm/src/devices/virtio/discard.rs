@@ -4,9 +4,10 @@
 //! Guest memory is a shared mapping of a file, so only a hole in the file returns memory, and it
 //! does for every process that maps it. The memory of a machine that goes on from a saved one is
 //! private: its pages are given back by advice, and are then what they were when it was saved. That
-//! is as good, because drivers expect nothing of a page that they gave away (virtio 1.2 §5.5.6; the
-//! guest's kernel zeroes pages when it gives them out, not when they are freed). Nothing may be discarded while a device that is passed
-//! through has memory pinned: it would go on using the old pages while the guest sees new ones.
+//! is as good, because drivers expect nothing of a page that they gave away (virtio 1.2 §5.5.6;
+//! the guest's kernel zeroes pages when it gives them out, not when they are freed). Nothing may
+//! be discarded while a device that is passed through has memory pinned: it would go on using the
+//! old pages while the guest sees new ones.
 
 use std::{
     io,

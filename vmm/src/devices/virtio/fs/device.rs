@@ -1,5 +1,5 @@
-//! The device: negotiates with the daemon, gives it the bounce memory and its queues, and watches its
-//! socket. The relay thread passes requests on.
+//! The device: negotiates with the daemon, gives it the bounce memory and its queues, and watches
+//! its socket. The relay thread passes requests on.
 
 use std::{
     fmt, io,

@@ -7,16 +7,17 @@
 //!   (chains)          copies          (rings and room, shared)
 //! ```
 //!
-//! - Threads: the relay's own, with a filter of its own, for all requests; the event loop for set-up
-//!   and for noticing the daemon's end. The daemon is waited for when the device is made: it is a
-//!   process of the node, not of the guest, and a shim that sees the VMM not answering ends both.
+//! - Threads: the relay's own, with a filter of its own, for all requests; the event loop for
+//!   set-up and for noticing the daemon's end. The daemon is waited for when the device is made: it
+//!   is a process of the node, not of the guest, and a shim that sees the VMM not answering ends
+//!   both.
 //! - Descriptors held: the vhost-user socket (twice: one to talk, one to wait for its end), the
 //!   bounce memory, two eventfds a queue.
 //! - Given to the daemon: the bounce memory, and the kick and call eventfds of each queue.
-//! - Limits: [`device::REQUEST_QUEUES_MAX`] request queues; requests in flight as many as the bounce
-//!   memory holds ([`shadow`]), the others wait in the guest's queue.
+//! - Limits: [`device::REQUEST_QUEUES_MAX`] request queues; requests in flight as many as the
+//!   bounce memory holds ([`shadow`]), the others wait in the guest's queue.
 //! - Hostile guest: its chains are checked here, and a violation breaks the device until it is
-//!   reset. Hostile daemon: what it answers is checked against what it was given, and a lie ends it.
+//!   reset. Hostile daemon: what it answers is checked against what it was given; a lie ends it.
 //! - Reset: requests in flight are forgotten, and what the daemon answers later is dropped.
 //! - Daemon's end: the device breaks, once, with a message; there is no reconnect, for a file
 //!   system whose open files are forgotten is worse than none.

@@ -227,7 +227,7 @@ fn the_daemons_end_breaks_the_device_once_and_for_good() {
     assert!(broken.to_string().contains("the daemon has ended"));
 }
 
-/// A chain that breaks the rules breaks the device until it is reset; the daemon sees nothing of it.
+/// A chain that breaks the rules breaks the device until it is reset; the daemon sees none of it.
 #[test]
 fn a_hostile_ring_breaks_the_device_until_it_is_reset() {
     let Some((_daemon, socket)) = daemon() else {
