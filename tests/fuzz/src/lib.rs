@@ -64,6 +64,12 @@ pub const TARGETS: &[Target] = &[
     target("pmem", "guest: flush requests", vmm::pmem),
     target("rng", "guest: buffers to fill", vmm::rng),
     target("console", "guest: text", vmm::console),
+    target(
+        "relay",
+        "file-system daemon: answers and rings, with requests of the guest",
+        vmm::relay,
+    ),
+    target("saved", "file: a saved machine", vmm::saved),
     Target {
         name: "machine-request",
         about: "shim: requests to the VMM",

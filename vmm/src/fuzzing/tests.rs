@@ -49,6 +49,12 @@ fn any_bytes_are_a_queue_and_any_writes_registers() {
     play(super::passthrough);
 }
 
+#[test]
+fn any_file_is_a_saved_machine_and_any_daemon_serves_one() {
+    play(super::saved);
+    play(super::relay);
+}
+
 fn machine() -> Option<Guest> {
     let guest = Guest::new();
     if guest.is_none() {

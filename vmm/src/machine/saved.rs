@@ -194,10 +194,20 @@ impl SavedMachine {
         Ok(saved)
     }
 
-    fn write(&self, file: OwnedFd) -> io::Result<()> {
+    /// What [`Self::parse`] reads.
+    pub(crate) fn to_bytes(&self) -> Result<Vec<u8>, postcard::Error> {
         let mut bytes = MAGIC.to_vec();
-        bytes.extend(postcard::to_stdvec(self).map_err(io::Error::other)?);
-        File::from(file).write_all(&bytes)
+        bytes.extend(postcard::to_stdvec(self)?);
+        Ok(bytes)
+    }
+
+    /// Anything, behind the beginning of a file of this build.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn with_header(rest: &[u8]) -> Vec<u8> {
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend(postcard::to_stdvec(&build()).expect("a short text"));
+        bytes.extend_from_slice(rest);
+        bytes
     }
 }
 
@@ -243,8 +253,9 @@ impl Machine {
             vcpus: vcpus.each(|vcpu| VcpuState::save(vcpu, &msrs))?,
             devices,
         };
-        saved
-            .write(file)
+        let bytes = saved.to_bytes().map_err(io::Error::other);
+        bytes
+            .and_then(|bytes| File::from(file).write_all(&bytes))
             .map_err(MachineError::host("saved machine"))
     }
 
@@ -322,15 +333,9 @@ mod tests {
         }
     }
 
-    fn bytes(saved: &SavedMachine) -> Vec<u8> {
-        let mut bytes = MAGIC.to_vec();
-        bytes.extend(postcard::to_stdvec(saved).unwrap());
-        bytes
-    }
-
     #[test]
     fn what_is_written_comes_back_and_nothing_else_is_read() {
-        let whole = bytes(&saved());
+        let whole = saved().to_bytes().unwrap();
         let back = SavedMachine::parse(&whole).unwrap();
         assert_eq!((back.shape, back.clock_ns), (saved().shape, 7));
         for length in 0..whole.len() {
@@ -342,7 +347,7 @@ mod tests {
             build: "0.0.0 1".to_owned(),
             ..saved()
         };
-        let error = SavedMachine::parse(&bytes(&other)).unwrap_err();
+        let error = SavedMachine::parse(&other.to_bytes().unwrap()).unwrap_err();
         assert!(error.to_string().contains("build 0.0.0 1"), "{error}");
     }
 

@@ -26,7 +26,7 @@
 mod config;
 mod device;
 mod relay;
-mod shadow;
+pub(crate) mod shadow;
 #[cfg(test)]
 mod tests;
 

@@ -32,7 +32,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, Volati
 use super::super::{device::GuestMemory, segments::SegmentChain};
 
 /// Entries of each queue to the daemon: two a request.
-pub(super) const ENTRIES: u16 = 128;
+pub(crate) const ENTRIES: u16 = 128;
 /// Requests in flight.
 const REQUESTS_MAX: usize = ENTRIES as usize / 2;
 
@@ -56,7 +56,7 @@ const WRITE: u16 = 2;
 
 /// Why a request cannot be passed on now.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Full {
+pub(crate) enum Full {
     /// Requests in flight have the room: later.
     Now,
     /// It is larger than all of the room.
@@ -66,7 +66,7 @@ pub(super) enum Full {
 /// The daemon did what no daemon does.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("the daemon {0}")]
-pub(super) struct Lie(&'static str);
+pub(crate) struct Lie(&'static str);
 
 /// A run of pages of the room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,7 +77,7 @@ struct Run {
 
 /// The memory.
 #[derive(Debug)]
-pub(super) struct Bounce {
+pub(crate) struct Bounce {
     memory: GuestMemoryMmap,
     file: Arc<File>,
     queues: usize,
@@ -88,7 +88,7 @@ pub(super) struct Bounce {
 
 impl Bounce {
     /// Memory for `queues` queues, none of it touched.
-    pub(super) fn new(queues: usize) -> io::Result<Self> {
+    pub(crate) fn new(queues: usize) -> io::Result<Self> {
         let bytes = queues * PAGE_BYTES + ROOM_BYTES;
         let file = Arc::new(File::from(memory_file::create(bytes as u64, Pages::Base)?));
         let pages = GuestPages {
@@ -107,7 +107,7 @@ impl Bounce {
     }
 
     /// As the daemon is told of it.
-    pub(super) fn region(&self) -> VhostUserMemoryRegionInfo {
+    pub(crate) fn region(&self) -> VhostUserMemoryRegionInfo {
         VhostUserMemoryRegionInfo {
             guest_phys_addr: BASE,
             memory_size: (self.queues * PAGE_BYTES + ROOM_BYTES) as u64,
@@ -138,12 +138,12 @@ impl Bounce {
     }
 
     /// Whether an idle file system has more room than it needs.
-    pub(super) fn is_large(&self) -> bool {
+    pub(crate) fn is_large(&self) -> bool {
         self.untouched > KEPT_PAGES
     }
 
     /// Gives the host what no request uses, beyond what is kept.
-    pub(super) fn shrink(&mut self) {
+    pub(crate) fn shrink(&mut self) {
         let used = self.taken.iter().rposition(|taken| *taken);
         let from = used.map_or(0, |last| last + 1).max(KEPT_PAGES);
         let start = self.queues * PAGE_BYTES + from * PAGE_BYTES;
@@ -169,11 +169,11 @@ impl Bounce {
 
 /// A request that the daemon has.
 #[derive(Debug)]
-pub(super) struct InFlight {
+pub(crate) struct InFlight {
     /// The guest's chain.
-    pub(super) chain: SegmentChain,
+    pub(crate) chain: SegmentChain,
     /// Which life of the guest's driver it is of.
-    pub(super) generation: u64,
+    pub(crate) generation: u64,
     run: Run,
     entries: [Option<u16>; 2],
     /// Where the daemon writes, and how much it may.
@@ -182,7 +182,7 @@ pub(super) struct InFlight {
 
 /// One queue to the daemon.
 #[derive(Debug)]
-pub(super) struct Shadow {
+pub(crate) struct Shadow {
     base: u64,
     free: Vec<u16>,
     in_flight: Vec<Option<InFlight>>,
@@ -194,7 +194,7 @@ pub(super) struct Shadow {
 
 impl Shadow {
     /// Queue number `index` of `bounce`, whose ring page is zero.
-    pub(super) fn new(index: usize) -> Self {
+    pub(crate) fn new(index: usize) -> Self {
         Self {
             base: BASE + (index * PAGE_BYTES) as u64,
             free: (0..ENTRIES).rev().collect(),
@@ -207,7 +207,7 @@ impl Shadow {
     }
 
     /// As the daemon is told of it.
-    pub(super) fn addresses(&self) -> VringConfigData {
+    pub(crate) fn addresses(&self) -> VringConfigData {
         VringConfigData {
             queue_max_size: ENTRIES,
             queue_size: ENTRIES,
@@ -220,13 +220,13 @@ impl Shadow {
     }
 
     /// Requests that the daemon has.
-    pub(super) fn in_flight(&self) -> usize {
+    pub(crate) fn in_flight(&self) -> usize {
         self.count
     }
 
     /// Copies a request of the guest into the room and puts it into the ring; [`Self::publish`]
     /// shows it. A chain that does not fit now comes back.
-    pub(super) fn add(
+    pub(crate) fn add(
         &mut self,
         bounce: &mut Bounce,
         guest: &GuestMemory,
@@ -292,7 +292,7 @@ impl Shadow {
     }
 
     /// Shows what was added; true when the daemon wants to be told.
-    pub(super) fn publish(&mut self, bounce: &Bounce) -> bool {
+    pub(crate) fn publish(&mut self, bounce: &Bounce) -> bool {
         let (before, now) = (self.told, self.next_available);
         if before == now {
             return false;
@@ -308,7 +308,7 @@ impl Shadow {
     }
 
     /// Takes the next answer: the request and the number of bytes written.
-    pub(super) fn take_used(&mut self, bounce: &Bounce) -> Result<Option<(InFlight, usize)>, Lie> {
+    pub(crate) fn take_used(&mut self, bounce: &Bounce) -> Result<Option<(InFlight, usize)>, Lie> {
         let index = load(bounce, self.base + USED + 2);
         fence(Ordering::Acquire);
         let waiting = index.wrapping_sub(self.next_used);
@@ -337,7 +337,7 @@ impl Shadow {
     }
 
     /// Wants an interrupt for the next answer; true when one has come meanwhile.
-    pub(super) fn wait_for_answers(&self, bounce: &Bounce) -> bool {
+    pub(crate) fn wait_for_answers(&self, bounce: &Bounce) -> bool {
         let wish = self.base + AVAILABLE + 4 + 2 * u64::from(ENTRIES);
         store(bounce, wish, self.next_used);
         fence(Ordering::SeqCst);
@@ -347,14 +347,14 @@ impl Shadow {
 
 impl InFlight {
     /// Copies the answer to the guest and gives the room back.
-    pub(super) fn deliver(&self, bounce: &mut Bounce, guest: &GuestMemory, length: usize) {
+    pub(crate) fn deliver(&self, bounce: &mut Bounce, guest: &GuestMemory, length: usize) {
         let answer = bounce.slice(self.answer.0, length);
         copy(guest, &self.chain.writable, &answer, false);
         bounce.give_back(self.run);
     }
 
     /// Gives the room back: nobody waits for the answer any more.
-    pub(super) fn forget(&self, bounce: &mut Bounce) {
+    pub(crate) fn forget(&self, bounce: &mut Bounce) {
         bounce.give_back(self.run);
     }
 }
@@ -390,6 +390,38 @@ fn store(bounce: &Bounce, address: u64, value: u16) {
         .memory
         .store(value.to_le(), GuestAddress(address), Ordering::Relaxed);
     stored.expect("within the bounce memory");
+}
+
+/// What a daemon may do, for tests and the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+impl Shadow {
+    /// The head of the request at a place of the available ring.
+    pub(crate) fn head(&self, bounce: &Bounce, place: u16) -> u16 {
+        let at = AVAILABLE + 4 + 2 * u64::from(place % ENTRIES);
+        load(bounce, self.base + at)
+    }
+
+    /// Answers as a daemon does: an element of the used ring, and its index.
+    pub(crate) fn answer(&self, bounce: &Bounce, place: u16, id: u32, length: u32) {
+        let element = self.base + USED + 4 + 8 * u64::from(place % ENTRIES);
+        let bytes = [id.to_le_bytes(), length.to_le_bytes()].concat();
+        bounce.slice(element, 8).copy_from(&bytes);
+        self.set_used_index(bounce, place.wrapping_add(1));
+    }
+
+    /// Sets the used index, whatever it means.
+    pub(crate) fn set_used_index(&self, bounce: &Bounce, index: u16) {
+        store(bounce, self.base + USED + 2, index);
+    }
+
+    /// Writes into the ring page, whatever it means.
+    pub(crate) fn scribble(&self, bounce: &Bounce, offset: u16, bytes: &[u8]) {
+        let room = PAGE_BYTES - bytes.len().min(PAGE_BYTES);
+        let offset = usize::from(offset).min(room) as u64;
+        bounce
+            .slice(self.base + offset, bytes.len())
+            .copy_from(bytes);
+    }
 }
 
 #[cfg(test)]
@@ -434,19 +466,6 @@ mod tests {
         }
     }
 
-    /// Answers as a daemon does.
-    fn answer(bounce: &Bounce, shadow: &Shadow, slot: u16, id: u32, length: u32) {
-        let element = shadow.base + USED + 4 + 8 * u64::from(slot % ENTRIES);
-        let bytes = [id.to_le_bytes(), length.to_le_bytes()].concat();
-        bounce.slice(element, 8).copy_from(&bytes);
-        store(bounce, shadow.base + USED + 2, slot.wrapping_add(1));
-    }
-
-    fn head(bounce: &Bounce, shadow: &Shadow, slot: u16) -> u32 {
-        let at = shadow.base + AVAILABLE + 4 + 2 * u64::from(slot % ENTRIES);
-        u32::from(load(bounce, at))
-    }
-
     #[test]
     fn a_request_goes_there_and_its_answer_back() {
         let (guest, mut bounce, mut shadow) = (guest(), Bounce::new(2).unwrap(), Shadow::new(1));
@@ -467,8 +486,8 @@ mod tests {
             bounce.slice(parts[0].0, 8).copy_to(&mut bytes);
             assert_eq!(&bytes, b"question");
             bounce.slice(parts[1].0, 6).copy_from(b"answer");
-            let id = head(&bounce, &shadow, round);
-            answer(&bounce, &shadow, round, id, 6);
+            let id = u32::from(shadow.head(&bounce, round));
+            shadow.answer(&bounce, round, id, 6);
             let (request, length) = shadow.take_used(&bounce).unwrap().unwrap();
             request.deliver(&mut bounce, &guest, length);
             let mut found = [0; 3];
@@ -499,8 +518,8 @@ mod tests {
         assert_eq!(shadow.add(&mut bounce, &guest, empty, 1), Err(Full::Ever));
         shadow.publish(&bounce);
         for slot in 0..8 {
-            let id = head(&bounce, &shadow, slot);
-            answer(&bounce, &shadow, slot, id, 0);
+            let id = u32::from(shadow.head(&bounce, slot));
+            shadow.answer(&bounce, slot, id, 0);
             shadow
                 .take_used(&bounce)
                 .unwrap()
@@ -523,24 +542,24 @@ mod tests {
         let (guest, mut bounce) = (guest(), Bounce::new(1).unwrap());
         type Lying = fn(&Bounce, &Shadow, u32);
         let lies: [(Lying, &str); 4] = [
-            (|b, s, _| answer(b, s, 0, 5000, 0), "does not have"),
-            (|b, s, id| answer(b, s, 0, id ^ 1, 0), "does not have"),
+            (|b, s, _| s.answer(b, 0, 5000, 0), "does not have"),
+            (|b, s, id| s.answer(b, 0, id ^ 1, 0), "does not have"),
             (
-                |b, s, id| answer(b, s, 0, id, 101),
+                |b, s, id| s.answer(b, 0, id, 101),
                 "more than there is room",
             ),
             (
-                |b, s, _| store(b, s.base + USED + 2, 2),
+                |b, s, _| s.set_used_index(b, 2),
                 "more requests than it has",
             ),
         ];
         for (lie, words) in lies {
             let mut shadow = Shadow::new(0);
-            store(&bounce, shadow.base + USED + 2, 0);
+            shadow.set_used_index(&bounce, 0);
             let chain = chain(&[segment(0, 8)], &[segment(0, 100)]);
             shadow.add(&mut bounce, &guest, chain, 1).unwrap();
             shadow.publish(&bounce);
-            let id = head(&bounce, &shadow, 0);
+            let id = u32::from(shadow.head(&bounce, 0));
             lie(&bounce, &shadow, id);
             let error = shadow.take_used(&bounce).unwrap_err();
             assert!(error.to_string().contains(words), "{error}");
@@ -561,8 +580,8 @@ mod tests {
         assert!(shadow.publish(&bounce));
         assert!(!shadow.publish(&bounce), "nothing new");
         assert!(!shadow.wait_for_answers(&bounce));
-        let id = head(&bounce, &shadow, 0);
-        answer(&bounce, &shadow, 0, id, 0);
+        let id = u32::from(shadow.head(&bounce, 0));
+        shadow.answer(&bounce, 0, id, 0);
         assert!(shadow.wait_for_answers(&bounce), "one has come meanwhile");
     }
 }
