@@ -35,6 +35,8 @@ struct Pod {
     memory_bytes: Option<u64>,
     shim_pid: Option<u32>,
     vmm_pid: Option<u32>,
+    /// Name of the template that it went on from, if it did.
+    template: Option<String>,
 }
 
 pub(crate) fn run(arguments: &ListArguments, out: &mut impl Write) -> Result<()> {
@@ -93,7 +95,7 @@ fn state(path: PathBuf) -> Option<Pod> {
 }
 
 fn write_table(pods: &[Pod], out: &mut impl Write) -> io::Result<()> {
-    const HEAD: [&str; 8] = [
+    const HEAD: [&str; 9] = [
         "SANDBOX",
         "NAMESPACE",
         "POD",
@@ -102,6 +104,7 @@ fn write_table(pods: &[Pod], out: &mut impl Write) -> io::Result<()> {
         "MEMORY",
         "SHIM",
         "VMM",
+        "TEMPLATE",
     ];
     let mut rows = vec![HEAD.map(str::to_owned)];
     rows.extend(pods.iter().map(row));
@@ -123,7 +126,7 @@ fn write_table(pods: &[Pod], out: &mut impl Write) -> io::Result<()> {
     Ok(())
 }
 
-fn row(pod: &Pod) -> [String; 8] {
+fn row(pod: &Pod) -> [String; 9] {
     let text = |value: &Option<String>| value.clone().map_or("-".to_owned(), |text| plain(&text));
     let number = |value: Option<u32>| value.map_or("-".to_owned(), |number| number.to_string());
     [
@@ -137,6 +140,7 @@ fn row(pod: &Pod) -> [String; 8] {
             .map_or("-".to_owned(), |bytes| format!("{} MiB", bytes >> 20)),
         number(pod.shim_pid),
         number(pod.vmm_pid),
+        text(&pod.template).chars().take(8).collect(),
     ]
 }
 
@@ -164,7 +168,8 @@ mod tests {
             "aaaaaaaaaaaaaaaaaaaa",
             Some(
                 r#"{"id":"other","namespace":"default","name":"web\u001b[2J","state":"running",
-                   "vcpus":2,"memory_bytes":603979776,"vmm_pid":7,"later":[1]}"#,
+                   "vcpus":2,"memory_bytes":603979776,"vmm_pid":7,
+                   "template":"0123456789abcdef","later":[1]}"#,
             ),
         );
         write("bbb", Some("{\"vcpus\": \"many\"}"));
@@ -193,9 +198,10 @@ mod tests {
             "MiB",
             "-",
             "7",
+            "01234567",
         ];
         assert_eq!(words[1], first);
-        assert_eq!(words[3], ["ccc", "-", "-", "-", "-", "-", "-", "-"]);
+        assert_eq!(words[3], ["ccc", "-", "-", "-", "-", "-", "-", "-", "-"]);
         let column = |line: usize, word: &str| text.lines().nth(line).unwrap().find(word);
         assert_eq!(column(0, "STATE"), column(1, "running"));
         assert_eq!(read(&folder.path().join("none")).unwrap(), []);

@@ -91,8 +91,8 @@ struct Started {
     cgroups: Cgroups,
     shared: SharedDirectory,
     network: network::GuestNetwork,
-    /// Why it did not go on from a template, if so.
-    cold: Option<Cold>,
+    /// The template that it went on from, or why it booted.
+    template: Result<String, Cold>,
 }
 
 impl Pod {
@@ -142,7 +142,8 @@ impl Pod {
             agent,
         } = started.guest;
         let failed = |error| CallError::host(state.display(), error);
-        state_file::write(request, state, plan.boot, process.pid).map_err(failed)?;
+        let template = started.template.as_deref().ok();
+        state_file::write(request, state, plan.boot, process.pid, template).map_err(failed)?;
         let placement = started.cgroups.placement;
         placement.apply(None)?;
         let size = follow(settings, plan, state, &machine, &agent);
@@ -180,7 +181,7 @@ impl Pod {
         });
         pod.configure(request, started.network, &devices).await?;
         pod.start_tasks(request);
-        if started.cold.is_some_and(|cold| cold.wants_one()) {
+        if started.template.is_err_and(|cold| cold.wants_one()) {
             have_template_made(request, &config, plan);
         }
         Ok(pod)
@@ -287,14 +288,14 @@ async fn start_vm(
         user,
         journal,
     };
-    let (guest, cold) = match Template::find(settings, plan) {
+    let (guest, template) = match Template::find(settings, plan) {
         Ok(template) => {
             let interfaces = attached.interfaces.iter().map(Attachment::again);
             let interfaces = interfaces.collect::<io::Result<_>>().map_err(failed)?;
             match parts.start_guest(Origin::Fork(&template), interfaces).await {
                 Ok(guest) => {
                     info!(template = template.key, "the pod goes on from a template");
-                    (guest, None)
+                    (guest, Ok(template.key))
                 }
                 Err(error) => {
                     template.discard();
@@ -303,7 +304,7 @@ async fn start_vm(
                     let interfaces = attached.interfaces;
                     (
                         parts.start_guest(Origin::Boot, interfaces).await?,
-                        Some(cold),
+                        Err(cold),
                     )
                 }
             }
@@ -313,7 +314,7 @@ async fn start_vm(
             let interfaces = attached.interfaces;
             (
                 parts.start_guest(Origin::Boot, interfaces).await?,
-                Some(cold),
+                Err(cold),
             )
         }
     };
@@ -322,7 +323,7 @@ async fn start_vm(
         cgroups,
         shared,
         network: attached.guest,
-        cold,
+        template,
     })
 }
 
@@ -599,7 +600,7 @@ mod tests {
             vcpus: 1,
             memory_bytes: 1 << 27,
         };
-        state_file::write(&request, &state, sizing, 1).unwrap();
+        state_file::write(&request, &state, sizing, 1, None).unwrap();
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&run_dir), mode(&state)), (0o700, 0o700));
         for file in ["journal", "state.json"] {

@@ -21,6 +21,8 @@ struct State<'a> {
     memory_bytes: u64,
     shim_pid: u32,
     vmm_pid: i32,
+    /// The template that it went on from; none when it booted.
+    template: Option<&'a str>,
 }
 
 /// Writes the file of a pod that has booted.
@@ -29,6 +31,7 @@ pub(crate) fn write(
     directory: &Path,
     sizing: Sizing,
     vmm_pid: i32,
+    template: Option<&str>,
 ) -> io::Result<()> {
     let annotation = |name: &str| request.annotations.get(name).map(String::as_str);
     let state = State {
@@ -39,6 +42,7 @@ pub(crate) fn write(
         memory_bytes: sizing.memory_bytes,
         shim_pid: std::process::id(),
         vmm_pid,
+        template,
     };
     replace_state(directory, &serde_json::to_value(&state)?)
 }

@@ -8,6 +8,7 @@ mod devices;
 mod inherits;
 mod peer;
 mod threads;
+mod unique;
 mod volumes;
 mod walk;
 
@@ -27,6 +28,7 @@ fn found(words: &[&str]) -> Result<Value> {
     match words {
         ["inherits", process] => inherits::look(process),
         ["devices"] => devices::look(),
+        ["unique"] => unique::look(),
         ["tun"] => devices::tun(),
         ["threads", count] => Ok(threads::make(count.parse()?)),
         ["walk", root] => walk::as_nobody(root),
