@@ -1,5 +1,5 @@
-//! Pods that go on from a template: what must differ between them, what is refused, and what is left
-//! when something fails meanwhile.
+//! Pods that go on from a template: what must differ between them, what is refused, and what is
+//! left when something fails meanwhile.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -5,6 +5,7 @@ pub(crate) mod block_io;
 pub(crate) mod capacity;
 pub(crate) mod cgroup;
 pub(crate) mod child;
+pub(crate) mod clock;
 pub(crate) mod id_map;
 pub(crate) mod journal;
 pub(crate) mod limits;

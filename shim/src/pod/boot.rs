@@ -44,6 +44,7 @@ use crate::{
     pod::{
         Pod, Request, agent_events,
         bundle::{Bundle, Role},
+        clock,
         ending::{LAST_WORDS_MAX, end_without_files, watch_vm},
         events::Publisher,
         guest_log,
@@ -180,6 +181,10 @@ impl Pod {
             next_stream: AtomicU64::new(1),
         });
         pod.configure(request, started.network, &devices).await?;
+        if started.template.is_ok() {
+            // The template's stood still, and what the sandbox was told is as late as it was busy.
+            clock::set(&pod.agent).await?;
+        }
         pod.start_tasks(request);
         if started.template.is_err_and(|cold| cold.wants_one()) {
             have_template_made(request, &config, plan);
@@ -214,6 +219,7 @@ impl Pod {
             port_forward::start(namespace, &self.agent);
         }
         tokio::spawn(watch_vm(Arc::clone(self)));
+        tokio::spawn(clock::follow(Arc::clone(self)));
         tokio::spawn(agent_events::pass_on(Arc::clone(self)));
     }
 
@@ -572,7 +578,7 @@ pub(super) fn follow(
 }
 
 /// Nanoseconds since the epoch.
-fn nanoseconds(time: SystemTime) -> i64 {
+pub(super) fn nanoseconds(time: SystemTime) -> i64 {
     let since = time
         .duration_since(SystemTime::UNIX_EPOCH)
         .unwrap_or_default();

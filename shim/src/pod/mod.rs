@@ -15,6 +15,7 @@
 pub(crate) mod agent_events;
 pub(crate) mod boot;
 pub(crate) mod bundle;
+mod clock;
 pub(crate) mod container;
 pub(crate) mod create;
 pub(crate) mod demand;

@@ -3,9 +3,10 @@
 //! Containers run `probe` (`tests/src/bin/probe`), which is not a shell. A difference is a defect.
 //! Attributes that may differ are removed before the comparison, each with its reason.
 //!
-//! One file per topic: inherited attributes, devices, the state directory, programs that cannot
+//! One file per topic: clock, inherited attributes, devices, the state directory, programs that cannot
 //! start, restarts of containerd, hooks, stopped VMMs, removal of broken pods, shared volumes.
 
+mod clock;
 mod devices;
 mod hooks;
 mod inherits;
