@@ -173,7 +173,7 @@ impl Pod {
             ready_at: SystemTime::now(),
             by_sandbox_service: request.files.is_some(),
             guest_seccomp: settings.security.guest_seccomp,
-            memory: MemoryVolumes::of(&request.annotations, plan.boot.memory_bytes),
+            memory: MemoryVolumes::of(&request.id, &request.annotations, plan.boot.memory_bytes),
             placeholder: Placeholder::for_guest(request.network_namespace.as_deref())?,
             network_namespace: request.network_namespace.clone(),
             kill_limit: Duration::from_millis(settings.timeouts.kill_ms),

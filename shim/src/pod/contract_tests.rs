@@ -232,7 +232,7 @@ async fn world(manner: Manner) -> World {
         ready_at: SystemTime::now(),
         by_sandbox_service: false,
         guest_seccomp: true,
-        memory: MemoryVolumes::of(&HashMap::new(), 1 << 30),
+        memory: MemoryVolumes::of("pod", &HashMap::new(), 1 << 30),
         placeholder: Placeholder::for_guest(None).unwrap(),
         network_namespace: None,
         passthrough: Arc::new(Passthrough::new(&machine, &agent, &[], 1 << 30, None)),

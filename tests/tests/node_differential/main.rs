@@ -3,8 +3,9 @@
 //! Containers run `probe` (`tests/src/bin/probe`), which is not a shell. A difference is a defect.
 //! Attributes that may differ are removed before the comparison, each with its reason.
 //!
-//! One file per topic: clock, inherited attributes, devices, the state directory, programs that cannot
-//! start, restarts of containerd, hooks, stopped VMMs, removal of broken pods, shared volumes.
+//! One file per topic: clock, inherited attributes, devices, the state directory, programs that
+//! cannot start, restarts of containerd, hooks, stopped VMMs, removal of broken pods, shared
+//! volumes.
 
 mod clock;
 mod devices;

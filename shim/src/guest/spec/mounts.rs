@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
@@ -44,11 +44,10 @@ pub(crate) enum SourceKind {
     Guests(PathBuf),
 }
 
-/// Looks at the host.
-pub(crate) fn source_kind(path: &Path) -> SourceKind {
+/// Looks at the host, for a container of `sandbox`.
+pub(crate) fn source_kind(path: &Path, sandbox: &str) -> SourceKind {
     use std::os::unix::fs::FileTypeExt;
-    // containerd and CRI-O keep a pod's shared memory in a directory of this name on its own tmpfs.
-    if path.ends_with("shm") && is_on(path, TMPFS_MAGIC) {
+    if is_shared_memory(path, sandbox) {
         return SourceKind::SharedMemory;
     }
     if is_on(path, HUGETLBFS_MAGIC) {
@@ -61,6 +60,15 @@ pub(crate) fn source_kind(path: &Path) -> SourceKind {
         Ok(metadata) if metadata.file_type().is_char_device() => SourceKind::CharacterDevice,
         Ok(_) => SourceKind::File,
     }
+}
+
+/// containerd and CRI-O keep a pod's shared memory in a directory of its own, on a tmpfs, beneath
+/// one that has the sandbox's id for its name. A volume that is called so is a volume.
+fn is_shared_memory(path: &Path, sandbox: &str) -> bool {
+    let above = path.parent().into_iter().flat_map(Path::components);
+    let ours = |component: Component<'_>| component.as_os_str() == sandbox;
+    let mut above = above;
+    !sandbox.is_empty() && path.ends_with("shm") && above.any(ours) && is_on(path, TMPFS_MAGIC)
 }
 
 fn is_on(path: &Path, kind: FsType) -> bool {

@@ -287,3 +287,27 @@ fn every_kind_of_hook_is_refused_by_name() {
     }
     with(json!({})).unwrap();
 }
+
+#[test]
+fn shared_memory_is_the_sandboxs_own_and_no_volume_of_that_name() {
+    // /dev/shm is a tmpfs of the node: beneath it everything is on one.
+    let node = tempfile::tempdir_in("/dev/shm").unwrap();
+    let make = |path: &str| {
+        let path = node.path().join(path);
+        std::fs::create_dir_all(&path).unwrap();
+        path
+    };
+    let kind = |path: &str| source_kind(&make(path), "0123abcd");
+    for own in ["sandboxes/0123abcd/shm", "containers/0123abcd/userdata/shm"] {
+        assert_eq!(kind(own), SourceKind::SharedMemory, "{own}");
+    }
+    for volume in [
+        "data/shm",
+        "0123abcd/shmem",
+        "sandboxes/4567ef01/shm",
+        "0123abcd",
+    ] {
+        assert_eq!(kind(volume), SourceKind::Directory, "{volume}");
+    }
+    assert_eq!(source_kind(&make("x/shm"), ""), SourceKind::Directory);
+}

@@ -49,6 +49,8 @@ const GUEST_PART: &str = "/run/pericarp/part-";
 pub(crate) struct MemoryVolumes {
     /// A pod without one has no volumes of kubelet's.
     uid: Option<String>,
+    /// Id of the sandbox.
+    sandbox: String,
     /// Memory that the VM has.
     memory_bytes: u64,
     decided: Mutex<HashMap<PathBuf, Decided>>,
@@ -68,6 +70,7 @@ struct Volume {
 /// Where the mounts of one container are that lie in volumes of the guest.
 #[derive(Debug, Default)]
 pub(crate) struct Found {
+    sandbox: String,
     places: HashMap<PathBuf, PathBuf>,
     /// To be mounted for the container.
     pub(crate) storages: Vec<Storage>,
@@ -78,16 +81,21 @@ impl Found {
     pub(crate) fn kind(&self, source: &Path) -> SourceKind {
         match self.places.get(source) {
             Some(place) => SourceKind::Guests(place.clone()),
-            None => spec::source_kind(source),
+            None => spec::source_kind(source, &self.sandbox),
         }
     }
 }
 
 impl MemoryVolumes {
-    /// Of a pod with these annotations, whose VM has that much memory.
-    pub(crate) fn of(annotations: &HashMap<String, String>, memory_bytes: u64) -> Self {
+    /// Of the pod of this sandbox with these annotations, whose VM has that much memory.
+    pub(crate) fn of(
+        sandbox: &str,
+        annotations: &HashMap<String, String>,
+        memory_bytes: u64,
+    ) -> Self {
         Self {
             uid: kubelet::pod_uid(annotations),
+            sandbox: sandbox.to_owned(),
             memory_bytes,
             decided: Mutex::default(),
         }
@@ -101,7 +109,10 @@ impl MemoryVolumes {
         spec: &Spec,
         id: &str,
     ) -> Result<Found, CallError> {
-        let mut found = Found::default();
+        let mut found = Found {
+            sandbox: self.sandbox.clone(),
+            ..Found::default()
+        };
         let Some(uid) = &self.uid else {
             return Ok(found);
         };
