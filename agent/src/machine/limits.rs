@@ -198,6 +198,16 @@ fn threads(memory: &Memory, node: &Node) -> u64 {
     computed.max(node.threads_max).min(node.pid_max)
 }
 
+/// Threads that are left for the agent and the kernel.
+const THREADS_KEPT: u64 = 256;
+
+fn threads_of_containers(threads_max: u64, memory_bytes: u64) -> u64 {
+    let stacks = memory_bytes / (2 * THREAD_BYTES);
+    stacks
+        .min(threads_max.saturating_sub(THREADS_KEPT))
+        .max(THREADS_KEPT)
+}
+
 fn namespaces(memory: &Memory, node: &Node) -> Vec<u64> {
     vec![threads(memory, node) / 2]
 }
@@ -316,6 +326,16 @@ impl Limits {
         if let Some(root) = &self.root {
             self.state().follow(root);
         }
+    }
+
+    /// Threads that all containers may have together: the agent needs some to end those that have
+    /// too many, and memory that is full of stacks is of no use to anybody. `None` where the kernel
+    /// is not ours.
+    pub(crate) fn threads_of_containers(&self) -> Option<u64> {
+        let root = self.root.as_deref()?;
+        let threads = numbers(&root.join("proc/sys/kernel/threads-max"))?;
+        let memory = Memory::read(root)?;
+        Some(threads_of_containers(*threads.first()?, memory.total_bytes))
     }
 
     /// What a process gets where its specification says nothing.

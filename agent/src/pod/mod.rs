@@ -130,6 +130,21 @@ impl Pod {
         })
     }
 
+    /// Bounds the threads of all containers together, as far as there are containers.
+    pub(crate) fn bound_threads(&self) {
+        let file = Path::new(POD_CGROUP).join("pids.max");
+        let Some(threads) = self
+            .limits
+            .threads_of_containers()
+            .filter(|_| file.exists())
+        else {
+            return;
+        };
+        if let Err(error) = files::write(&file, &threads.to_string()) {
+            log::warn(format_args!("cannot bound threads of containers: {error}"));
+        }
+    }
+
     /// The cgroup of all containers, made when it is not there.
     pub(crate) fn cgroup() -> io::Result<&'static Path> {
         let cgroup = Path::new(POD_CGROUP);

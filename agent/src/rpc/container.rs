@@ -116,6 +116,7 @@ fn build(
         default_limits: pod.limits.of_processes(),
         pod_files: Some(paths::RUN.into()),
     };
+    pod.bound_threads();
     let storages = storage::attach_all(&request.storages)?;
     match storage::nodes(&request.storages) {
         Ok(nodes) => options.devices.extend(nodes),

@@ -37,6 +37,7 @@ pub(super) async fn online(
     let online = blocking(move || {
         let online = devices::online(request.vcpus, request.memory);
         pod.limits.follow();
+        pod.bound_threads();
         online
     })
     .await??;

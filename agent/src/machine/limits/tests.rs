@@ -203,3 +203,11 @@ fn limits_are_checked() {
     assert!(refusal(vec![resource(1, 0, 0); 17]).contains("more than 16"));
     assert_eq!(limits.of_processes(), []);
 }
+
+#[test]
+fn containers_leave_threads_for_the_agent() {
+    let of = super::threads_of_containers;
+    assert_eq!(of(47_261, 64 << 30), 47_261 - 256);
+    assert_eq!(of(47_261, 512 << 20), 16_384, "half of memory in stacks");
+    assert_eq!(of(300, 64 << 20), 256, "some, however small");
+}
