@@ -92,6 +92,7 @@ fn apply(pod: &Pod, request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
     pod.limits.set(request.node_limits.get_or_default())?;
     // Before the network's sysctls, which may name an interface.
     apply_network(request)?;
+    set_network_sysctls(request)?;
     set_sysctls(request)?;
     write_resolver_files(pod.options.etc(), request)?;
     let mut added = Vec::new();
@@ -179,6 +180,27 @@ fn add_entropy(seed: &[u8]) -> Result<(), RpcError> {
         pericarp_sys::guest::add_entropy(&device, part).map_err(RpcError::kernel("add entropy"))?;
     }
     pericarp_sys::guest::reseed(&device).map_err(RpcError::kernel("reseed the generator"))
+}
+
+/// What the node's kernel has and this one lacks is no reason to refuse the pod.
+fn set_network_sysctls(request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
+    if request.network_sysctls.len() > SYSCTLS_MAX {
+        return Err(RpcError::Invalid {
+            field: "network_sysctls",
+            reason: format!("there are more than {SYSCTLS_MAX}"),
+        });
+    }
+    for (path, value) in &request.network_sysctls {
+        let named = sysctls::path(path).filter(|path| path.starts_with("net/"));
+        let path = named.ok_or_else(|| RpcError::Invalid {
+            field: "network_sysctls",
+            reason: format!("{path:?} is not the path of a sysctl of the network"),
+        })?;
+        if let Err(error) = files::write(Path::new("/proc/sys").join(&path), value) {
+            log::warn(format_args!("sysctl {path} is not {value:?} here: {error}"));
+        }
+    }
+    Ok(())
 }
 
 fn set_sysctls(request: &ConfigureSandboxRequest) -> Result<(), RpcError> {

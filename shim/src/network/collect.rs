@@ -1,6 +1,9 @@
 //! Reads what CNI made: links, addresses, routes and neighbours of the current network namespace.
 
-use std::{collections::HashMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+};
 
 use futures::TryStreamExt;
 use netlink_packet_route::{
@@ -86,6 +89,7 @@ pub(super) async fn collect(handle: &Handle) -> Result<(Vec<Link>, GuestNetwork)
             .iter()
             .filter_map(|message| neighbour(message, &names))
             .collect(),
+        sysctls: BTreeMap::new(),
     };
     Ok((links, network))
 }

@@ -13,8 +13,10 @@
 //! runtime of its own.
 
 mod collect;
+mod sysctls;
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File, OpenOptions},
     io,
     os::fd::OwnedFd,
@@ -83,6 +85,8 @@ pub(crate) struct GuestNetwork {
     pub(crate) routes: Vec<guest::Route>,
     /// Permanent neighbours.
     pub(crate) neighbours: Vec<guest::Neighbour>,
+    /// Sysctls that were set in the namespace: path beneath `/proc/sys`, and value.
+    pub(crate) sysctls: BTreeMap<String, String>,
 }
 
 /// Both halves of the pod's network.
@@ -141,11 +145,21 @@ pub(crate) async fn attach(
     let failed =
         |error: &dyn std::fmt::Display| CallError::Host(format!("the pod's network: {error}"));
     let entered = plan.clone();
-    let (links, network) = in_namespace(namespace, |handle| async move {
-        collect::collect(&handle).await
+    let (links, mut network, sysctls) = in_namespace(namespace, |handle| async move {
+        let (links, network) = collect::collect(&handle).await?;
+        let names: Vec<&str> = links.iter().map(|link| link.name.as_str()).collect();
+        let sysctls = sysctls::read(&names).map_err(of_sysctls)?;
+        Ok((links, network, sysctls))
     })
     .await
     .map_err(|error| failed(&error))?;
+    let run_dir = settings.paths.run_dir.clone();
+    let defaults = tokio::task::spawn_blocking(move || sysctls::defaults(&run_dir));
+    let defaults = match defaults.await {
+        Ok(read) => read.map_err(|error| failed(&of_sysctls(error)))?,
+        Err(error) => return Err(failed(&error)),
+    };
+    network.sysctls = sysctls::changed(sysctls, &defaults);
     for link in &links {
         let entry = Entry::Tap {
             namespace: namespace.to_owned(),
@@ -167,6 +181,13 @@ pub(crate) async fn attach(
         interfaces,
         guest: network,
     })
+}
+
+fn of_sysctls(source: io::Error) -> NetworkError {
+    NetworkError::Host {
+        action: "reading sysctls of the network".to_owned(),
+        source,
+    }
 }
 
 /// Runs `work` on a thread inside `namespace`, with a netlink connection of that namespace.

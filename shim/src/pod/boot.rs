@@ -247,6 +247,7 @@ impl Pod {
             sysctls: linux
                 .and_then(|linux| linux.sysctl().clone())
                 .unwrap_or_default(),
+            network_sysctls: network.sysctls.into_iter().collect(),
             entropy: entropy()?,
             wall_clock_ns: nanoseconds(SystemTime::now()),
             storages: vec![shared],

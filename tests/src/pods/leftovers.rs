@@ -13,7 +13,8 @@ const SHIM_END_TIMEOUT_S: u64 = 60;
 /// one that asks, mounts, cgroups, interfaces, network namespaces, files, named sockets.
 ///
 /// Not among it is what the first pod of a node makes for all: CNI's bridge, the cgroup of
-/// containerd's namespace, the folders in which pods have files, and templates with their cgroup.
+/// containerd's namespace, the folders in which pods have files, what a new network namespace has, and
+/// templates with their cgroup.
 /// What a template is made of (`.templates/.work`) must be gone.
 const LIST: &str = r"
 ps --ppid 2 -p 2 --deselect -o pid=,ppid=,args= |
@@ -22,7 +23,7 @@ awk '{ print `mount ` $5 ` ` $9 }' /proc/self/mountinfo
 find /sys/fs/cgroup -type d ! -name k8s.io ! -name pericarp-templates -printf 'cgroup %p\n'
 ls /sys/class/net | grep -vx cni0 | sed 's/^/interface /'
 find /run/pericarp /run/pericarp/.users /run/netns /dev/shm /run/containerd*/s \
-    /run/containerd*/io.containerd.*/* -mindepth 1 ! -name .users \
+    /run/containerd*/io.containerd.*/* -mindepth 1 ! -name .users ! -name '.net-defaults-*' \
     ! -path '/run/pericarp/.templates' ! -path '/run/pericarp/.templates/[!.]*' \
     -printf 'file %p\n' 2>/dev/null || true
 awk '$8 ~ /pericarp|containerd.s/ { print `socket ` $8 }' /proc/net/unix

@@ -4,13 +4,14 @@
 //! Attributes that may differ are removed before the comparison, each with its reason.
 //!
 //! One file per topic: clock, inherited attributes, devices, the state directory, programs that
-//! cannot start, restarts of containerd, hooks, stopped VMMs, removal of broken pods, shared
-//! volumes.
+//! cannot start, restarts of containerd, hooks, networks, stopped VMMs, removal of broken pods,
+//! shared volumes.
 
 mod clock;
 mod devices;
 mod hooks;
 mod inherits;
+mod network;
 mod removal;
 mod restart;
 mod side;
