@@ -13,9 +13,9 @@ const SHIM_END_TIMEOUT_S: u64 = 60;
 /// one that asks, mounts, cgroups, interfaces, network namespaces, files, named sockets.
 ///
 /// Not among it is what the first pod of a node makes for all: CNI's bridge, the cgroup of
-/// containerd's namespace, the folders in which pods have files, what a new network namespace has, and
-/// templates with their cgroup.
-/// What a template is made of (`.templates/.work`) must be gone.
+/// containerd's namespace, the folders in which pods have files, what a new network namespace
+/// has, and templates with their cgroup. What a template is made of (`.templates/.work`) must be
+/// gone.
 const LIST: &str = r"
 ps --ppid 2 -p 2 --deselect -o pid=,ppid=,args= |
     awk -v me=$$ '$1 != me && $2 != me { $1 = $2 = ``; print `process` $0 }'

@@ -29,8 +29,8 @@ fn configure(node: &Node, change: &str, tunes: bool) -> Result<()> {
     let count = i32::from(!tunes);
     node.shell(&format!(
         "{change} && mv {CONFIGURATION}.new {CONFIGURATION}
-         until crictl info >/run/cni.info && c=0 && {{ grep -q '\"tuning\"' /run/cni.info || c=$?; }} &&
-             [ $c = {count} ]; do :; done"
+         until crictl info >/run/cni.info && c=0 &&
+             {{ grep -q '\"tuning\"' /run/cni.info || c=$?; }} && [ $c = {count} ]; do :; done"
     ))
     .map(drop)
 }
