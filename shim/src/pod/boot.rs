@@ -14,7 +14,7 @@ use pericarp_protocol::guest::{
 };
 use pericarp_runtime_config::{Config, Demand, PodConfig, Settings};
 use tokio::{sync::watch, time::timeout};
-use tracing::{info, warn};
+use tracing::info;
 
 use crate::{
     errors::CallError,
@@ -296,34 +296,8 @@ async fn start_vm(
         journal,
     };
     let (guest, template) = match Template::find(settings, plan) {
-        Ok(template) => {
-            let interfaces = attached.interfaces.iter().map(Attachment::again);
-            let interfaces = interfaces.collect::<io::Result<_>>().map_err(failed)?;
-            match parts.start_guest(Origin::Fork(&template), interfaces).await {
-                Ok(guest) => {
-                    info!(template = template.key, "the pod goes on from a template");
-                    (guest, Ok(template.key))
-                }
-                Err(error) => {
-                    template.discard();
-                    let cold = Cold::Damaged(error.to_string());
-                    warn!(template = template.key, reason = %cold, "the pod boots");
-                    let interfaces = attached.interfaces;
-                    (
-                        parts.start_guest(Origin::Boot, interfaces).await?,
-                        Err(cold),
-                    )
-                }
-            }
-        }
-        Err(cold) => {
-            info!(reason = %cold, "the pod boots");
-            let interfaces = attached.interfaces;
-            (
-                parts.start_guest(Origin::Boot, interfaces).await?,
-                Err(cold),
-            )
-        }
+        Ok(template) => parts.fork(&template, attached.interfaces).await?,
+        Err(cold) => parts.boot(cold, attached.interfaces).await?,
     };
     Ok(Started {
         guest,
@@ -346,7 +320,40 @@ struct Parts<'a> {
     journal: Journal,
 }
 
+/// A guest, and the template that it went on from or why it booted.
+type Begun = (Greeted, Result<String, Cold>);
+
 impl Parts<'_> {
+    /// Goes on from a template, or boots when that fails.
+    async fn fork(
+        &mut self,
+        template: &Template,
+        interfaces: Vec<Attachment>,
+    ) -> Result<Begun, CallError> {
+        let again = interfaces.iter().map(Attachment::again);
+        let again = again.collect::<io::Result<_>>();
+        let again = again.map_err(|error| CallError::host("the pod's network", error))?;
+        match self.start_guest(Origin::Fork(template), again).await {
+            Ok(guest) => {
+                info!(template = template.key, "the pod goes on from a template");
+                Ok((guest, Ok(template.key.clone())))
+            }
+            Err(error) => {
+                let booted = self.boot(Cold::Damaged(error.to_string()), interfaces);
+                let booted = booted.await?;
+                // It is to blame, since the same pod boots.
+                template.discard();
+                Ok(booted)
+            }
+        }
+    }
+
+    async fn boot(&mut self, cold: Cold, interfaces: Vec<Attachment>) -> Result<Begun, CallError> {
+        info!(reason = %cold, "the pod boots");
+        let guest = self.start_guest(Origin::Boot, interfaces).await?;
+        Ok((guest, Err(cold)))
+    }
+
     /// Starts the file-system daemon and the VMM, and waits for the agent. On failure both are
     /// ended, so that it may be tried another way.
     async fn start_guest(
