@@ -1,5 +1,5 @@
-//! Measures pods under Pericarp beside pods under runc, in turn in one node, so that whatever else
-//! loads the computer loads both.
+//! Measures pods under Pericarp, those that go on from a template and those that boot, beside pods
+//! under runc, in turn in one node, so that whatever else loads the computer loads all.
 
 use std::collections::BTreeMap;
 
@@ -19,8 +19,34 @@ const SCRIPT_FILE: &str = "/run/bench/bench.sh";
 /// Time that one pod gets.
 const POD_TIMEOUT_S: u64 = 600;
 
-/// The control and what is measured, as handlers of containerd.
-const HANDLERS: [&str; 2] = ["runc", "pericarp"];
+/// What is measured.
+#[derive(Debug, Clone, Copy)]
+struct Side {
+    /// Its column.
+    name: &'static str,
+    /// The handler of containerd.
+    handler: &'static str,
+    /// Whether its pods go on from a template.
+    forks: bool,
+}
+
+const fn side(name: &'static str, handler: &'static str, forks: bool) -> Side {
+    Side {
+        name,
+        handler,
+        forks,
+    }
+}
+
+/// The control, and what is measured.
+const SIDES: [Side; 3] = [
+    side("runc", "runc", false),
+    side("pericarp", "pericarp", true),
+    side("booted", "pericarp", false),
+];
+
+/// Turns templates off while it is there.
+const WITHOUT_TEMPLATES: &str = "/etc/pericarp/config.d/99-bench.toml";
 
 /// Sum of the resident memory of all processes of a pod, as [`SCRIPT`] names it.
 const PSS: &str = "pss_kib";
@@ -118,24 +144,41 @@ pub struct Options {
 /// Measures, prints the table, and leaves `bench.json` in the folder of results.
 pub fn run(node: &Node, containerd: &Containerd, options: Options) -> Result<()> {
     ensure!(options.runs > 0, "--runs must be at least 1");
-    let mut samples = [Vec::new(), Vec::new()];
-    // The first pod of each handler reads its files from the disk: it is not counted.
+    let mut samples = SIDES.map(|_| Vec::new());
+    node.shell("pericarp template build")?;
+    // The first pod of each side reads its files from the disk: it is not counted.
     for round in 0..=options.runs {
-        for (handler, samples) in HANDLERS.iter().zip(&mut samples) {
-            let sample = one_pod(node, containerd, handler, round, options.idle_s)
-                .with_context(|| format!("pod {round} under {handler}"))?;
+        for (side, samples) in SIDES.iter().zip(&mut samples) {
+            let name = side.name;
+            let off = (!side.forks).then_some("[vm]\ntemplate = \"off\"\n");
+            match off {
+                Some(text) => node.write(WITHOUT_TEMPLATES, text)?,
+                None => drop(node.shell(&format!("rm -f {WITHOUT_TEMPLATES}"))?),
+            }
+            let sample = one_pod(node, containerd, *side, round, options.idle_s)
+                .with_context(|| format!("pod {round} of {name}"))?;
             eprintln!(
-                "node bench: {round}/{} {handler}: {}",
+                "node bench: {round}/{} {name}: {}",
                 options.runs,
                 short(&sample)
+            );
+            let forked = sample.figures.get("forked") == Some(&1.0);
+            ensure!(
+                forked == side.forks,
+                "pod {round} of {name}: forked is {forked}"
             );
             if round > 0 {
                 samples.push(sample);
             }
         }
     }
+    node.shell(&format!("rm -f {WITHOUT_TEMPLATES}"))?;
     let file = node.results().join("bench.json");
-    let json = json!({HANDLERS[0]: figures(&samples[0]), HANDLERS[1]: figures(&samples[1])});
+    let named = SIDES.iter().zip(&samples);
+    let json: serde_json::Map<_, _> = named
+        .map(|(side, samples)| (side.name.to_owned(), figures(samples)))
+        .collect();
+    let json = serde_json::Value::Object(json);
     std::fs::write(&file, format!("{json:#}\n"))
         .with_context(|| format!("cannot write {}", file.display()))?;
     print!("{}", table(&samples));
@@ -150,11 +193,11 @@ pub fn run(node: &Node, containerd: &Containerd, options: Options) -> Result<()>
 fn one_pod(
     node: &Node,
     containerd: &Containerd,
-    handler: &str,
+    side: Side,
     round: usize,
     idle_s: u64,
 ) -> Result<Sample> {
-    let name = format!("bench-{handler}-{round}");
+    let name = format!("bench-{}-{round}", side.name);
     let pod = format!("/run/bench/{name}.pod.json");
     let container = format!("/run/bench/{name}.container.json");
     node.write(&pod, &pod_config(&name).to_string())?;
@@ -169,13 +212,13 @@ fn one_pod(
         .timeout_s(POD_TIMEOUT_S);
     command.env = containerd.crictl().env;
     // Without a VM there are no exits to count.
-    let idle_s = if handler == "runc" {
+    let idle_s = if side.handler == "runc" {
         idle_s.min(1)
     } else {
         idle_s
     };
     let command = command
-        .env("HANDLER", handler)
+        .env("HANDLER", side.handler)
         .env("POD", &pod)
         .env("CONTAINER", &container)
         .env("LOG", format!("{}/c.log", log_folder(&name)))
@@ -239,29 +282,35 @@ fn median(samples: &[Sample], row: &Row) -> Option<f64> {
     }
 }
 
-fn table(samples: &[Vec<Sample>; 2]) -> String {
+fn table(samples: &[Vec<Sample>; 3]) -> String {
+    let [control, ours, booted] = SIDES.map(|side| side.name);
     let mut text = format!(
-        "{:<38}{:>12}{:>12}{:>9}   {}\n",
-        "", HANDLERS[0], HANDLERS[1], "ratio", "bar"
+        "{:<38}{control:>12}{ours:>12}{:>9}{booted:>12}{:>9}   {}\n",
+        "", "ratio", "ratio", "bar"
     );
     for row in &ROWS {
-        let [control, ours] = [0, 1].map(|index| median(&samples[index], row));
+        let [control, ours, booted] = [0, 1, 2].map(|index| median(&samples[index], row));
         let show = |value: Option<f64>| match value {
             Some(value) if row.unit.is_empty() => format!("{value:.0}"),
             Some(value) => format!("{value:.2} {}", row.unit),
             None => "-".to_owned(),
         };
-        let ratio = match (control, ours) {
-            (Some(control), Some(ours)) if control > 0.0 => Some(ours / control),
+        let ratio_of = |value: Option<f64>| match (control, value) {
+            (Some(control), Some(value)) if control > 0.0 => Some(value / control),
             _ => None,
         };
+        let times = |ratio: Option<f64>| {
+            ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2} x"))
+        };
         text.push_str(&format!(
-            "{:<38}{:>12}{:>12}{:>9}   {}\n",
+            "{:<38}{:>12}{:>12}{:>9}{:>12}{:>9}   {}\n",
             row.what,
             show(control),
             show(ours),
-            ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2} x")),
-            verdict(row.bar, ours, ratio),
+            times(ratio_of(ours)),
+            show(booted),
+            times(ratio_of(booted)),
+            verdict(row.bar, ours, ratio_of(ours)),
         ));
     }
     text
@@ -302,11 +351,12 @@ mod tests {
     fn medians_and_verdicts_stand_in_the_table() {
         let control = vec![sample(1e6), sample(3e6)];
         let ours = vec![sample(7e6), sample(9e6), sample(50e6)];
-        let table = table(&[control, ours]);
+        let booted = vec![sample(6e6)];
+        let table = table(&[control, ours, booted]);
         let row = table.lines().nth(1).unwrap();
         assert!(row.contains("2.00 s") && row.contains("9.00 s"), "{row}");
         assert!(
-            row.contains("4.50 x") && row.ends_with("<= 3 x  MISSED"),
+            row.contains("4.50 x") && row.contains("3.00 x") && row.ends_with("<= 3 x  MISSED"),
             "{row}"
         );
         assert!(table.contains("<= 2 x  holds"), "{table}");

@@ -28,6 +28,8 @@ pids >/run/bench/before
 timed runp crictl runp --runtime "$HANDLER" "$POD"
 pod=$(cat /run/bench/runp.out)
 echo "exits_ready $(exits)"
+# Whether the pod went on from a template.
+echo "forked $(grep -c '"template":"' "/run/pericarp/$pod/state.json" 2>/dev/null || true)"
 start=$(now)
 timed create crictl create "$pod" "$CONTAINER" "$POD"
 container=$(cat /run/bench/create.out)
