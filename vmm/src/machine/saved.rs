@@ -242,7 +242,11 @@ impl Machine {
                 function: function.save(),
             })
         });
-        let devices = devices.collect();
+        let devices: Vec<_> = devices.collect();
+        if let Some(device) = devices.iter().find(|device| !device.function.is_whole()) {
+            let reason = format!("{}: its daemon has not answered every request", device.name);
+            return Err(SavedError::Device(reason).into());
+        }
         let msrs = arch::saved::msr_indices(&self.kvm)?;
         let clock_ns = arch::saved::clock_ns(&self.platform.vm)?;
         let vcpus = self.vcpus()?;

@@ -394,7 +394,7 @@ impl VirtioDevice for Fs {
 impl Fs {
     /// Takes the queues back, and tells how many requests are without an answer.
     fn stop(&mut self, drain: bool) -> (Option<Activation>, usize) {
-        let Some(daemon) = &self.daemon else {
+        let Some(daemon) = &mut self.daemon else {
             return (self.waiting.take(), 0);
         };
         let (Some(poller), Some(relay)) = (self.poller.take(), &daemon.relay) else {
@@ -404,8 +404,10 @@ impl Fs {
         let _ = poller.remove(daemon.socket.as_raw_fd());
         let _ = poller.remove(relay.trouble().bell.as_raw_fd());
         let stopped = relay.stop(drain);
-        // What it found wrong was the former driver's doing.
-        let _ = relay.trouble().take();
+        // What the former driver did wrong ends with it; a daemon that lied is not asked again.
+        if let Some(Fault::Daemon(_)) = relay.trouble().take() {
+            daemon.give_up();
+        }
         (stopped.active, stopped.in_flight)
     }
 }

@@ -44,6 +44,10 @@ const DRAIN_MAX: Duration = Duration::from_secs(5);
 /// How long the thread idles before it gives room back, in milliseconds.
 const IDLE_MS: i32 = 1000;
 
+/// How often answers are looked for before others have their turn: a daemon that is quick, or that
+/// plays with its index, holds nobody up.
+const TURNS_MAX: usize = 8;
+
 /// Tokens of the thread's own epoll: commands; kicks of the guest and calls of the daemon by queue.
 const COMMAND: u64 = 0;
 const KICK: u64 = 1 << 32;
@@ -60,12 +64,22 @@ enum Command {
 }
 
 /// The queues of a driver, and whether everything that was taken from them has been answered.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Stopped {
     /// The queues with where they stand.
     pub(super) active: Option<Activation>,
     /// Requests that the daemon has not answered.
     pub(super) in_flight: usize,
+}
+
+impl Stopped {
+    /// The thread does not answer: nobody knows what it has.
+    fn lost() -> Self {
+        Self {
+            active: None,
+            in_flight: usize::MAX,
+        }
+    }
 }
 
 /// The event loop's end.
@@ -204,10 +218,12 @@ impl Relay {
         let (reply, stopped) = sync_channel(1);
         let until = drain.then(|| Instant::now() + DRAIN_MAX);
         if !self.send(Command::Stop(until, reply)) {
-            return Stopped::default();
+            return Stopped::lost();
         }
         let patience = COMMAND_MAX + until.map_or(Duration::ZERO, |_| DRAIN_MAX);
-        stopped.recv_timeout(patience).unwrap_or_default()
+        stopped
+            .recv_timeout(patience)
+            .unwrap_or_else(|_| Stopped::lost())
     }
 }
 
@@ -445,7 +461,8 @@ impl Worker {
             (memory, interrupt, found)
         });
         let mut answered = false;
-        loop {
+        let mut waits = false;
+        for _ in 0..TURNS_MAX {
             while let Some((request, length)) = passage.shadow.take_used(&self.bounce)? {
                 match &mut queue {
                     Some((memory, _, Some(queue))) if request.generation == self.generation => {
@@ -458,9 +475,14 @@ impl Worker {
                     _ => request.forget(&mut self.bounce),
                 }
             }
-            if !passage.shadow.wait_for_answers(&self.bounce) {
+            waits = passage.shadow.wait_for_answers(&self.bounce);
+            if !waits {
                 break;
             }
+        }
+        if waits {
+            // Others have their turn first.
+            let _ = passage.line.call.write(1);
         }
         if let Some((memory, interrupt, Some(queue))) = &mut queue
             && answered

@@ -2,7 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{super::saved::Saved, VirtioFunction, lock, registers::Registers};
+use super::{
+    super::saved::{DeviceState, Saved},
+    VirtioFunction, lock,
+    registers::Registers,
+};
 use crate::{devices::virtio::device::Broken, pci::msix::SavedVector};
 
 /// A stopped function.
@@ -12,6 +16,16 @@ pub(crate) struct SavedFunction {
     registers: Registers,
     vectors: Vec<SavedVector>,
     device: Saved,
+}
+
+impl SavedFunction {
+    /// Whether nothing was in flight that another device could not go on with.
+    pub(crate) fn is_whole(&self) -> bool {
+        match self.device.state {
+            DeviceState::Fs { unanswered } => unanswered == 0,
+            _ => true,
+        }
+    }
 }
 
 impl VirtioFunction {
