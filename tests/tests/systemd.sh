@@ -31,7 +31,8 @@ container=$(crictl create "$pod" "$CONTAINER" "$POD")
 crictl start "$container" >/dev/null
 scope=cri-containerd-$pod.scope
 show() { "${inside[@]}" systemctl show --value --property="$1" "$scope"; }
-vmm=$(pgrep -f '^[^ ]*pericarp-vmm')
+# Not that of a template, which may be in the making.
+vmm=$(sed 's/.*"vmm_pid":\([0-9]*\).*/\1/' "/run/pericarp/$pod/state.json")
 echo "state $(show ActiveState)"
 echo "slice $(show Slice)"
 echo "unit_cgroup $(show ControlGroup)"
