@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use pericarp_tests::node::Node;
+use pericarp_tests::node::{Node, Version};
 use pericarp_tests::pods::leftovers::Leftovers;
 
 use crate::side::{Side, WAIT, container, node};
@@ -46,6 +46,7 @@ fn a_container_follows_the_nodes_clock() {
     let Some(node) = node("clock") else {
         return;
     };
+    node.containerd(Version::V23).unwrap();
     let before = Leftovers::look(&node).unwrap();
     let mut sides = Vec::new();
     for handler in [RUNC, PERICARP, SANDBOX] {

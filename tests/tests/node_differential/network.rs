@@ -1,7 +1,7 @@
 //! What CNI's plugins set in a pod's network namespace holds for its containers.
 
 use anyhow::Result;
-use pericarp_tests::node::Node;
+use pericarp_tests::node::{Node, Version};
 use pericarp_tests::pods::leftovers::Leftovers;
 
 use crate::side::{Side, WAIT, container, node};
@@ -40,9 +40,8 @@ fn sysctls_of_the_pods_network_are_those_that_cni_set() {
     let Some(node) = node("network") else {
         return;
     };
+    node.containerd(Version::V23).unwrap();
     let before = Leftovers::look(&node).unwrap();
-    // containerd is started with the first side.
-    Side::new(&node, RUNC, "before").unwrap().remove().unwrap();
     let values: serde_json::Map<_, _> = SET
         .iter()
         .map(|(name, value)| ((*name).to_owned(), (*value).into()))
