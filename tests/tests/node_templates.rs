@@ -53,7 +53,7 @@ fn configure(node: &Node, count: u32) -> Result<String> {
              crictl runp --runtime {HANDLER} $F/$1.json >$F/$1.id || return 1
              c=$(crictl create \"$(cat $F/$1.id)\" $F/c.json $F/$1.json) && crictl start $c >&2
              until crictl inspect $c | grep -q CONTAINER_EXITED; do :; done
-             crictl logs $c >$F/$1.found
+             crictl logs --tail 1 $c >$F/$1.found
              cp /run/pericarp/$(cat $F/$1.id)/state.json $F/$1.state
              date +%s >$F/$1.now
          }}
