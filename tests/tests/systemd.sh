@@ -31,12 +31,18 @@ container=$(crictl create "$pod" "$CONTAINER" "$POD")
 crictl start "$container" >/dev/null
 scope=cri-containerd-$pod.scope
 show() { "${inside[@]}" systemctl show --value --property="$1" "$scope"; }
-# Not that of a template, which may be in the making.
-vmm=$(sed 's/.*"vmm_pid":\([0-9]*\).*/\1/' "/run/pericarp/$pod/state.json")
+# Of the pod's VMM: not of that of a template, which may be in the making. The pod's state has its PID in the
+# namespace of systemd.
+vmm_cgroup() {
+    local vmm
+    for vmm in $(pgrep -f '^[^ ]*pericarp-vmm'); do
+        cut -d: -f3 "/proc/$vmm/cgroup" 2>/dev/null || true
+    done | grep -vx /pericarp-templates
+}
 echo "state $(show ActiveState)"
 echo "slice $(show Slice)"
 echo "unit_cgroup $(show ControlGroup)"
-echo "vmm_cgroup $(cut -d: -f3 "/proc/$vmm/cgroup")"
+echo "vmm_cgroup $(vmm_cgroup)"
 # Another unit comes and goes in the slice: systemd arranges it anew.
 "${inside[@]}" systemctl daemon-reload
 "${inside[@]}" systemd-run --quiet --slice="$SLICE" --unit=neighbour --wait true
