@@ -68,7 +68,9 @@ fn is_shared_memory(path: &Path, sandbox: &str) -> bool {
     let above = path.parent().into_iter().flat_map(Path::components);
     let ours = |component: Component<'_>| component.as_os_str() == sandbox;
     let mut above = above;
-    !sandbox.is_empty() && path.ends_with("shm") && above.any(ours) && is_on(path, TMPFS_MAGIC)
+    let in_sandbox = !sandbox.is_empty() && path.ends_with("shm") && above.any(ours);
+    // A pod without containerd's directory of its own names the place itself.
+    (in_sandbox || path == Path::new(SHARED_MEMORY)) && is_on(path, TMPFS_MAGIC)
 }
 
 fn is_on(path: &Path, kind: FsType) -> bool {

@@ -310,4 +310,6 @@ fn shared_memory_is_the_sandboxs_own_and_no_volume_of_that_name() {
         assert_eq!(kind(volume), SourceKind::Directory, "{volume}");
     }
     assert_eq!(source_kind(&make("x/shm"), ""), SourceKind::Directory);
+    let place = source_kind(Path::new("/dev/shm"), "0123abcd");
+    assert_eq!(place, SourceKind::SharedMemory);
 }
