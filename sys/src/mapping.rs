@@ -25,6 +25,9 @@ const ALIGNMENT_BYTES: usize = 2 << 20;
 
 const PAGE_BYTES: usize = 4096;
 
+/// Protection of guest memory in this process.
+const GUEST_PROTECTION: i32 = libc::PROT_READ | libc::PROT_WRITE;
+
 /// What to do with the pages of guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GuestPages {
@@ -47,39 +50,25 @@ pub fn map_guest_memory(
     guest_address: u64,
     pages: GuestPages,
 ) -> io::Result<GuestRegionMmap> {
-    let protection = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
     let alignment = pages.alignment_bytes.max(ALIGNMENT_BYTES);
     let place = Reservation::new(length, alignment)?;
-    place.map(
-        0,
-        length,
-        protection,
-        flags,
-        Some((file.as_raw_fd(), offset)),
-    )?;
+    let source = Some((file.as_raw_fd(), offset));
+    place.map(0, length, GUEST_PROTECTION, flags, source)?;
     if pages.transparent {
         // SAFETY: advice on the mapping just made; the kernel may refuse it, which costs speed
         // only.
         unsafe { libc::madvise(place.start.as_ptr().cast(), length, libc::MADV_HUGEPAGE) };
     }
-    let start = place.keep();
-    let builder = MmapRegionBuilder::new(length)
-        .with_mmap_prot(protection)
-        .with_mmap_flags(flags)
-        .with_file_offset(FileOffset::from_arc(file, offset));
-    // SAFETY: `start` is a mapping of `length` bytes with this protection that is never taken away.
-    let builder = unsafe { builder.with_raw_mmap_pointer(start.as_ptr()) };
-    let region = builder.build().map_err(io::Error::other)?;
-    GuestRegionMmap::new(region, GuestAddress(guest_address))
-        .ok_or_else(|| io::Error::other("guest memory wraps around the address space"))
+    let file = FileOffset::from_arc(file, offset);
+    place.into_region(guest_address, flags, Some(file))
 }
 
 /// Most parts of a file that a private mapping shows: each is an area of the process's address
 /// space, of which the kernel allows 65,530 (vm.max_map_count).
 const PARTS_MAX: usize = 4096;
 
-/// Holes between two parts of a file that are mapped with them.
+/// Smallest hole that separates two parts; a smaller one is mapped with its neighbours.
 const HOLE_BYTES_MIN: u64 = 16 << 10;
 
 /// Maps `length` bytes of `file` from `offset` as guest memory at `guest_address`, of which nobody
@@ -97,26 +86,18 @@ pub fn map_private_memory(
     length: usize,
     guest_address: u64,
 ) -> io::Result<GuestRegionMmap> {
-    let protection = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
     let place = Reservation::new(length, ALIGNMENT_BYTES)?;
-    place.map(0, length, protection, flags | libc::MAP_ANONYMOUS, None)?;
+    let own = flags | libc::MAP_ANONYMOUS;
+    place.map(0, length, GUEST_PROTECTION, own, None)?;
     let end = offset.saturating_add(length as u64);
     for part in parts_with_data(file, offset..end)? {
         let from = usize::try_from(part.start - offset).map_err(io::Error::other)?;
         let bytes = usize::try_from(part.end - part.start).map_err(io::Error::other)?;
         let source = Some((file.as_raw_fd(), part.start));
-        place.map(from, bytes, protection, flags, source)?;
+        place.map(from, bytes, GUEST_PROTECTION, flags, source)?;
     }
-    let start = place.keep();
-    let builder = MmapRegionBuilder::new(length)
-        .with_mmap_prot(protection)
-        .with_mmap_flags(flags);
-    // SAFETY: `start` is a mapping of `length` bytes with this protection that is never taken away.
-    let builder = unsafe { builder.with_raw_mmap_pointer(start.as_ptr()) };
-    let region = builder.build().map_err(io::Error::other)?;
-    GuestRegionMmap::new(region, GuestAddress(guest_address))
-        .ok_or_else(|| io::Error::other("guest memory wraps around the address space"))
+    place.into_region(guest_address, flags, None)
 }
 
 /// The parts of a range of a file that have data, whole pages, at most [`PARTS_MAX`].
@@ -134,23 +115,27 @@ fn parts_with_data(file: &File, range: Range<u64>) -> io::Result<Vec<Range<u64>>
             break;
         }
         at = part.end;
-        match parts.last_mut() {
-            Some(last) if part.start - last.end < HOLE_BYTES_MIN => last.end = part.end,
-            _ => parts.push(part),
-        }
+        join(&mut parts, part, HOLE_BYTES_MIN);
     }
     let mut hole = HOLE_BYTES_MIN;
     while parts.len() > PARTS_MAX {
         hole *= 2;
-        parts = parts.into_iter().fold(Vec::new(), |mut joined, part| {
-            match joined.last_mut() {
-                Some(last) if part.start - last.end < hole => last.end = part.end,
-                _ => joined.push(part),
-            }
-            joined
-        });
+        let mut joined = Vec::new();
+        for part in parts {
+            join(&mut joined, part, hole);
+        }
+        parts = joined;
     }
     Ok(parts)
+}
+
+/// Appends `part`, or extends the last part when the hole between them is smaller than
+/// `hole_bytes`.
+fn join(parts: &mut Vec<Range<u64>>, part: Range<u64>, hole_bytes: u64) {
+    match parts.last_mut() {
+        Some(last) if part.start - last.end < hole_bytes => last.end = part.end,
+        _ => parts.push(part),
+    }
 }
 
 /// The next data or hole of a file; `None` beyond the last data.
@@ -427,11 +412,27 @@ impl Reservation {
         Ok(())
     }
 
-    /// Leaves it mapped for the life of the process.
-    fn keep(self) -> NonNull<u8> {
-        let start = self.start;
+    /// Turns a reservation that is mapped whole with [`GUEST_PROTECTION`] into guest memory at
+    /// `guest_address`. It stays mapped for the life of the process.
+    fn into_region(
+        self,
+        guest_address: u64,
+        flags: i32,
+        file: Option<FileOffset>,
+    ) -> io::Result<GuestRegionMmap> {
+        let mut builder = MmapRegionBuilder::new(self.length)
+            .with_mmap_prot(GUEST_PROTECTION)
+            .with_mmap_flags(flags);
+        if let Some(file) = file {
+            builder = builder.with_file_offset(file);
+        }
+        // SAFETY: the mapping has this length and this protection, and is never taken away, since
+        // the reservation is forgotten.
+        let builder = unsafe { builder.with_raw_mmap_pointer(self.start.as_ptr()) };
         std::mem::forget(self);
-        start
+        let region = builder.build().map_err(io::Error::other)?;
+        GuestRegionMmap::new(region, GuestAddress(guest_address))
+            .ok_or_else(|| io::Error::other("guest memory wraps around the address space"))
     }
 }
 

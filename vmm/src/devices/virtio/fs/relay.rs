@@ -28,7 +28,11 @@ use vmm_sys_util::{
 };
 
 use super::{
-    super::{chain, device::Activation, segments::SegmentChain},
+    super::{
+        chain,
+        device::{Activation, ActiveQueue},
+        segments::SegmentChain,
+    },
     shadow::{Bounce, Full, Lie, Shadow},
 };
 
@@ -246,6 +250,12 @@ struct Passage {
     stalled: bool,
 }
 
+/// The guest's queue of this number, if its driver enabled it.
+fn queue(active: &mut Activation, index: usize) -> Option<&mut ActiveQueue> {
+    let mut queues = active.queues.iter_mut();
+    queues.find(|queue| usize::from(queue.index) == index)
+}
+
 /// The thread's end.
 struct Worker {
     epoll: Epoll,
@@ -346,10 +356,15 @@ impl Worker {
         }
     }
 
+    /// Requests of all queues that the daemon has not answered.
+    fn in_flight(&self) -> usize {
+        let queues = self.queues.iter();
+        queues.map(|queue| queue.shadow.in_flight()).sum()
+    }
+
     /// Answers a stop when nothing is in flight any more, or the time is over.
     fn finish_draining(&mut self) {
-        let in_flight = self.queues.iter().map(|queue| queue.shadow.in_flight());
-        let in_flight: usize = in_flight.sum();
+        let in_flight = self.in_flight();
         let over = |(until, _): &mut (Instant, _)| in_flight == 0 || Instant::now() >= *until;
         if let Some((_, reply)) = self.draining.take_if(over) {
             let active = self.active.take().map(|active| *active);
@@ -359,11 +374,8 @@ impl Worker {
     }
 
     fn kicked(&mut self, index: usize) {
-        let queues = self.active.iter().flat_map(|active| &active.queues);
-        if let Some(queue) = queues
-            .into_iter()
-            .find(|queue| usize::from(queue.index) == index)
-        {
+        let active = self.active.as_deref_mut();
+        if let Some(queue) = active.and_then(|active| queue(active, index)) {
             // Nothing to read: two waits told of one notification.
             let _ = queue.kick.read();
         }
@@ -401,17 +413,12 @@ impl Worker {
     }
 
     fn try_pass_on(&mut self, index: usize) -> Result<(), String> {
-        let in_flight: usize = self
-            .queues
-            .iter()
-            .map(|queue| queue.shadow.in_flight())
-            .sum();
+        let in_flight = self.in_flight();
         let (Some(active), Some(passage)) = (&mut self.active, self.queues.get_mut(index)) else {
             return Ok(());
         };
         let memory = Arc::clone(&active.memory);
-        let mut queues = active.queues.iter_mut();
-        let Some(found) = queues.find(|queue| usize::from(queue.index) == index) else {
+        let Some(found) = queue(active, index) else {
             return Ok(());
         };
         let queue = &mut found.queue;
@@ -456,9 +463,7 @@ impl Worker {
         let mut queue = self.active.as_deref_mut().map(|active| {
             let memory = Arc::clone(&active.memory);
             let interrupt = Arc::clone(&active.interrupt);
-            let mut queues = active.queues.iter_mut();
-            let found = queues.find(|queue| usize::from(queue.index) == index);
-            (memory, interrupt, found)
+            (memory, interrupt, queue(active, index))
         });
         let mut answered = false;
         let mut waits = false;
