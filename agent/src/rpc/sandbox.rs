@@ -182,14 +182,19 @@ fn add_entropy(seed: &[u8]) -> Result<(), RpcError> {
     pericarp_sys::guest::reseed(&device).map_err(RpcError::kernel("reseed the generator"))
 }
 
-/// What the node's kernel has and this one lacks is no reason to refuse the pod.
-fn set_network_sysctls(request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
-    if request.network_sysctls.len() > SYSCTLS_MAX {
+fn check_count(field: &'static str, count: usize) -> Result<(), RpcError> {
+    if count > SYSCTLS_MAX {
         return Err(RpcError::Invalid {
-            field: "network_sysctls",
+            field,
             reason: format!("there are more than {SYSCTLS_MAX}"),
         });
     }
+    Ok(())
+}
+
+/// A sysctl that the node's kernel has and this one lacks does not fail the pod.
+fn set_network_sysctls(request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
+    check_count("network_sysctls", request.network_sysctls.len())?;
     for (path, value) in &request.network_sysctls {
         let named = sysctls::path(path).filter(|path| path.starts_with("net/"));
         let path = named.ok_or_else(|| RpcError::Invalid {
@@ -204,12 +209,7 @@ fn set_network_sysctls(request: &ConfigureSandboxRequest) -> Result<(), RpcError
 }
 
 fn set_sysctls(request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
-    if request.sysctls.len() > SYSCTLS_MAX {
-        return Err(RpcError::Invalid {
-            field: "sysctls",
-            reason: format!("there are more than {SYSCTLS_MAX}"),
-        });
-    }
+    check_count("sysctls", request.sysctls.len())?;
     for (name, value) in &request.sysctls {
         let path = sysctls::path(name).ok_or_else(|| RpcError::Invalid {
             field: "sysctls",

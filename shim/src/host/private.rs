@@ -7,7 +7,7 @@
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, Permissions},
-    io,
+    io::{self, Write},
     os::{
         fd::AsRawFd,
         unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
@@ -40,6 +40,20 @@ pub(crate) fn file() -> OpenOptions {
     let mut options = OpenOptions::new();
     options.mode(0o600);
     options
+}
+
+/// Replaces a file, or makes it. Readers see all of `content` or none of it, and of several writers
+/// the last one wins. Only its owner may read and write it.
+pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(format!(".{}", std::process::id()));
+    let mut file = file()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(&partial)?;
+    file.write_all(content)?;
+    fs::rename(partial, path)
 }
 
 /// Makes a file without a name on the file system of `directory`. It goes when it is closed, unless
@@ -84,6 +98,18 @@ mod tests {
         let path = inner.join("file");
         file().write(true).create(true).open(&path).unwrap();
         assert_eq!(mode(&path), 0o600);
+    }
+
+    #[test]
+    fn a_replaced_file_is_whole_and_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state.json");
+        for content in ["a longer one", "short"] {
+            replace(&path, content.as_bytes()).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), content);
+            assert_eq!(mode(&path), 0o600);
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        }
     }
 
     #[test]

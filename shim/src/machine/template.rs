@@ -36,7 +36,7 @@ use crate::{
 const TEMPLATES_MAX: usize = 8;
 
 /// Largest state that is believed to be one: a machine with the most processors has a tenth.
-pub(super) const STATE_BYTES_MAX: u64 = 16 << 20;
+const STATE_BYTES_MAX: u64 = 16 << 20;
 
 /// Any user but root: the key is the same for all of them.
 const ANY_USER: u32 = 1;

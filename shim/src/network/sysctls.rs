@@ -68,9 +68,7 @@ pub(super) fn defaults(run_dir: &Path) -> io::Result<Sysctls> {
         .join()
         .map_err(|_| io::Error::other("the thread in a new namespace panicked"))??;
     private::make_directory(run_dir)?;
-    let partial = kept.with_extension(std::process::id().to_string());
-    fs::write(&partial, serde_json::to_vec(&found)?)?;
-    fs::rename(partial, kept)?;
+    private::replace(&kept, &serde_json::to_vec(&found)?)?;
     Ok(found)
 }
 

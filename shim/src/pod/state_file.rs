@@ -1,10 +1,6 @@
 //! `state.json` of a sandbox: what `pericarp list` shows of a pod.
 
-use std::{
-    fs,
-    io::{self, Write as _},
-    path::Path,
-};
+use std::{fs, io, path::Path};
 
 use pericarp_runtime_config::Sizing;
 use serde::Serialize;
@@ -58,14 +54,6 @@ pub(crate) fn note_size(directory: &Path, sizing: Sizing) -> io::Result<()> {
     replace_state(directory, &state)
 }
 
-/// Readers see all of it or nothing.
 fn replace_state(directory: &Path, state: &serde_json::Value) -> io::Result<()> {
-    let partial = directory.join("state.json.partial");
-    let mut file = private::file()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .open(&partial)?;
-    file.write_all(&serde_json::to_vec(state)?)?;
-    fs::rename(partial, directory.join("state.json"))
+    private::replace(&directory.join("state.json"), &serde_json::to_vec(state)?)
 }
