@@ -4,8 +4,8 @@
 //! <run_dir>/.templates/<key>/memory, state, seal.json     one template
 //! ```
 //!
-//! Shims make and check them (`shim/src/machine/template.rs`); here they are listed, made ahead of
-//! the first pod, and removed. Pods that run go on without their template.
+//! Shims make and check them (`shim/src/machine/template.rs`); here they are listed, made in
+//! advance and removed. Running pods do not need their template any more.
 
 use std::fs::{self, Metadata};
 use std::io::{self, Write};
@@ -30,7 +30,7 @@ struct Template {
     key: String,
     /// Memory of the machine.
     memory_bytes: u64,
-    /// What of it the node holds, shared by all pods of this template.
+    /// Memory that the template occupies on the node, shared by all its pods.
     resident_bytes: u64,
     /// Seconds since a pod last started from it.
     unused_s: u64,
@@ -87,7 +87,7 @@ fn read(directory: &Path) -> io::Result<Vec<Template>> {
     for entry in entries {
         let entry = entry?;
         let (memory, seal) = (entry.path().join("memory"), entry.path().join("seal.json"));
-        // Whatever else lies there is no template.
+        // Skips the log and the working directory.
         let (Ok(memory), Ok(seal)) = (fs::metadata(memory), fs::metadata(seal)) else {
             continue;
         };
@@ -138,7 +138,7 @@ fn shim() -> PathBuf {
         .map(|own| own.with_file_name(SHIM))
         .ok()
         .filter(|beside| beside.exists())
-        // As PATH finds it.
+        // Found through PATH.
         .unwrap_or_else(|| SHIM.into())
 }
 

@@ -139,7 +139,7 @@ settings! {
         /// Give memory that the guest freed back to the host.
         free_page_reporting: bool = Kind::Bool, "true", pod;
         /// Start pods from a template: a machine of the same shape that was saved when its agent
-        /// was ready and before it had anything of a pod (docs/templates.md).
+        /// was ready and before it held pod data (docs/templates.md).
         template: TemplateUse = Kind::Choice(TemplateUse::WORDS), "auto", pod;
     }
 

@@ -198,7 +198,7 @@ fn threads(memory: &Memory, node: &Node) -> u64 {
     computed.max(node.threads_max).min(node.pid_max)
 }
 
-/// Threads that are left for the agent and the kernel.
+/// Threads that are reserved for the agent and the kernel.
 const THREADS_KEPT: u64 = 256;
 
 fn threads_of_containers(threads_max: u64, memory_bytes: u64) -> u64 {
@@ -328,9 +328,9 @@ impl Limits {
         }
     }
 
-    /// Threads that all containers may have together: the agent needs some to end those that have
-    /// too many, and memory that is full of stacks is of no use to anybody. `None` where the kernel
-    /// is not ours.
+    /// Threads that all containers may have together. The agent needs some itself to end containers
+    /// that have too many, and stacks must not fill all of memory. `None` where the agent does not
+    /// run in a guest of its own.
     pub(crate) fn threads_of_containers(&self) -> Option<u64> {
         let root = self.root.as_deref()?;
         let threads = numbers(&root.join("proc/sys/kernel/threads-max"))?;

@@ -8,8 +8,8 @@
 //! listen STREAM_PORT ──── one task a connection: header, then a process or a forwarded port
 //! ```
 //!
-//! A machine that goes on from a saved one finds its connections reset, and the VMM lets it dial
-//! once more. When the host is gone for good, nobody answers.
+//! In a restored machine every connection is reset, and the VMM accepts another dial. When the host
+//! is gone for good, nobody answers.
 //!
 //! A vsock socket is read, written and shut down by the calls of a unix stream socket, so both
 //! transports are one type after their set-up. Only connections from the host ([`HOST_CID`]) are
@@ -60,7 +60,7 @@ const STREAM_TASKS_MAX: usize = 1024;
 /// (`timeouts.agent_ready_ms`) and ends the VM then; on a busy node two seconds pass soon.
 const DIAL_MAX: Duration = Duration::from_secs(3600);
 
-/// How long it may take when a connection was there before: the VMM itself refuses at once.
+/// How long a later dial may take: when the host is gone, the VMM refuses it at once.
 const DIAL_AGAIN_MAX: Duration = Duration::from_secs(10);
 
 /// How long the answer to a power-off may travel.
@@ -136,7 +136,7 @@ pub(crate) async fn serve(options: Options, started_us: u64) -> Result<(), Conne
     Ok(())
 }
 
-/// Has the server serve `host` until the connection ends; false when the host asked for the end.
+/// Serves `host` until the connection ends. Returns false when the host asked for a power-off.
 async fn serve_until_the_end(
     pod: &Pod,
     host: UnixStream,
@@ -148,7 +148,7 @@ async fn serve_until_the_end(
         stream: host,
         gone: Some(gone),
     };
-    // The server takes connections as long as it lives, which is as long as this.
+    // Cannot fail: the server outlives this function.
     let _ = connections.send(Ok(connection)).await;
     tokio::select! {
         // Whichever way the sender goes, the connection has ended.
@@ -168,11 +168,11 @@ fn watch_errors(host: &UnixStream) -> io::Result<UnixStream> {
     UnixStream::from_std(handle.into())
 }
 
-/// Waits for an error of the connection, and ends it. A vsock socket that was reset has an error
-/// and is not readable, so its reader does not wake (vsock_poll of Linux).
+/// Waits for an error of the connection and shuts it down. Linux reports a reset vsock socket as
+/// failed but not as readable (`vsock_poll`), so its reader does not wake by itself.
 async fn error_of(watched: io::Result<UnixStream>) {
     let Ok(watched) = watched else {
-        // Its reader is all there is to wait for.
+        // Without a second handle, only the server's reads notice the end.
         return std::future::pending().await;
     };
     if watched.ready(Interest::ERROR).await.is_ok() {

@@ -110,7 +110,8 @@ fn apply(pod: &Pod, request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
     mount_shm(request.shm_size_bytes)
 }
 
-/// Interfaces that the host plugged into the running machine are found by a look at the bus.
+/// Configures the network. Interfaces that were hot-plugged and not noticed yet are found by a
+/// rescan of the PCI bus.
 fn apply_network(request: &ConfigureSandboxRequest) -> Result<(), RpcError> {
     let apply = || network::apply(&request.interfaces, &request.routes, &request.neighbours);
     match apply() {

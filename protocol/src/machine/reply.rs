@@ -99,7 +99,8 @@ wire_struct! {
         interrupts: u64,
         /// The most memory that the VMM's process had resident, guest memory included.
         resident_peak_bytes: u64,
-        /// Guest memory that the host holds (of the memfd).
+        /// Guest memory that the host holds, counted in its files. For a restored machine these are
+        /// the pages of the saved machine's file, not its own private copies.
         guest_resident_bytes: u64,
         /// vCPUs that may run.
         vcpus: u64,

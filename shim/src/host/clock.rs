@@ -1,4 +1,4 @@
-//! The node's wall clock: how it differs from a clock that only counts, and when somebody sets it.
+//! The node's wall clock: its offset from a monotonic clock, and a notification when it is set.
 
 use std::{
     io,
@@ -15,23 +15,23 @@ use nix::{
 };
 use tokio::io::unix::AsyncFd;
 
-/// Nanoseconds that the wall clock is ahead of one that nobody sets or slows (clock_gettime(2),
-/// `CLOCK_MONOTONIC_RAW`): it changes by as much as the wall clock was set or drawn.
+/// Nanoseconds that the wall clock is ahead of `CLOCK_MONOTONIC_RAW` (clock_gettime(2)), which is
+/// never set or slewed. The offset changes by as much as the wall clock was set or slewed.
 pub(crate) fn offset_ns() -> i64 {
     let now = |clock| {
-        // Neither call can fail for a clock that every kernel has.
+        // Cannot fail: every kernel has both clocks.
         clock_gettime(clock).map_or(0, |time| time.tv_sec() * 1_000_000_000 + time.tv_nsec())
     };
     now(ClockId::CLOCK_REALTIME) - now(ClockId::CLOCK_MONOTONIC_RAW)
 }
 
-/// Tells when the wall clock is set.
+/// Notifies when the wall clock is set.
 #[derive(Debug)]
 pub(crate) struct Steps {
     timer: AsyncFd<Timer>,
 }
 
-/// A timer that a runtime can wait for.
+/// A timer that tokio can wait for.
 #[derive(Debug)]
 struct Timer(TimerFd);
 
@@ -44,7 +44,7 @@ impl AsRawFd for Timer {
 /// `TFD_TIMER_CANCEL_ON_SET` of timerfd_create(2), which nix has no name for.
 const CANCEL_ON_SET: i32 = 1 << 1;
 
-/// An expiration that nobody lives to see, in seconds since the epoch.
+/// An expiration that is never reached, in seconds since the epoch.
 const NEVER_S: i64 = i64::MAX / 1_000_000_000;
 
 impl Steps {
@@ -66,7 +66,7 @@ impl Steps {
     pub(crate) async fn next(&mut self) -> io::Result<()> {
         loop {
             let mut ready = self.timer.readable().await?;
-            // The read of a timer that was cancelled by a step fails once with this error.
+            // After a step of the clock, one read fails with this error.
             let read = ready.try_io(|timer| match timer.get_ref().0.wait() {
                 Err(Errno::ECANCELED) => Ok(()),
                 other => other.map_err(io::Error::from),

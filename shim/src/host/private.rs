@@ -56,8 +56,8 @@ pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     fs::rename(partial, path)
 }
 
-/// Makes a file without a name on the file system of `directory`. It goes when it is closed, unless
-/// it gets a [`name`].
+/// Makes a file without a name on the file system of `directory`. It is removed when it is closed,
+/// unless it was given a [`name`].
 pub(crate) fn nameless(directory: &Path) -> io::Result<File> {
     file()
         .read(true)
@@ -66,11 +66,11 @@ pub(crate) fn nameless(directory: &Path) -> io::Result<File> {
         .open(directory)
 }
 
-/// Gives a nameless file its name; it is for reading from then on.
+/// Gives a nameless file its name and makes it read-only.
 pub(crate) fn name(file: &File, path: &Path) -> io::Result<()> {
     file.set_permissions(Permissions::from_mode(0o400))?;
     let descriptor = format!("/proc/self/fd/{}", file.as_raw_fd());
-    // By way of /proc, as linkat(2) says: the empty path needs CAP_DAC_READ_SEARCH.
+    // Through /proc, as linkat(2) says: the empty path needs CAP_DAC_READ_SEARCH.
     linkat(
         AT_FDCWD,
         descriptor.as_str(),

@@ -58,25 +58,25 @@ pub(crate) struct Launch<'a> {
     pub(crate) state: &'a Path,
     /// Where its processes live.
     pub(crate) cgroups: Arc<Vec<File>>,
-    /// User of the VMM.
+    /// User ID of the VMM.
     pub(crate) user: u32,
-    /// How it begins.
+    /// How the machine starts.
     pub(crate) origin: Origin<'a>,
-    /// The VMM's end of the file-system daemon's socket; none for a machine without files, which
-    /// serves as a template.
+    /// The VMM's end of the file-system daemon's socket; `None` for a machine that becomes a
+    /// template.
     pub(crate) file_system: Option<OwnedFd>,
     /// The pod's interfaces.
     pub(crate) interfaces: Vec<Attachment>,
 }
 
-/// How a machine begins.
+/// How a machine starts.
 #[derive(Debug)]
 pub(crate) enum Origin<'a> {
-    /// It boots.
+    /// Boots.
     Boot,
-    /// It boots with this file as its memory, to be saved.
+    /// Boots with this file as its memory, in order to be saved.
     BootToSave(OwnedFd),
-    /// It goes on from a saved one.
+    /// Starts from a template.
     Fork(&'a Template),
 }
 

@@ -1,5 +1,5 @@
-//! Templates: machines that were saved when their agent was ready and before they had anything of a
-//! pod. A pod of the same shape goes on from there instead of booting.
+//! Templates: machines that were saved when their agent was ready and before they held pod data. A
+//! pod of the same shape starts from its template instead of booting.
 //!
 //! ```text
 //! <run_dir>/.templates/<key>/memory      the machine's memory; forks map it privately
@@ -7,10 +7,10 @@
 //! <run_dir>/.templates/<key>/seal.json   how both looked when they were published
 //! ```
 //!
-//! The key is the hash of everything that the saved machine depends on: the node's boot, the build
-//! of the VMM, kernel, image and the whole description. A template that was made from anything else
-//! has another name and is never found. What is found is compared with its seal; what differs is
-//! removed, and the pod boots.
+//! The key is a hash of everything that the saved machine depends on: the node's boot, the files of
+//! the VMM, kernel and image, and the whole description. A template that was made from anything
+//! else has another key and is never found. A template that differs from its seal is removed, and
+//! the pod boots.
 
 use std::{
     fmt, fs,
@@ -32,16 +32,16 @@ use crate::{
     machine::{launch::describe, size::Plan},
 };
 
-/// Templates of a node; the one that was used least recently goes first.
+/// Templates that a node keeps; the least recently used one is removed first.
 const TEMPLATES_MAX: usize = 8;
 
-/// Largest state that is believed to be one: a machine with the most processors has a tenth.
+/// Largest state that is accepted: ten times that of a machine with the most vCPUs.
 const STATE_BYTES_MAX: u64 = 16 << 20;
 
-/// Any user but root: the key is the same for all of them.
+/// Stands for the VMM's user in the key, which is the same for every user but root.
 const ANY_USER: u32 = 1;
 
-/// The directory of all templates, in that of run-time state.
+/// Name of the directory of all templates, beneath `paths.run_dir`.
 pub(crate) const TEMPLATES: &str = ".templates";
 
 /// The directory of all templates.
@@ -49,16 +49,17 @@ pub(crate) fn directory(settings: &Settings) -> PathBuf {
     settings.paths.run_dir.join(TEMPLATES)
 }
 
-/// Why a pod boots although templates are in use, or that they are not.
+/// Why a pod boots instead of starting from a template.
 #[derive(Debug)]
 pub(crate) enum Cold {
-    /// The configuration or the pod says so.
+    /// Templates are turned off by the configuration or the pod.
     Off,
-    /// Something of the pod does not go with private memory.
+    /// The pod uses a feature that needs shared guest memory.
     Unfit(&'static str),
-    /// There is none for its shape yet.
+    /// No template of the pod's shape exists yet.
     Missing,
-    /// There is one that cannot be used; it has been removed.
+    /// The template of the pod's shape cannot be used. One that differs from its seal has been
+    /// removed; one that no guest could start from is removed when the same pod has booted.
     Damaged(String),
 }
 
@@ -73,7 +74,7 @@ impl fmt::Display for Cold {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Off => write!(f, "vm.template is off"),
-            Self::Unfit(what) => write!(f, "{what} do not go with a template"),
+            Self::Unfit(what) => write!(f, "{what} cannot be used with a template"),
             Self::Missing => write!(f, "there is no template of its shape yet"),
             Self::Damaged(reason) => write!(f, "the template of its shape was damaged: {reason}"),
         }
@@ -89,7 +90,7 @@ pub(crate) struct Template {
 }
 
 impl Template {
-    /// The template of a pod of these settings and sizes.
+    /// Finds the template of a pod of these settings and sizes, and checks its seal.
     pub(crate) fn find(settings: &Settings, plan: Plan) -> Result<Self, Cold> {
         if settings.vm.template == TemplateUse::Off {
             return Err(Cold::Off);
@@ -98,7 +99,7 @@ impl Template {
             return Err(Cold::Unfit("huge pages"));
         }
         if !settings.devices.functions.is_empty() {
-            return Err(Cold::Unfit("functions of the host from the start"));
+            return Err(Cold::Unfit("passthrough devices at boot"));
         }
         let damaged = |error: &dyn fmt::Display| Cold::Damaged(error.to_string());
         let key = key(settings, plan).map_err(|error| damaged(&error))?;
@@ -121,7 +122,7 @@ impl Template {
 
     fn check(&self) -> io::Result<()> {
         let seal: Seal = serde_json::from_slice(&fs::read(self.directory.join(SEAL))?)?;
-        // Published together: one that lacks is damage.
+        // All files are published together, so a missing one is damage.
         let now = Seal::of(&self.directory).map_err(|error| io::Error::other(error.to_string()))?;
         if now == seal {
             Ok(())
@@ -130,19 +131,19 @@ impl Template {
         }
     }
 
-    /// Opens memory and state, both for reading alone.
+    /// Opens memory and state, both read-only.
     pub(super) fn open(&self) -> io::Result<(OwnedFd, OwnedFd)> {
         let open = |name| File::open(self.directory.join(name)).map(OwnedFd::from);
         Ok((open(MEMORY)?, open(STATE)?))
     }
 
-    /// Removes it. Machines that went on from it keep what they have mapped.
+    /// Removes it. Machines that started from it keep their mappings.
     pub(crate) fn discard(&self) {
-        // Somebody else may have done it.
+        // Another shim may have removed it already.
         let _ = fs::remove_dir_all(&self.directory);
     }
 
-    /// Notes that it is in use, for [`make_room`].
+    /// Records the time of use, for [`make_room`].
     fn note_use(&self) {
         if let Ok(seal) = File::open(self.directory.join(SEAL)) {
             let _ = seal.set_modified(SystemTime::now());
@@ -154,7 +155,7 @@ const MEMORY: &str = "memory";
 const STATE: &str = "state";
 const SEAL: &str = "seal.json";
 
-/// What tells a file from every other, and from itself after a change.
+/// Identifies a file and its content: a change alters at least one of these.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Identity {
     device: u64,
@@ -180,7 +181,7 @@ impl Identity {
     }
 }
 
-/// How the files of a template look; a write changes the time of the last change.
+/// Identities of a template's files when it was published. A write changes `changed_ns`.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Seal {
     memory: Identity,
@@ -208,7 +209,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The name of the template of such a pod.
+/// Computes the key of the template of a pod of these settings and sizes.
 pub(super) fn key(settings: &Settings, plan: Plan) -> Result<String, CallError> {
     const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
     let description = describe(settings, plan, ANY_USER, false)?;
@@ -230,8 +231,8 @@ pub(super) fn key(settings: &Settings, plan: Plan) -> Result<String, CallError> 
     Ok(hex(&hash.finalize()[..16]))
 }
 
-/// Files that will be a template: nameless until [`Unpublished::publish`], so that nothing is left
-/// of one that was not finished.
+/// The files of a template in the making. They have no names until [`Unpublished::publish`], so
+/// that an unfinished template leaves nothing behind.
 #[derive(Debug)]
 pub(super) struct Unpublished {
     /// The memory.
@@ -252,8 +253,8 @@ impl Unpublished {
         })
     }
 
-    /// Gives both their names in `directory`, by way of `work`, which the caller removes whatever
-    /// happens. Makes room first.
+    /// Publishes the template in `directory`, after making room there. It is put together in
+    /// `work`, which the caller removes whatever happens.
     pub(super) fn publish(self, work: &Path, directory: &Path, key: &str) -> io::Result<()> {
         make_room(directory)?;
         let folder = work.join(key);
@@ -272,13 +273,13 @@ impl Unpublished {
     }
 }
 
-/// Removes templates that were not used for longest until there is room for one more.
+/// Removes the least recently used templates until there is room for one more.
 fn make_room(directory: &Path) -> io::Result<()> {
     let mut templates = Vec::new();
     for entry in fs::read_dir(directory)? {
         let path = entry?.path();
         let used = fs::metadata(path.join(SEAL)).and_then(|seal| seal.modified());
-        // What is no template is not ours to remove here.
+        // Only templates are removed here.
         if let Ok(used) = used {
             templates.push((used, path));
         }

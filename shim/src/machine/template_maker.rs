@@ -1,10 +1,9 @@
-//! Makes a template: boots a machine that no pod will ever have, waits for its agent, saves it.
+//! Makes a template: boots a machine that never serves a pod, waits for its agent, and saves it.
 //!
-//! It is a process of its own, `containerd-shim-pericarp-v2 template`, in a cgroup of the node, so
-//! that it ends with no pod and no pod pays for its memory. It reads what to make from its standard
-//! input ([`Order`]). The shim of the first pod of a shape starts it, and so does
-//! `pericarp template build`. One works at a time; what another left that was killed is undone
-//! first.
+//! This runs in a separate process, `containerd-shim-pericarp-v2 template`, in a node-level cgroup,
+//! so that it does not end with a pod and its memory is not charged to one. It reads an [`Order`]
+//! from its standard input. The shim of the first pod of a shape starts it, and so does
+//! `pericarp template build`. Only one runs at a time; it first removes what a killed one left.
 
 use std::{
     collections::BTreeMap,
@@ -44,22 +43,22 @@ use crate::{
     network,
 };
 
-/// The cgroup of the node in which templates are made, and which their memory is charged to.
+/// The node-level cgroup in which templates are made and to which their memory is charged.
 const CGROUP: &str = "pericarp-templates";
 
-/// Where one is made, in the directory of templates.
+/// Working directory, beneath the directory of templates.
 const WORK: &str = ".work";
 
 /// Longest order in bytes: annotations are bounded by Kubernetes to 256 KiB.
 const ORDER_BYTES_MAX: u64 = 1 << 20;
 
-/// How long the VMM may take to end when it has saved.
+/// How long the VMM may take to end after the save.
 const VMM_ENDS_MAX: Duration = Duration::from_secs(5);
 
 /// The name of the action on the shim's command line.
 pub(crate) const ACTION: &str = "template";
 
-/// What to make. Without sizes it is the template of a pod that asks for nothing.
+/// What to make. Without sizes: the template of a pod without requests and limits.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Order {
@@ -67,7 +66,7 @@ pub(crate) struct Order {
     pub(crate) config: Option<PathBuf>,
     /// Flavour of the handler.
     pub(crate) flavour: Option<String>,
-    /// Annotations of the pod: those of settings count.
+    /// Annotations of the pod, of which those that change settings are used.
     pub(crate) annotations: BTreeMap<String, String>,
     /// Sizes of the machine.
     pub(crate) sizes: Option<Sizes>,
@@ -111,7 +110,7 @@ impl Sizes {
     }
 }
 
-/// Has a process of its own carry out `order`, and logs how it ended.
+/// Starts a separate process that carries out `order`, waits for it and logs how it ended.
 pub(crate) async fn start(settings: &Settings, order: Order) {
     let log = template::directory(settings).join("log");
     match spawn(settings, &order, &log) {
@@ -137,7 +136,7 @@ fn spawn(settings: &Settings, order: &Order, log: &Path) -> io::Result<Watched> 
     io::Seek::rewind(&mut input)?;
     let directory = Path::new(ROOT).join(CGROUP);
     let cgroup = cgroup::make(&directory)?;
-    // Pods come first. Without the controller it competes with them.
+    // Pods come first. Without the cpu controller the maker competes with them.
     let _ = fs::write(directory.join("cpu.idle"), "1");
     let mut command = Command::new(std::env::current_exe()?);
     command
@@ -177,8 +176,8 @@ fn host(object: impl ToString) -> impl FnOnce(io::Error) -> MakeError {
     }
 }
 
-/// The whole process: reads the order, carries it out and prints the name of the template. When
-/// somebody else is making one it says so and is done.
+/// Runs the whole process: reads the order, carries it out and prints the template's key. When
+/// another process is making a template, it says so and ends.
 pub(crate) fn run() -> Result<(), MakeError> {
     let answer = match carry_out(&read_order()?)? {
         Some(key) => format!("{key}\n"),
@@ -201,7 +200,7 @@ fn read_order() -> Result<Order, MakeError> {
     serde_json::from_slice(&text).map_err(|error| MakeError::Order(error.into()))
 }
 
-/// Gives the key of the template, or `None` when somebody else is making one.
+/// Returns the template's key, or `None` when another process is making a template.
 fn carry_out(order: &Order) -> Result<Option<String>, MakeError> {
     let (settings, plan) = understand(order)?;
     let directory = template::directory(&settings);
@@ -222,7 +221,7 @@ fn carry_out(order: &Order) -> Result<Option<String>, MakeError> {
     made.map(Some)
 }
 
-/// The lock of those who make templates; `None` when somebody has it.
+/// Takes the lock that allows one maker at a time; `None` when another process holds it.
 fn lock(directory: &Path) -> io::Result<Option<Flock<File>>> {
     let lock = File::open(directory)?;
     Ok(Flock::lock(lock, FlockArg::LockExclusiveNonblock).ok())
@@ -232,7 +231,7 @@ fn undo(work: &Path) -> Result<(), journal::UndoError> {
     journal::undo(work, network::remove_tap)
 }
 
-/// Removes what somebody left that was killed while it made a template.
+/// Removes what a maker left behind that was killed.
 pub(crate) fn undo_stale(run_dir: &Path) {
     let directory = run_dir.join(TEMPLATES);
     let work = directory.join(WORK);
@@ -309,12 +308,12 @@ async fn make(
     Ok(key)
 }
 
-/// Waits until the agent serves, stops the machine and has it written down.
+/// Waits until the agent serves, then pauses the machine and saves it.
 async fn save(settings: &Settings, launched: Launched, state: &File) -> Result<(), MakeError> {
     let ready = Duration::from_millis(settings.timeouts.agent_ready_ms);
     let call = Duration::from_millis(settings.timeouts.rpc_ms);
     let machine = launched.machine;
-    // Read for the machine's life, or the guest's log fills its pipe.
+    // Kept open for the machine's life. Nobody reads it: a quiet boot does not fill the pipe.
     let _console = launched.console;
     let (agent, _) = tokio::select! {
         greeted = Agent::greet(launched.agent, launched.vsock, ready, call) => greeted?,
@@ -322,7 +321,7 @@ async fn save(settings: &Settings, launched: Launched, state: &File) -> Result<(
             return Err(CallError::Gone(format!("the VM did not boot: {how}")).into());
         }
     };
-    // It answers when everything is set up that is no pod's.
+    // The agent answers once it has set up everything that does not depend on a pod.
     agent_call!(agent, diagnostics, &Empty::new())?;
     machine
         .request(Request::Pause(Nothing {}), Vec::new())

@@ -64,8 +64,8 @@ pub(crate) struct Attachment {
 }
 
 impl Attachment {
-    /// The same interface for another attempt at a machine: a vhost-net descriptor belongs to the
-    /// first process that uses it.
+    /// Copies the interface for another attempt to start the machine. vhost-net descriptors are
+    /// opened anew, because each belongs to the first process that uses it.
     pub(crate) fn again(&self) -> io::Result<Self> {
         let taps = self.taps.iter().map(OwnedFd::try_clone);
         Ok(Self {

@@ -1,9 +1,10 @@
-//! Sysctls of the pod's network namespace that somebody has set, as CNI's tuning plugin does: the
-//! guest gets them, as containers under runc see them.
+//! Sysctls that were set in the pod's network namespace, for example by CNI's tuning plugin. They
+//! are copied to the guest, because containers under runc see them.
 //!
-//! What was set is told from what a new namespace has by itself. That is read once in a node's life
-//! and kept in the directory of run-time state: should it change later, a few values are carried
-//! although nobody set them in the pod's namespace, and they are those that runc's containers see.
+//! A value counts as set when it differs from the default of a new namespace. The defaults are read
+//! once per boot of the node and kept in the directory of run-time state. If they change later, a
+//! few values are copied that nobody set in the pod's namespace, which does no harm: runc's
+//! containers see the same values.
 
 use std::{
     collections::BTreeMap,
@@ -16,10 +17,10 @@ use nix::sched::{CloneFlags, unshare};
 
 use crate::host::private;
 
-/// Where they are, of the namespace of the thread that looks.
+/// Directory of sysctls; `net` beneath it shows the namespace of the reading thread.
 const ROOT: &str = "/proc/sys";
 
-/// Sysctls that are carried at most: far more than anybody sets.
+/// Sysctls that are copied at most: far more than anybody sets.
 const CHANGED_MAX: usize = 256;
 
 /// Longest value, in bytes.
@@ -28,18 +29,18 @@ const VALUE_BYTES_MAX: usize = 256;
 /// Deepest directory beneath `net`.
 const DEPTH_MAX: usize = 4;
 
-/// What is not for carrying: counters, what only this kernel has, and what is set in other ways.
+/// Sysctls that are not copied: counters, actions, secrets, and what is set in other ways.
 const OTHERS: [&str; 8] = [
-    // The interface's own, which the guest has from its description.
+    // The guest gets it with the interface's description.
     "mtu",
-    // Written to act; reading says nothing.
+    // Write-only action.
     "flush",
-    // How many there are now, and how large this kernel's table is.
+    // The current count, and sizes of this kernel's table.
     "nf_conntrack_count",
     "nf_conntrack_buckets",
     "nf_conntrack_max",
     "nf_conntrack_expect_max",
-    // A secret of this namespace.
+    // Secrets of this namespace.
     "stable_secret",
     "tcp_fastopen_key",
 ];
@@ -47,7 +48,7 @@ const OTHERS: [&str; 8] = [
 /// Path beneath `/proc/sys` and value.
 pub(super) type Sysctls = BTreeMap<String, String>;
 
-/// What a new network namespace has, as far as the node is known; `run_dir` is where that is kept.
+/// Returns the sysctls of a new network namespace, which are kept in a file in `run_dir`.
 pub(super) fn defaults(run_dir: &Path) -> io::Result<Sysctls> {
     const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
     let kept = run_dir.join(format!(
@@ -72,7 +73,7 @@ pub(super) fn defaults(run_dir: &Path) -> io::Result<Sysctls> {
     Ok(found)
 }
 
-/// Those of this thread's namespace: of the namespace itself, and of these interfaces.
+/// Reads the sysctls of this thread's network namespace and of these interfaces.
 pub(super) fn read(interfaces: &[&str]) -> io::Result<Sysctls> {
     let mut found = Sysctls::new();
     read_beneath(Path::new(ROOT), "net", interfaces, 0, &mut found)?;
@@ -98,7 +99,7 @@ fn read_beneath(
                 read_beneath(root, &path, interfaces, depth + 1, found)?;
             }
         } else if !OTHERS.contains(&name.as_str())
-            // Some may only be written.
+            // Some are write-only.
             && let Ok(value) = fs::read_to_string(entry.path())
             && value.len() <= VALUE_BYTES_MAX
         {
@@ -108,8 +109,8 @@ fn read_beneath(
     Ok(())
 }
 
-/// What is here and not as in a new namespace. An interface's are compared with those that a new
-/// one has.
+/// Returns the sysctls that differ from the defaults. Those of an interface are compared with the
+/// defaults of a new interface.
 pub(super) fn changed(here: Sysctls, defaults: &Sysctls) -> Sysctls {
     let by_itself = |path: &str| {
         let known = defaults.get(path);

@@ -58,8 +58,8 @@ use crate::{
     },
 };
 
-/// How long the agent of a pod that goes on from a template may take: it boots nothing. What is
-/// later boots.
+/// How long the agent of a pod that starts from a template may take, since nothing is booted. If it
+/// takes longer, the pod boots instead.
 const FORK_READY_MAX: Duration = Duration::from_secs(10);
 
 /// Devices that a pod has from its beginning, beside those of every VM.
@@ -92,7 +92,7 @@ struct Started {
     cgroups: Cgroups,
     shared: SharedDirectory,
     network: network::GuestNetwork,
-    /// The template that it went on from, or why it booted.
+    /// Key of the template that it started from, or why it booted.
     template: Result<String, Cold>,
 }
 
@@ -182,7 +182,8 @@ impl Pod {
         });
         pod.configure(request, started.network, &devices).await?;
         if started.template.is_ok() {
-            // The template's stood still, and what the sandbox was told is as late as it was busy.
+            // The template's clock stood still, and the time sent with the sandbox's configuration
+            // was late by as long as the guest took to handle it.
             clock::set(&pod.agent).await?;
         }
         pod.start_tasks(request);
@@ -258,7 +259,7 @@ impl Pod {
     }
 }
 
-/// Has the template made from which the next pod of this shape goes on.
+/// Starts making the template for the next pod of this shape.
 fn have_template_made(request: &Request, config: &PodConfig, plan: Plan) {
     let order = template_maker::Order {
         config: request.options.config_path.clone(),
@@ -308,7 +309,7 @@ async fn start_vm(
     })
 }
 
-/// What a guest is started from, whichever way.
+/// Everything that starting a guest needs, whether it boots or starts from a template.
 struct Parts<'a> {
     request: &'a Request,
     settings: &'a Settings,
@@ -320,11 +321,11 @@ struct Parts<'a> {
     journal: Journal,
 }
 
-/// A guest, and the template that it went on from or why it booted.
+/// A guest, and the key of the template that it started from or why it booted.
 type Begun = (Greeted, Result<String, Cold>);
 
 impl Parts<'_> {
-    /// Goes on from a template, or boots when that fails.
+    /// Starts the guest from a template, or boots it when that fails.
     async fn fork(
         &mut self,
         template: &Template,
@@ -341,7 +342,7 @@ impl Parts<'_> {
             Err(error) => {
                 let booted = self.boot(Cold::Damaged(error.to_string()), interfaces);
                 let booted = booted.await?;
-                // It is to blame, since the same pod boots.
+                // The same pod boots, so the template was at fault.
                 template.discard();
                 Ok(booted)
             }
@@ -355,7 +356,7 @@ impl Parts<'_> {
     }
 
     /// Starts the file-system daemon and the VMM, and waits for the agent. On failure both are
-    /// ended, so that it may be tried another way.
+    /// ended, so that the caller can try again.
     async fn start_guest(
         &mut self,
         origin: Origin<'_>,
@@ -390,7 +391,7 @@ impl Parts<'_> {
             let greeted = greet(launched, ready, self.settings, self.state).await;
             if greeted.is_err() {
                 vmm.kill();
-                // Until then it has the pod's interfaces.
+                // The VMM holds the pod's interfaces until it has ended.
                 let _ = timeout(LAST_WORDS_MAX, vmm.ended()).await;
             }
             greeted

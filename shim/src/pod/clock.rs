@@ -1,8 +1,7 @@
 //! The guest's wall clock follows the node's, as a container's under runc does.
 //!
-//! A step of the node's clock is told at once. What the node's clock is drawn to and fro (NTP) is
-//! looked at each minute, on the node alone: an idle guest is woken only when it is wrong by more
-//! than [`DRIFT_MAX_NS`].
+//! A step of the node's clock is passed on at once. Slewing (NTP) is checked each minute, on the
+//! node alone: an idle guest is woken only when its clock is wrong by more than [`DRIFT_MAX_NS`].
 
 use std::{
     sync::Arc,
@@ -20,16 +19,16 @@ use crate::{
     pod::{Pod, boot::nanoseconds},
 };
 
-/// How far the clocks may be apart before the guest is told, in nanoseconds.
+/// How far the clocks may differ before the guest's is set, in nanoseconds.
 const DRIFT_MAX_NS: i64 = 50_000_000;
 
-/// How often the node's clock is looked at.
+/// How often the node's clock is checked for slewing.
 const LOOK: Duration = Duration::from_secs(60);
 
-/// A call that takes longer says less about the time than it should, so it is made again.
+/// A call that takes longer sets the clock too inexactly and is repeated.
 const QUICK: Duration = Duration::from_millis(20);
 
-/// How often it is made.
+/// How many calls are made at most.
 const TRIES: u32 = 3;
 
 /// Follows the node's clock until the pod ends.
@@ -66,13 +65,13 @@ async fn follow_node(pod: &Pod) {
                 );
                 known = now;
             }
-            // It is tried again at the next look.
+            // Tried again at the next check.
             Err(error) => debug!(%error, "the guest's clock cannot be set"),
         }
     }
 }
 
-/// Sets the guest's clock to the node's, as closely as the way there allows.
+/// Sets the guest's clock to the node's, allowing for the time that the call takes.
 pub(super) async fn set(agent: &Agent) -> Result<(), CallError> {
     let mut delay = Duration::ZERO;
     for _ in 0..TRIES {

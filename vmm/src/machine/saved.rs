@@ -1,16 +1,17 @@
-//! A whole machine as plain data: written down when it is paused, and gone on from by another
-//! process.
+//! A whole machine as plain data: saved while it is paused, and restored by another process.
 //!
 //! ```text
-//! file:  magic (16 bytes), version (4, little-endian), postcard of [`SavedMachine`]
+//! file:  magic (16 bytes), postcard of [`SavedMachine`], which begins with its version
 //!
 //! running --Pause--> paused --Save--> saved: ends              (memory stays in its file)
-//! Start, AddDevice ... (the same), Run --> vCPUs set, jail, devices go on --> running
+//! Start, AddDevice ... (the same), Run --> vCPUs set, jail, devices restored --> running
 //! ```
 //!
-//! The file is parsed as a stranger's: its size is bounded, and whatever it says, KVM and the
-//! devices check it as they check what a guest says. It must be of this build, and its machine must
-//! be the described one in everything that the guest can tell; the first difference is named.
+//! The file is not trusted: its size is bounded, and KVM and the devices check its values as they
+//! check those of a guest. It must name this crate's version and the protocol's; two builds of one
+//! version are not told apart here, and whoever keeps saved machines must do that. The machine must
+//! match the description in everything that a guest can observe; an error names the first
+//! difference.
 
 use std::{
     fs::File,
@@ -35,39 +36,39 @@ const MAGIC: [u8; 16] = *b"pericarp machine";
 /// Largest file that is read: one vCPU takes 10 KiB, a device less.
 const BYTES_MAX: u64 = 16 << 20;
 
-/// Why a saved machine cannot be gone on from.
+/// Why a saved machine cannot be restored.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SavedError {
     /// It cannot be read.
     #[error("Machine.saved: {0}")]
     Read(#[from] io::Error),
-    /// It is not one.
+    /// The file does not hold a saved machine.
     #[error("Machine.saved: it is not a saved machine: {0}")]
     Format(String),
-    /// Another build wrote it.
+    /// Another version wrote it.
     #[error("Machine.saved: it is of build {saved}, not {ours}")]
     Build {
-        /// Its build.
+        /// The version that wrote it.
         saved: String,
-        /// Ours.
+        /// This version.
         ours: String,
     },
-    /// It is of another machine.
+    /// It does not match the description.
     #[error("Machine.saved: its {what} is {saved}, not {described}")]
     Differs {
-        /// In what.
+        /// The property that differs.
         what: &'static str,
-        /// What it has.
+        /// Its value in the saved machine.
         saved: String,
-        /// What the description says.
+        /// Its value in the description.
         described: String,
     },
-    /// A device does not go on.
+    /// A device cannot be saved or restored.
     #[error("Machine.saved: {0}")]
     Device(String),
 }
 
-/// What of the description a guest can tell.
+/// The parts of a description that a guest can observe.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Shape {
     vcpus: u16,
@@ -92,7 +93,7 @@ impl Shape {
         }
     }
 
-    /// The first difference of the saved machine to a described one.
+    /// Returns an error that names the first difference, if there is one.
     fn check(&self, described: &Self) -> Result<(), SavedError> {
         let parts: [(&'static str, &dyn ToString, &dyn ToString); 7] = [
             ("vcpus", &self.vcpus, &described.vcpus),
@@ -148,13 +149,13 @@ pub(crate) struct SavedMachine {
     devices: Vec<SavedDevice>,
 }
 
-/// What wrote it: only the same build reads it.
+/// Version of this crate and of the protocol: a saved machine is read by the same ones only.
 fn build() -> String {
     format!("{} {VERSION}", env!("CARGO_PKG_VERSION"))
 }
 
 impl SavedMachine {
-    /// Reads one from where the file stands to its end.
+    /// Reads a saved machine from the file's position to its end.
     pub(super) fn read(file: OwnedFd, description: &Description) -> Result<Self, SavedError> {
         let mut bytes = Vec::new();
         File::from(file)
@@ -201,7 +202,7 @@ impl SavedMachine {
         Ok(bytes)
     }
 
-    /// Anything, behind the beginning of a file of this build.
+    /// `rest` behind a valid magic and version.
     #[cfg(any(test, feature = "fuzzing"))]
     pub(crate) fn with_header(rest: &[u8]) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
@@ -212,7 +213,7 @@ impl SavedMachine {
 }
 
 impl Machine {
-    /// Writes the paused machine down. Its devices do not serve afterwards.
+    /// Writes the paused machine to `file`. Its devices no longer serve afterwards.
     pub(crate) fn save(&mut self, file: OwnedFd) -> Result<(), MachineError> {
         let vcpus = self.vcpus.as_ref().filter(|vcpus| vcpus.is_closed());
         if vcpus.is_none() {
@@ -263,7 +264,7 @@ impl Machine {
             .map_err(MachineError::host("saved machine"))
     }
 
-    /// Whether it was saved, or half saved, and can only end.
+    /// Whether a save was begun: such a machine can only end.
     pub(crate) fn was_saved(&self) -> bool {
         self.was_saved
     }
@@ -275,7 +276,7 @@ impl Machine {
         progress.map_or(0, |progress: Progress| progress.actual_bytes)
     }
 
-    /// Makes the vCPUs of the saved machine.
+    /// Creates the vCPUs and sets them to their saved state.
     pub(super) fn restore_vcpus(&self, saved: &SavedMachine) -> Result<Vec<VcpuFd>, MachineError> {
         let vm = &self.platform.vm;
         arch::saved::set_clock_ns(vm, saved.clock_ns)?;
@@ -288,8 +289,7 @@ impl Machine {
         Ok(vcpus)
     }
 
-    /// Has the devices of a machine that goes on from a saved one go on, behind the jail: some
-    /// start threads.
+    /// Restores the devices, if the machine is restored. Called inside the jail.
     pub(crate) fn restore_devices(&mut self) -> Result<(), MachineError> {
         let Some(saved) = self.saved.take() else {
             return Ok(());

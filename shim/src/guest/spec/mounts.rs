@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
 };
 
 use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
@@ -44,7 +44,7 @@ pub(crate) enum SourceKind {
     Guests(PathBuf),
 }
 
-/// Looks at the host, for a container of `sandbox`.
+/// Finds out on the host what the mount source of a container of `sandbox` is.
 pub(crate) fn source_kind(path: &Path, sandbox: &str) -> SourceKind {
     use std::os::unix::fs::FileTypeExt;
     if is_shared_memory(path, sandbox) {
@@ -62,14 +62,15 @@ pub(crate) fn source_kind(path: &Path, sandbox: &str) -> SourceKind {
     }
 }
 
-/// containerd and CRI-O keep a pod's shared memory in a directory of its own, on a tmpfs, beneath
-/// one that has the sandbox's id for its name. A volume that is called so is a volume.
+/// Whether a mount source is the pod's shared memory. containerd and CRI-O keep that in a directory
+/// called `shm` on a tmpfs, beneath a directory named after the sandbox. A volume that merely has
+/// this name is a volume.
 fn is_shared_memory(path: &Path, sandbox: &str) -> bool {
-    let above = path.parent().into_iter().flat_map(Path::components);
-    let ours = |component: Component<'_>| component.as_os_str() == sandbox;
-    let mut above = above;
-    let in_sandbox = !sandbox.is_empty() && path.ends_with("shm") && above.any(ours);
-    // A pod without containerd's directory of its own names the place itself.
+    let mut above = path.parent().into_iter().flat_map(Path::components);
+    let in_sandbox = !sandbox.is_empty()
+        && path.ends_with("shm")
+        && above.any(|component| component.as_os_str() == sandbox);
+    // Without such a directory, the source is the node's /dev/shm.
     (in_sandbox || path == Path::new(SHARED_MEMORY)) && is_on(path, TMPFS_MAGIC)
 }
 

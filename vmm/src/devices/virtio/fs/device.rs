@@ -36,7 +36,7 @@ pub(crate) const REQUEST_QUEUES_MAX: u16 = 16;
 /// Protocol features that are used when the daemon has them. Not REPLY_ACK: nothing that a guest
 /// does may have the event loop wait for the daemon, which says what it refuses by hanging up.
 const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ;
-/// What the rings to the daemon use.
+/// Features of the queues to the daemon.
 const RING_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX;
 
 /// Descriptors on the event loop: the daemon's socket, and what the relay tells.
@@ -92,12 +92,12 @@ pub(crate) enum Error {
 
 /// The daemon that serves a file system.
 struct Daemon {
-    /// Kept open: with it the daemon ends.
+    /// Kept open: the daemon ends when it is closed.
     _talk: Frontend,
     /// The same socket, to wait for its end.
     socket: UnixStream,
     gone: bool,
-    /// What the relay thread begins with, until it does.
+    /// Taken by the relay thread when it starts.
     prepared: Option<(Bounce, Vec<Line>)>,
     relay: Option<Relay>,
 }
@@ -199,7 +199,7 @@ impl Daemon {
         })
     }
 
-    /// It is beyond use: cut off, so that it ends.
+    /// Closes the connection to a daemon that cannot be used any more, so that it ends.
     fn give_up(&mut self) {
         self.gone = true;
         // Fails when it has gone already.

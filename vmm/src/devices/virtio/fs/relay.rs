@@ -6,9 +6,9 @@
 //!            <──trouble───              <──calls── daemon
 //! ```
 //!
-//! It waits for nobody: not for the daemon, whose answers may never come, nor for the event loop.
-//! What the driver or the daemon did wrong is noted, and the event loop is told; until the driver
-//! resets the device nothing is passed on.
+//! The thread never blocks, neither on the daemon, whose answers may never come, nor on the event
+//! loop. A fault of the driver or the daemon is recorded and reported to the event loop; nothing is
+//! passed on until the driver resets the device.
 
 use std::{
     io,
@@ -48,8 +48,8 @@ const DRAIN_MAX: Duration = Duration::from_secs(5);
 /// How long the thread idles before it gives room back, in milliseconds.
 const IDLE_MS: i32 = 1000;
 
-/// How often answers are looked for before others have their turn: a daemon that is quick, or that
-/// plays with its index, holds nobody up.
+/// How often one queue is polled for answers before the others have their turn, so that a fast or
+/// malicious daemon cannot starve them.
 const TURNS_MAX: usize = 8;
 
 /// Tokens of the thread's own epoll: commands; kicks of the guest and calls of the daemon by queue.
@@ -61,7 +61,7 @@ const CALL: u64 = 2 << 32;
 enum Command {
     /// Serve these queues.
     Start(Box<Activation>),
-    /// Give them back, at once, or first wait for what is in flight, until then.
+    /// Give them back at once or, with a deadline, when nothing is in flight any more.
     Stop(Option<Instant>, SyncSender<Stopped>),
     /// The device goes.
     End,
@@ -77,7 +77,7 @@ pub(super) struct Stopped {
 }
 
 impl Stopped {
-    /// The thread does not answer: nobody knows what it has.
+    /// The thread does not answer, so the number of requests in flight is unknown.
     fn lost() -> Self {
         Self {
             active: None,
@@ -86,7 +86,7 @@ impl Stopped {
     }
 }
 
-/// The event loop's end.
+/// The event loop's handle of the thread.
 #[derive(Debug)]
 pub(super) struct Relay {
     commands: SyncSender<Command>,
@@ -95,20 +95,20 @@ pub(super) struct Relay {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Whose doing it was that nothing is passed on any more.
+/// Why nothing is passed on any more.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Fault {
-    /// The driver's: until it resets the device.
+    /// A fault of the driver, until it resets the device.
     Driver(String),
-    /// The daemon's, or our own: for good.
+    /// A fault of the daemon or of the thread itself, which is final.
     Daemon(String),
 }
 
-/// What went wrong first, and how the event loop hears of it.
+/// The first fault, and a notification of it for the event loop.
 #[derive(Debug)]
 pub(super) struct Trouble {
     fault: Mutex<Option<Fault>>,
-    /// Readable when there is something.
+    /// Readable when there is a fault.
     pub(super) bell: EventFd,
 }
 
@@ -116,13 +116,13 @@ impl Trouble {
     fn tell(&self, fault: Fault) {
         let mut known = self.fault.lock().unwrap_or_else(PoisonError::into_inner);
         known.get_or_insert(fault);
-        // Full only when nobody reads, and then it is readable.
+        // The counter overflows only when nobody reads it, and is readable then.
         let _ = self.bell.write(1);
     }
 
-    /// Takes it.
+    /// Takes the fault, if there is one.
     pub(super) fn take(&self) -> Option<Fault> {
-        // Nothing to read is no error: somebody was quicker.
+        // The counter may have been read already.
         let _ = self.bell.read();
         let mut known = self.fault.lock().unwrap_or_else(PoisonError::into_inner);
         known.take()
@@ -132,9 +132,9 @@ impl Trouble {
 /// The eventfds of a queue to the daemon.
 #[derive(Debug)]
 pub(super) struct Line {
-    /// We tell the daemon.
+    /// Notifies the daemon of requests.
     pub(super) kick: EventFd,
-    /// The daemon tells us.
+    /// Notifies the thread of answers.
     pub(super) call: EventFd,
 }
 
@@ -143,7 +143,7 @@ fn eventfd() -> io::Result<EventFd> {
 }
 
 impl Line {
-    /// New ones.
+    /// Creates both.
     pub(super) fn new() -> io::Result<Self> {
         Ok(Self {
             kick: eventfd()?,
@@ -200,19 +200,19 @@ impl Relay {
         })
     }
 
-    /// Where it tells what went wrong.
+    /// Where the thread reports faults.
     pub(super) fn trouble(&self) -> &Trouble {
         &self.trouble
     }
 
     fn send(&self, command: Command) -> bool {
         let sent = self.commands.send(command).is_ok();
-        // A counter is full only when it is readable.
+        // The counter overflows only when it is readable anyway.
         let _ = self.bell.write(1);
         sent
     }
 
-    /// Has it serve the queues; false when it has ended.
+    /// Hands the queues to the thread; false when the thread has ended.
     pub(super) fn serve(&self, activation: Activation) -> bool {
         self.send(Command::Start(Box::new(activation)))
     }
@@ -235,13 +235,13 @@ impl Drop for Relay {
     fn drop(&mut self) {
         self.send(Command::End);
         if let Some(thread) = self.thread.take() {
-            // It has ended, or does at once; its panic is told by its message.
+            // The thread ends at once. A panic has printed its message already.
             let _ = thread.join();
         }
     }
 }
 
-/// One queue of the guest and its like to the daemon.
+/// One queue of the guest and the matching queue to the daemon.
 #[derive(Debug)]
 struct Passage {
     shadow: Shadow,
@@ -256,7 +256,7 @@ fn queue(active: &mut Activation, index: usize) -> Option<&mut ActiveQueue> {
     queues.find(|queue| usize::from(queue.index) == index)
 }
 
-/// The thread's end.
+/// The state of the thread.
 struct Worker {
     epoll: Epoll,
     commands: Receiver<Command>,
@@ -265,7 +265,7 @@ struct Worker {
     queues: Vec<Passage>,
     bounce: Bounce,
     active: Option<Box<Activation>>,
-    /// Counts the lives of the driver: answers to an earlier one are dropped.
+    /// Counts activations. Answers to requests of an earlier one are dropped.
     generation: u64,
     draining: Option<(Instant, SyncSender<Stopped>)>,
 }
@@ -314,9 +314,9 @@ impl Worker {
         if self.bounce.is_large() { IDLE_MS } else { -1 }
     }
 
-    /// Does what the event loop asked; false at the end.
+    /// Carries out the event loop's commands; false when the thread must end.
     fn obey(&mut self) -> bool {
-        // Nothing to read is no error: two wishes may have rung once.
+        // An earlier read may have taken the notifications of two commands.
         let _ = self.bell.read();
         while let Ok(command) = self.commands.try_recv() {
             match command {
@@ -349,7 +349,7 @@ impl Worker {
     fn unwatch_kicks(&self) {
         for queue in self.active.iter().flat_map(|active| &active.queues) {
             let event = EpollEvent::default();
-            // It is closed when the device is reset, which removes it too.
+            // If this fails: closing the eventfd on reset removes it as well.
             let _ = self
                 .epoll
                 .ctl(ControlOperation::Delete, queue.kick.as_raw_fd(), event);
@@ -362,13 +362,13 @@ impl Worker {
         queues.map(|queue| queue.shadow.in_flight()).sum()
     }
 
-    /// Answers a stop when nothing is in flight any more, or the time is over.
+    /// Answers a stop when nothing is in flight any more or its deadline has passed.
     fn finish_draining(&mut self) {
         let in_flight = self.in_flight();
         let over = |(until, _): &mut (Instant, _)| in_flight == 0 || Instant::now() >= *until;
         if let Some((_, reply)) = self.draining.take_if(over) {
             let active = self.active.take().map(|active| *active);
-            // Whoever asked may have given up.
+            // The receiver may have given up waiting.
             let _ = reply.send(Stopped { active, in_flight });
         }
     }
@@ -376,7 +376,7 @@ impl Worker {
     fn kicked(&mut self, index: usize) {
         let active = self.active.as_deref_mut();
         if let Some(queue) = active.and_then(|active| queue(active, index)) {
-            // Nothing to read: two waits told of one notification.
+            // May fail: two waits can report one notification.
             let _ = queue.kick.read();
         }
         self.pass_on(index);
@@ -392,7 +392,7 @@ impl Worker {
             self.active = None;
             return self.trouble.tell(Fault::Daemon(lie.to_string()));
         }
-        // Room has come back, which any queue may wait for.
+        // Any queue may be waiting for the room that was freed.
         for index in 0..self.queues.len() {
             if self.queues[index].stalled {
                 self.pass_on(index);
@@ -400,7 +400,7 @@ impl Worker {
         }
     }
 
-    /// Passes on what the guest asks, as far as there is room.
+    /// Passes the guest's requests on, as far as there is room.
     fn pass_on(&mut self, index: usize) {
         if self.draining.is_some() {
             return;
@@ -428,7 +428,7 @@ impl Worker {
         loop {
             let taken = SegmentChain::take(queue, &memory).map_err(|error| wrong(&error))?;
             let Some(request) = taken else {
-                // While we work the driver need not notify.
+                // Notifications stay off while requests are being taken.
                 let more = queue.enable_notification(&*memory);
                 if more.map_err(|error| wrong(&error))? {
                     continue;
@@ -451,7 +451,7 @@ impl Worker {
             }
         }
         if passage.shadow.publish(&self.bounce) {
-            // Full only when the daemon does not read, and then it is readable.
+            // The counter overflows only when the daemon does not read it.
             let _ = passage.line.kick.write(1);
         }
         Ok(())
@@ -473,7 +473,7 @@ impl Worker {
                     Some((memory, _, Some(queue))) if request.generation == self.generation => {
                         request.deliver(&mut self.bounce, memory, length);
                         let length = u32::try_from(length).unwrap_or(u32::MAX);
-                        // A ring that went out of memory is found out at the next request.
+                        // A broken used ring is reported with the next request.
                         let used = queue.queue.add_used(&**memory, request.chain.head, length);
                         answered |= used.is_ok();
                     }
@@ -486,7 +486,7 @@ impl Worker {
             }
         }
         if waits {
-            // Others have their turn first.
+            // Continues after the other queues had their turn.
             let _ = passage.line.call.write(1);
         }
         if let Some((memory, interrupt, Some(queue))) = &mut queue

@@ -1,14 +1,14 @@
-//! A queue to the daemon, of which we are the driver, and the memory that both see: rings and room
-//! for the contents of requests. The daemon sees nothing else of this process or of the guest.
+//! A queue to the daemon, with the VMM as its driver, and the bounce memory that both map: rings
+//! and room for the contents of requests. The daemon sees nothing else of the VMM or the guest.
 //!
 //! ```text
 //! bounce memory:  | ring page | ring page | ... | room, in pages ...                          |
 //! ring page:      descriptors (0), available ring (2048), used ring (2560)
 //! ```
 //!
-//! The daemon is a stranger: what it writes to the used ring is checked against what it was given.
-//! Pages of the room are handed out from the lowest on, so that a file system that is seldom used
-//! has few of them.
+//! The daemon is not trusted: what it writes to the used ring is checked against the requests in
+//! flight. Pages of the room are allocated from the lowest up, so that a file system that is seldom
+//! used touches few of them.
 
 use std::{
     fs::File,
@@ -31,7 +31,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, Volati
 
 use super::super::{device::GuestMemory, segments::SegmentChain};
 
-/// Entries of each queue to the daemon: two a request.
+/// Entries of each queue to the daemon: two per request.
 pub(crate) const ENTRIES: u16 = 128;
 /// Requests in flight.
 const REQUESTS_MAX: usize = ENTRIES as usize / 2;
@@ -39,7 +39,7 @@ const REQUESTS_MAX: usize = ENTRIES as usize / 2;
 const PAGE_BYTES: usize = 4096;
 /// Room for requests: several of the largest, which have 1 MiB and their headers.
 const ROOM_BYTES: usize = 8 << 20;
-/// Room that an idle file system keeps; the rest goes back to the host.
+/// Pages of room that an idle file system keeps; the rest is freed.
 const KEPT_PAGES: usize = 16;
 /// Where the memory lies in the daemon's messages.
 const BASE: u64 = 1 << 20;
@@ -57,13 +57,13 @@ const WRITE: u16 = 2;
 /// Why a request cannot be passed on now.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Full {
-    /// Requests in flight have the room: later.
+    /// Requests in flight take the room; it can be passed on later.
     Now,
-    /// It is larger than all of the room.
+    /// It is empty or larger than all of the room.
     Ever,
 }
 
-/// The daemon did what no daemon does.
+/// The daemon violated the protocol.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("the daemon {0}")]
 pub(crate) struct Lie(&'static str);
@@ -75,14 +75,14 @@ struct Run {
     count: usize,
 }
 
-/// The memory.
+/// The bounce memory.
 #[derive(Debug)]
 pub(crate) struct Bounce {
     memory: GuestMemoryMmap,
     file: Arc<File>,
     queues: usize,
     taken: Vec<bool>,
-    /// Pages from here on were never used since the last [`Self::shrink`].
+    /// Pages from this one on have not been used since the last [`Self::shrink`].
     untouched: usize,
 }
 
@@ -142,7 +142,7 @@ impl Bounce {
         self.untouched > KEPT_PAGES
     }
 
-    /// Gives the host what no request uses, beyond what is kept.
+    /// Frees the pages above those that requests use or that are kept.
     pub(crate) fn shrink(&mut self) {
         let used = self.taken.iter().rposition(|taken| *taken);
         let from = used.map_or(0, |last| last + 1).max(KEPT_PAGES);
@@ -151,7 +151,7 @@ impl Bounce {
         let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let both = i64::try_from(start).ok().zip(i64::try_from(length).ok());
         if let Some((start, length)) = both.filter(|(_, length)| *length > 0) {
-            // Where it fails, the memory is only not given back.
+            // On failure the memory merely stays allocated.
             let _ = fallocate(&*self.file, mode, start, length);
         }
         self.untouched = from;
@@ -172,7 +172,7 @@ impl Bounce {
 pub(crate) struct InFlight {
     /// The guest's chain.
     pub(crate) chain: SegmentChain,
-    /// Which life of the guest's driver it is of.
+    /// The activation that it belongs to.
     pub(crate) generation: u64,
     run: Run,
     entries: [Option<u16>; 2],
@@ -235,7 +235,7 @@ impl Shadow {
     ) -> Result<(), Full> {
         let length = |bytes: u64| usize::try_from(bytes).map_err(|_| Full::Ever);
         let (reads, writes) = (length(chain.readable_len())?, length(chain.writable_len())?);
-        // The answer begins where the processor likes it.
+        // The answer starts at a cache line.
         let answer_at = reads.next_multiple_of(64);
         let bytes = answer_at.checked_add(writes).ok_or(Full::Ever)?;
         if self.count == REQUESTS_MAX {
@@ -291,7 +291,7 @@ impl Shadow {
         bounce.slice(at, 16).copy_from(&bytes);
     }
 
-    /// Shows what was added; true when the daemon wants to be told.
+    /// Publishes the added requests; true when the daemon wants a notification.
     pub(crate) fn publish(&mut self, bounce: &Bounce) -> bool {
         let (before, now) = (self.told, self.next_available);
         if before == now {
@@ -300,7 +300,7 @@ impl Shadow {
         fence(Ordering::Release);
         store(bounce, self.base + AVAILABLE + 2, now);
         self.told = now;
-        // The index must be visible before the daemon's wish is read.
+        // The index must be visible before the daemon's event index is read.
         fence(Ordering::SeqCst);
         let wanted_at = load(bounce, self.base + USED + 4 + 8 * u64::from(ENTRIES));
         let since_wanted = now.wrapping_sub(wanted_at).wrapping_sub(1);
@@ -336,7 +336,7 @@ impl Shadow {
         Ok(Some((request, length)))
     }
 
-    /// Wants an interrupt for the next answer; true when one has come meanwhile.
+    /// Asks for a notification of the next answer; true when one has arrived meanwhile.
     pub(crate) fn wait_for_answers(&self, bounce: &Bounce) -> bool {
         let wish = self.base + AVAILABLE + 4 + 2 * u64::from(ENTRIES);
         store(bounce, wish, self.next_used);
